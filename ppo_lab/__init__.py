@@ -1,0 +1,27 @@
+"""PPO for language models: a trainer with TRL's classic verbs, and Hydra-configured runs built on it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppo_lab.config import PPOConfig
+    from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
+    from ppo_lab.trainer import PPOTrainer
+
+__version__ = "0.1.0"
+__all__ = ["AutoModelForCausalLMWithValueHead", "PPOConfig", "PPOTrainer"]
+
+_HOMES = {
+    "AutoModelForCausalLMWithValueHead": "ppo_lab.models.policy",
+    "PPOConfig": "ppo_lab.config",
+    "PPOTrainer": "ppo_lab.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when first asked for: `import ppo_lab` loads no torch."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'ppo_lab' has no attribute {name!r}")

@@ -1,0 +1,142 @@
+"""The records that travel between the rooms of a PPO iteration: frozen, shapes annotated.
+
+Conventions, everywhere: queries are left-padded, responses right-padded, so that column j of every (batch, time)
+tensor is response token j. `mask` is True on the real response tokens, the first end-of-sequence token included.
+Masks come from lengths, never from comparing ids with the pad token (which may be the end-of-sequence token).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts before any padding.
+
+    `ids` are token ids without padding; `texts` is what a reward is shown; `columns` holds every other column of the
+    data set, one value a prompt, and reaches the reward under its own name; `indices` are the prompts' places in
+    their data set.
+    """
+
+    ids: list[list[int]]
+    texts: list[Any]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    indices: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice | Sequence[int]) -> Prompts:
+        """These rows, in this order."""
+        picked = range(len(self))[rows] if isinstance(rows, slice) else rows
+        return Prompts(
+            ids=[self.ids[i] for i in picked],
+            texts=[self.texts[i] for i in picked],
+            columns={name: [column[i] for i in picked] for name, column in self.columns.items()},
+            indices=[self.indices[i] for i in picked] if self.indices else [],
+        )
+
+
+class _Rows:
+    """A record of tensors that share their first dimension, the batch."""
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))  # type: ignore[arg-type]
+
+    def __getitem__(self, rows: Tensor | slice) -> Self:
+        """These samples of every tensor; nested records and absent (None) tensors included."""
+        return self._map(lambda value: value[rows])
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same record on another device."""
+        return self._map(lambda value: value.to(device))
+
+    def _map(self, function: Any) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        changed = {name: function(value) for name, value in values.items() if value is not None}
+        return replace(self, **changed)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Tokens(_Rows):
+    """Prompts and responses as rectangles of token ids.
+
+    `queries` is left-padded with `query_mask` True on real tokens; `responses` is right-padded with `mask` True on
+    real tokens. `ended` is True where a stop condition was generated, False where the length limit cut the response.
+    """
+
+    queries: Int[Tensor, "batch query"]
+    query_mask: Bool[Tensor, "batch query"]
+    responses: Int[Tensor, "batch time"]
+    mask: Bool[Tensor, "batch time"]
+    ended: Bool[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class Rollout(_Rows):
+    """What one pass over freshly sampled responses records; nothing in it carries a gradient.
+
+    `logprobs` and `ref_logprobs` are those of the sampled tokens at the sampling temperature, under the policy and
+    under the reference; `values` is the value head on the state that predicts each token. `full_kl` is the exact KL
+    over the vocabulary, in nats per token, computed for `kl_penalty=full` alone. Padding holds zeros.
+    """
+
+    tokens: Tokens
+    logprobs: Float[Tensor, "batch time"]
+    values: Float[Tensor, "batch time"]
+    ref_logprobs: Float[Tensor, "batch time"]
+    full_kl: Float[Tensor, "batch time"] | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the reward says of a batch of responses: one number a sample, and the named parts it is made of.
+
+    `total` has the reward's weight in it; `parts` are the raw scores of each part before weights.
+    """
+
+    total: Float[Tensor, " batch"]
+    parts: dict[str, Float[Tensor, " batch"]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch(_Rows):
+    """A rollout made ready for the clipped updates: targets fixed, nothing carries a gradient."""
+
+    tokens: Tokens
+    logprobs: Float[Tensor, "batch time"]
+    values: Float[Tensor, "batch time"]
+    advantages: Float[Tensor, "batch time"]
+    returns: Float[Tensor, "batch time"]
+
+
+@dataclass(frozen=True)
+class Forward(_Rows):
+    """What one forward of the policy gives for response tokens: padding holds zeros.
+
+    `entropy` is that of the whole next-token distribution at the sampling temperature, in nats, when asked for.
+    """
+
+    logprobs: Float[Tensor, "batch time"]
+    values: Float[Tensor, "batch time"]
+    entropy: Float[Tensor, "batch time"] | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its response as people read it, for samples.jsonl, tables and the summary."""
+
+    prompt: str
+    response: str
+    score: float
+    reference_response: str | None = None
+    reference_score: float | None = None
+    gold: float | None = None
+    reference_gold: float | None = None

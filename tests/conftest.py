@@ -1,0 +1,23 @@
+"""What every test may ask for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real small models and data beside the checkout; the test is skipped where there is none."""
+    folder = Path(os.environ.get("PPO_LAB_ASSETS", SHARED / "assets"))
+    if not folder.is_dir():
+        pytest.skip(f"needs the real small models and data at {folder}")
+    return folder
