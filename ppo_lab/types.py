@@ -68,15 +68,50 @@ class _Rows:
 class Tokens(_Rows):
     """Prompts and responses as rectangles of token ids.
 
-    `queries` is left-padded with `query_mask` True on real tokens; `responses` is right-padded with `mask` True on
-    real tokens. `ended` is True where a stop condition was generated, False where the length limit cut the response.
+    `queries` is left-padded with `query_mask` True on real tokens. `responses` is right-padded; `lengths` counts its
+    tokens, and `mask` is True on those that are trained: all of them, unless some (the words of a tool, say) were
+    masked out, which stay context. `ended` is True where a stop condition was generated, False where the length limit
+    cut the response.
     """
 
     queries: Int[Tensor, "batch query"]
     query_mask: Bool[Tensor, "batch query"]
     responses: Int[Tensor, "batch time"]
     mask: Bool[Tensor, "batch time"]
+    lengths: Int[Tensor, " batch"]
     ended: Bool[Tensor, " batch"]
+
+    @classmethod
+    def pack(
+        cls,
+        queries: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        *,
+        pad_id: int,
+        masks: Sequence[Sequence[bool]] | None = None,
+        ended: Sequence[bool] | None = None,
+    ) -> Tokens:
+        """Lists of token ids, one a sample, as rectangles; `masks` are all True unless given."""
+        masks = [[True] * len(r) for r in responses] if masks is None else masks
+        width, time = max(map(len, queries)), max(map(len, responses))
+        return cls(
+            queries=torch.tensor([[pad_id] * (width - len(q)) + list(q) for q in queries]),
+            query_mask=torch.tensor([[False] * (width - len(q)) + [True] * len(q) for q in queries]),
+            responses=torch.tensor([list(r) + [pad_id] * (time - len(r)) for r in responses]),
+            mask=torch.tensor([list(m) + [False] * (time - len(m)) for m in masks]),
+            lengths=torch.tensor([len(r) for r in responses]),
+            ended=torch.tensor([True] * len(responses) if ended is None else list(ended)),
+        )
+
+    @property
+    def attended(self) -> Bool[Tensor, "batch time"]:
+        """True on every response token that later ones see: the trained ones and those masked out."""
+        columns = torch.arange(self.responses.shape[1], device=self.lengths.device)
+        return columns < self.lengths[:, None]
+
+    def response_lists(self) -> list[list[int]]:
+        """The responses' token ids without padding."""
+        return [row[:n] for row, n in zip(self.responses.tolist(), self.lengths.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,94 @@
+"""Log-probabilities of chosen tokens straight from hidden states, without keeping logits of the whole vocabulary."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ppo_lab.core import full_kl
+
+# Logits of at most this many (token, vocabulary) pairs are built at once: 128 MiB in float32.
+TILE = 2**25
+
+
+class Head(NamedTuple):
+    """A language model's head: logits = softcap(scale * (hidden @ weight^T + bias)).
+
+    `softcap` 0 means none; with it, softcap(z) = softcap * tanh(z / softcap).
+    """
+
+    weight: Float[Tensor, "vocab hidden"]
+    bias: Float[Tensor, " vocab"] | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    def logits(self, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... vocab"]:
+        """The logits in float32."""
+        # A contiguous matrix: transformers' sliced views make a CPU copy the head once a row.
+        z = F.linear(hidden.to(self.weight.dtype).contiguous(), self.weight, self.bias).float()
+        z = z * self.scale if self.scale != 1.0 else z
+        return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
+
+
+def token_logprobs(
+    hidden: Float[Tensor, "tokens hidden"],
+    head: Head,
+    targets: Int[Tensor, " tokens"],
+    *,
+    temperature: float,
+    entropy: bool = False,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"] | None]:
+    """log softmax(logits / temperature) of each target, and the distributions' entropies when asked for, in nats.
+
+    Memory does not grow with tokens x vocabulary: beyond TILE entries the vocabulary is walked through in tiles.
+    """
+    if len(targets) * len(head.weight) <= TILE:
+        return _from_logits(head.logits(hidden), targets, temperature=temperature, entropy=entropy)
+    if not torch.is_grad_enabled():
+        return _by_rows(hidden, head, targets, temperature=temperature, entropy=entropy)
+    from ppo_lab.trl_parts import chunked_logprobs
+
+    logprobs, entropies = chunked_logprobs(hidden, head, targets, temperature=temperature)
+    return logprobs, entropies if entropy else None
+
+
+def token_full_kl(
+    hidden: Float[Tensor, "tokens hidden"],
+    ref_hidden: Float[Tensor, "tokens hidden"],
+    head: Head,
+    ref_head: Head,
+    *,
+    temperature: float,
+) -> Float[Tensor, " tokens"]:
+    """The exact KL of each next-token distribution to the reference's, in nats, a few rows at a time."""
+    rows = max(1, TILE // len(head.weight))
+    pairs = zip(hidden.split(rows), ref_hidden.split(rows), strict=True)
+    return torch.cat(
+        [full_kl(head.logits(h) / temperature, ref_head.logits(r) / temperature) for h, r in pairs]
+    )
+
+
+def _from_logits(
+    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"], *, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    logits = logits if temperature == 1.0 else logits / temperature
+    logprobs = -F.cross_entropy(logits, targets, reduction="none")
+    if not entropy:
+        return logprobs, None
+    return logprobs, logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+
+
+def _by_rows(
+    hidden: Tensor, head: Head, targets: Tensor, *, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    rows = max(1, TILE // len(head.weight))
+    parts = [
+        _from_logits(head.logits(h), t, temperature=temperature, entropy=entropy)
+        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    entropies = torch.cat([e for _, e in parts if e is not None]) if entropy else None
+    return torch.cat([logprobs for logprobs, _ in parts]), entropies
