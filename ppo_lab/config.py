@@ -1,13 +1,18 @@
 """The schema: every key, its default, its meaning, unit and legal range, once.
 
-Hydra composes `conf/` against these dataclasses, so that a misspelt key or a wrong type is refused; `problems` says
-everything that is wrong with a composed configuration, before anything is loaded.
+Hydra composes `conf/` against these dataclasses, so that a misspelt key or a wrong type is refused. What a composed
+configuration may hold is in `rules`. No value is None: whatever can be off has an off value, named in its meaning.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from ppo_lab.errors import ConfigError
+
+__all__ = ["Config", "ConfigError", "PPOConfig", "conf_folder", "register_schema"]
 
 
 def knob(
@@ -20,9 +25,16 @@ def knob(
     below: float | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
-    """A field with its meaning and legal range in its metadata, where the checks and the help page read them."""
-    legal = {"at_least": at_least, "at_most": at_most, "above": above, "below": below, "choices": choices}
-    metadata = {"meaning": meaning, **{name: bound for name, bound in legal.items() if bound is not None}}
+    """A field with its meaning and legal range in its metadata, for the checks and the help page."""
+    legal = {
+        "at_least": at_least,
+        "at_most": at_most,
+        "above": above,
+        "below": below,
+        "choices": choices,
+    }
+    bounds = {name: bound for name, bound in legal.items() if bound is not None}
+    metadata = {"meaning": meaning, **bounds}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -30,47 +42,89 @@ def knob(
 
 @dataclass
 class PPOSection:
-    """`ppo`: the settings of the algorithm, under the names that TRL's classic PPOConfig gave them."""
+    """`ppo`: the settings of the algorithm, named as TRL's classic PPOConfig named them."""
 
     steps: int = knob(100, "PPO iterations", at_least=1)
     batch_size: int = knob(16, "samples an iteration, over all processes", at_least=1)
-    mini_batch_size: int = knob(0, "samples a forward and backward pass; 0 = the whole batch", at_least=0)
+    mini_batch_size: int = knob(
+        0, "samples a forward and backward pass; 0 = the whole batch", at_least=0
+    )
     gradient_accumulation_steps: int = knob(1, "mini-batches an optimizer step", at_least=1)
     micro_batch_tokens: int = knob(
-        0, "most tokens in one pass through the model; splits a mini-batch without changing its result; 0 = no limit", at_least=0
+        0,
+        "most tokens in one pass through the model; splits a mini-batch without changing its "
+        "result; 0 = no limit",
+        at_least=0,
     )
     ppo_epochs: int = knob(4, "passes over each batch", at_least=1)
     learning_rate: float = knob(1.5e-5, "step size of Adam", above=0)
-    value_learning_rate: float = knob(0.0, "step size of the value head; 0 = learning_rate", at_least=0)
-    lr_schedule: str = knob("constant", "learning rate over the run", choices=("constant", "linear", "cosine"))
+    value_learning_rate: float = knob(
+        0.0, "step size of the value head; 0 = learning_rate", at_least=0
+    )
+    lr_schedule: str = knob(
+        "constant", "learning rate over the run", choices=("constant", "linear", "cosine")
+    )
     warmup_steps: int = knob(0, "iterations over which the learning rate rises from 0", at_least=0)
-    adam: str = knob("torch", "where Adam's epsilon stands: torch's, or TensorFlow 1's, outside the bias correction", choices=("torch", "tf"))
+    adam: str = knob(
+        "torch",
+        "where Adam's epsilon stands: torch's, or TensorFlow 1's, outside the bias correction",
+        choices=("torch", "tf"),
+    )
     adam_eps: float = knob(1e-8, "Adam's epsilon", above=0)
     weight_decay: float = knob(0.0, "decoupled weight decay (AdamW)", at_least=0)
-    max_grad_norm: float = knob(1.0, "largest gradient norm, over all trained parameters; 0 = unlimited", at_least=0)
+    max_grad_norm: float = knob(
+        1.0, "largest gradient norm, over all trained parameters; 0 = unlimited", at_least=0
+    )
     init_kl_coef: float = knob(0.2, "beta: coefficient of the KL penalty", at_least=0)
-    kl_penalty: str = knob("kl", "estimate of the KL in the reward", choices=("kl", "abs", "mse", "k3", "full"))
+    kl_penalty: str = knob(
+        "kl", "estimate of the KL in the reward", choices=("kl", "abs", "mse", "k3", "full")
+    )
     adap_kl_ctrl: bool = knob(False, "adapt beta so that KL tends to `target`")
     target: float = knob(6.0, "KL that an adaptive beta aims at, nats per sequence", above=0)
     horizon: int = knob(10000, "samples over which an adaptive beta reacts", at_least=1)
     gamma: float = knob(1.0, "discount a token", at_least=0, at_most=1)
     lam: float = knob(0.95, "lambda of generalised advantage estimation", at_least=0, at_most=1)
-    cliprange: float = knob(0.2, "epsilon: the policy ratio is clipped to [1 - epsilon, 1 + epsilon]", above=0, below=1)
-    cliprange_high: float = knob(0.0, "another epsilon for the upper side; 0 = the same", at_least=0)
-    cliprange_value: float = knob(0.2, "clip range of the value around the old value; 0 = off", at_least=0)
+    cliprange: float = knob(
+        0.2,
+        "epsilon: the policy ratio is clipped to [1 - epsilon, 1 + epsilon]",
+        above=0,
+        below=1,
+    )
+    cliprange_high: float = knob(
+        0.0, "another epsilon for the upper side; 0 = the same", at_least=0
+    )
+    cliprange_value: float = knob(
+        0.2, "clip range of the value around the old value; 0 = off", at_least=0
+    )
     vf_coef: float = knob(0.1, "weight of the value loss", at_least=0)
     entropy_coef: float = knob(0.0, "weight of the entropy bonus", at_least=0)
-    whiten_rewards: bool = knob(False, "scale per-token rewards to unit variance, keeping their mean")
+    whiten_rewards: bool = knob(
+        False, "scale per-token rewards to unit variance, keeping their mean"
+    )
     whiten_advantages: bool = knob(True, "scale advantages to zero mean and unit variance")
     use_score_scaling: bool = knob(False, "divide scores by their running standard deviation")
     use_score_norm: bool = knob(False, "subtract the running mean too; needs use_score_scaling")
-    score_clip: float = knob(0.0, "clip scores to [-score_clip, score_clip], after scaling; 0 = off", at_least=0)
-    missing_eos_penalty: float = knob(0.0, "taken from the score of a response that no stop condition ended; 0 = off", at_least=0)
-    early_stopping: bool = knob(False, "end an iteration's epochs when KL(pi_old || pi) exceeds 1.5 target_kl")
+    score_clip: float = knob(
+        0.0, "clip scores to [-score_clip, score_clip], after scaling; 0 = off", at_least=0
+    )
+    missing_eos_penalty: float = knob(
+        0.0, "taken from the score of a response that no stop condition ended; 0 = off", at_least=0
+    )
+    early_stopping: bool = knob(
+        False, "end an iteration's epochs when KL(pi_old || pi) exceeds 1.5 target_kl"
+    )
     target_kl: float = knob(0.1, "threshold of early_stopping, nats per token", above=0)
-    ratio_threshold: float = knob(10.0, "skip an optimizer step whose mean ratio exceeds this; 0 = never", at_least=0)
-    max_skipped_updates: int = knob(10, "optimizer steps skipped in a row (NaN, inf, ratio_threshold) before the run stops", at_least=1)
-    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
+    ratio_threshold: float = knob(
+        10.0, "skip an optimizer step whose mean ratio exceeds this; 0 = never", at_least=0
+    )
+    max_skipped_updates: int = knob(
+        10,
+        "optimizer steps skipped in a row (NaN, inf, ratio_threshold) before the run stops",
+        at_least=1,
+    )
+    gradient_checkpointing: bool = knob(
+        False, "recompute activations in the backward pass: less memory, more time"
+    )
 
 
 @dataclass
@@ -82,6 +136,282 @@ class PPOConfig(PPOSection):
     """
 
     model_name: str = knob("", "name of the model, for logs and saved folders")
-    seed: int = knob(0, "seed of the sampling, the shuffling and the weights made anew", at_least=0)
+    seed: int = knob(0, "seed of the sampling, the shuffling and the new weights", at_least=0)
     log_with: str = knob("none", "where `log_stats` sends statistics", choices=("none", "wandb"))
     tracker_project_name: str = knob("ppo_lab", "project of the tracker")
+
+
+@dataclass
+class ModelSection:
+    """`model`: the policy to start from, which is also the reference."""
+
+    name: str = knob("tiny", "short name, for logs and folders")
+    path: str = knob("", "hub id, folder, or `embedded`: the policy that this project trains")
+    weights: str = knob(
+        "pretrained",
+        "`random` builds the architecture from its config with a byte-level tokenizer",
+        choices=("pretrained", "random"),
+    )
+    revision: str = knob("", "branch, tag or commit on the hub; empty = the newest")
+    tokenizer: str = knob("", "hub id or folder of the tokenizer; empty = that of path")
+    dtype: str = knob(
+        "auto",
+        "weights of the trunk; auto = bfloat16 on a GPU that computes in it, else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    trust_remote_code: bool = knob(False, "run Python code that comes with the model")
+    load_in_4bit: bool = knob(False, "QLoRA: keep the frozen trunk in 4 bits; needs a GPU")
+    attn_implementation: str = knob(
+        "", "transformers' attention kernel, such as sdpa or eager; empty = its choice"
+    )
+    pad_token: str = knob("", "token that pads; empty = the tokenizer's, or else its EOS")
+    eos_token: str = knob("", "token that ends a text; empty = the tokenizer's")
+    v_head_init: str = knob("zero", "weights of a new value head", choices=("normal", "zero"))
+    v_head_init_std: float = knob(0.2, "standard deviation of v_head_init=normal", above=0)
+
+
+@dataclass
+class LoraSection:
+    """`lora`: the adapter that is trained in place of the whole model."""
+
+    r: int = knob(16, "rank; 0 = no adapter: train every weight", at_least=0)
+    alpha: float = knob(32.0, "the update is scaled by alpha / r", above=0)
+    dropout: float = knob(
+        0.0, "dropout inside the adapter; off wherever log-probs are made", at_least=0, below=1
+    )
+    target_modules: list[str] = knob([], "names of the adapted modules; [] = PEFT's choice")
+    use_rslora: bool = knob(False, "scale by alpha / sqrt(r) instead (rsLoRA)")
+    use_dora: bool = knob(False, "learn magnitude and direction apart (DoRA)")
+
+
+@dataclass
+class GenerationSection:
+    """`generation`: how the policy samples responses while it trains."""
+
+    max_new_tokens: int = knob(32, "longest response, tokens", at_least=1)
+    min_new_tokens: int = knob(0, "shortest response, tokens; no end before it", at_least=0)
+    temperature: float = knob(1.0, "divides the logits, in sampling and in log-probs", above=0)
+    top_k: int = knob(0, "sample among the k likeliest tokens; 0 = all", at_least=0)
+    top_p: float = knob(
+        1.0,
+        "sample among the likeliest tokens of this joint probability; 1 = all",
+        above=0,
+        at_most=1,
+    )
+    stop_strings: list[str] = knob([], "texts that end a response; [] = none")
+    stop_token: str = knob("", "token that ends a response; empty = the model's EOS")
+    batch_size: int = knob(0, "samples generated at a time; 0 = all at once", at_least=0)
+
+
+@dataclass
+class EvaluationSection:
+    """`evaluation`: what is measured on held-out prompts; sampling as in `generation` unless set."""
+
+    every: int = knob(0, "iterations between evaluations; 0 = first and last only", at_least=0)
+    prompts: int = knob(64, "held-out prompts used", at_least=1)
+    samples: int = knob(8, "prompts with both answers kept in samples.jsonl", at_least=0)
+    max_new_tokens: int = knob(32, "longest response, tokens", at_least=1)
+    temperature: float = knob(1.0, "divides the logits; 0 = always the likeliest token", at_least=0)
+    top_k: int = knob(0, "sample among the k likeliest tokens; 0 = all", at_least=0)
+    top_p: float = knob(
+        1.0,
+        "sample among the likeliest tokens of this joint probability; 1 = all",
+        above=0,
+        at_most=1,
+    )
+    seed: int = knob(1, "seed of the sampling: the same noise in every evaluation", at_least=0)
+
+
+@dataclass
+class RewardSection:
+    """`reward`: what scores a response. Each type is a class of its own with its own keys."""
+
+    name: str = knob("", "name of the score in metrics and samples")
+    weight: float = knob(1.0, "factor of the score; negative turns it round")
+
+
+@dataclass
+class EmbeddedReward(RewardSection):
+    """The reward model of the embedded help desk."""
+
+    batch_size: int = knob(64, "responses scored at a time", at_least=1)
+
+
+@dataclass
+class ModelReward(RewardSection):
+    """Any `AutoModelForSequenceClassification`, with its own tokenizer."""
+
+    path: str = knob("", "hub id or folder of the reward model")
+    revision: str = knob("", "branch, tag or commit on the hub; empty = the newest")
+    tokenizer: str = knob("", "hub id or folder of its tokenizer; empty = that of path")
+    label: str = knob("", "label, or number of the logit, that is the score; empty = the only one")
+    batch_size: int = knob(16, "responses scored at a time", at_least=1)
+    max_length: int = knob(512, "longest text read, tokens; the prompt's start is cut", at_least=2)
+    chat_template: bool = knob(False, "put prompt and response through the chat template")
+    dtype: str = knob(
+        "auto",
+        "weights; auto = bfloat16 on a GPU that computes in it, else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = knob("auto", "auto = where the policy is; cpu, cuda or cuda:N")
+    trust_remote_code: bool = knob(False, "run Python code that comes with the model")
+
+
+@dataclass
+class FunctionReward(RewardSection):
+    """A Python function, called as TRL calls reward functions."""
+
+    target: str = knob("", "package.module:callable")
+    kwargs: dict[str, Any] = knob({}, "further keyword arguments of the function")
+    timeout: float = knob(0.0, "seconds that one call may take; 0 = unlimited", at_least=0)
+
+
+@dataclass
+class VaderReward(RewardSection):
+    """Sentiment of the response by the VADER lexicon: -1 (sad) to 1 (happy)."""
+
+
+@dataclass
+class LengthReward(RewardSection):
+    """The response's length, or its distance from an ideal one."""
+
+    unit: str = knob("words", "what is counted", choices=("words", "characters"))
+    ideal: int = knob(
+        0, "the score is -|length - ideal| / ideal; 0 = the length itself", at_least=0
+    )
+
+
+@dataclass
+class ConstantReward(RewardSection):
+    """The same score for every response."""
+
+    value: float = knob(1.8, "the score")
+
+
+@dataclass
+class WeightedReward(RewardSection):
+    """The weighted sum of several rewards, each logged under its name."""
+
+    parts: dict[str, RewardSection] = field(
+        default_factory=dict, metadata={"meaning": "the rewards, each with a weight of its own"}
+    )
+
+
+@dataclass
+class DataSection:
+    """`data`: the prompts. Each source is a class of its own with its own keys."""
+
+    name: str = knob("", "name of the prompt set, for logs")
+    held_out: float = knob(
+        0.1, "prompts kept for evaluation: a share below 1, a number from 1 on", at_least=0
+    )
+    shuffle: bool = knob(True, "a new order every epoch; false = the order of the file")
+    min_prompt_tokens: int = knob(1, "shorter prompts are left out", at_least=0)
+    max_prompt_tokens: int = knob(512, "longer prompts are left out", at_least=1)
+
+
+@dataclass
+class EmbeddedData(DataSection):
+    """The customers' questions of the embedded help desk."""
+
+
+@dataclass
+class FileData(DataSection):
+    """Prompts in a file: JSON lines, CSV or Parquet."""
+
+    path: str = knob("", "the file: .jsonl, .json, .csv or .parquet")
+    prompt_column: str = knob("prompt", "column that holds the prompts, texts or chat messages")
+    limit: int = knob(0, "rows read, from the first; 0 = all", at_least=0)
+    cut_min_tokens: int = knob(
+        0, "cut each prompt to a random length of at least this many tokens; 0 = whole", at_least=0
+    )
+    cut_max_tokens: int = knob(0, "and of at most this many; 0 = whole", at_least=0)
+
+
+@dataclass
+class HubData(FileData):
+    """Prompts in a data set on the hub (`path` is its id)."""
+
+    subset: str = knob("", "configuration of the data set; empty = its only one")
+    split: str = knob("train", "split to read")
+    revision: str = knob("", "branch, tag or commit on the hub; empty = the newest")
+
+
+@dataclass
+class TrackingSection:
+    """`tracking`: where metrics go beside metrics.jsonl, which is always written."""
+
+    type: str = knob("wandb", "none, or Weights & Biases", choices=("none", "wandb"))
+    mode: str = knob(
+        "auto",
+        "auto = online for whoever is logged in, else offline",
+        choices=("auto", "online", "offline"),
+    )
+    project: str = knob("ppo_lab", "W&B project")
+    entity: str = knob("", "W&B user or team; empty = your default")
+    group: str = knob("", "group of runs; empty = none, or the sweep's")
+    name: str = knob("", "name of the run; empty = `name`")
+    id: str = knob("", "id of the run, to continue one; empty = a new one")
+    tags: list[str] = knob([], "tags of the run")
+    notes: str = knob("", "notes of the run")
+    samples_every: int = knob(10, "iterations between tables of samples; 0 = none", at_least=0)
+    log_model: bool = knob(False, "upload the trained adapter as an artifact")
+
+
+@dataclass
+class CheckpointSection:
+    """`checkpoint`: what is kept in <run>/checkpoints, to resume from."""
+
+    every: int = knob(0, "iterations between checkpoints; 0 = none but the last", at_least=0)
+    keep: int = knob(2, "newest checkpoints kept", at_least=1)
+    best_metric: str = knob("", "keep the checkpoint where this metric was highest; empty = off")
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    name: str = knob("", "name of the run, in logs and trackers")
+    seed: int = knob(0, "seed of sampling, shuffling and new weights", at_least=0)
+    device: str = knob("auto", "auto = the GPU if there is one; cpu, cuda or cuda:N")
+    resume: str = knob("", "run folder or checkpoint to continue; empty = start anew")
+    objective: str = knob("eval/mean_reward", "metric that the run returns to a Hydra sweep")
+    model: ModelSection = field(default_factory=ModelSection)
+    lora: LoraSection = field(default_factory=LoraSection)
+    ppo: PPOSection = field(default_factory=PPOSection)
+    generation: GenerationSection = field(default_factory=GenerationSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    reward: RewardSection = field(default_factory=RewardSection)
+    data: DataSection = field(default_factory=DataSection)
+    tracking: TrackingSection = field(default_factory=TrackingSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+
+
+REWARDS = {
+    "embedded": EmbeddedReward,
+    "model": ModelReward,
+    "function": FunctionReward,
+    "vader": VaderReward,
+    "length": LengthReward,
+    "constant": ConstantReward,
+    "weighted": WeightedReward,
+}
+SOURCES = {"embedded": EmbeddedData, "file": FileData, "hub": HubData}
+
+
+def register_schema() -> None:
+    """Tell Hydra the schema: `/schema/config`, `/schema/reward/<type>` and `/schema/data/<source>`."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(group="schema", name="config", node=Config)
+    for group, types in (("reward", REWARDS), ("data", SOURCES)):
+        for name, section in types.items():
+            store.store(group=f"schema/{group}", name=name, node=section)
+
+
+def conf_folder() -> Path:
+    """The folder of YAML files: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
