@@ -30,7 +30,7 @@ def masked_mean(x: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
 
 def masked_var(x: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> Float[Tensor, ""]:
     """The unbiased variance of `x` over the real tokens; 0 when there are fewer than two."""
-    centred = x - masked_mean(x, mask)
+    centred = (x - masked_mean(x, mask)).masked_fill(~mask, 0.0)  # before the square: NaN times 0 is NaN in a gradient
     return masked_sum(centred**2, mask) / (mask.sum() - 1).clamp(min=1)
 
 
@@ -51,6 +51,7 @@ def whiten(
 
     Source: Ziegler et al. 2019's released code, by the masked, unbiased variance of TRL.
     """
+    x = x.masked_fill(~mask, 0.0)
     mean = masked_mean(x, mask) if mean is None else mean
     var = masked_var(x, mask) if var is None else var
     whitened = (x - mean) * torch.rsqrt(var + 1e-8)
