@@ -1,7 +1,8 @@
 """The schema: every key, its default, its meaning, unit and legal range, once.
 
-Hydra composes `conf/` against these dataclasses, so that a misspelt key or a wrong type is refused. What a composed
-configuration may hold is in `rules`. No value is None: whatever can be off has an off value, named in its meaning.
+Hydra composes `conf/` against these dataclasses, so that a misspelt key or a wrong type is
+refused; `rules` says what else a run may not be asked to do. No value is None: whatever can be
+off has an off value, named in its meaning.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def knob(
     below: float | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
-    """A field with its meaning and legal range in its metadata, for the checks and the help page."""
+    """A field with its meaning and legal range in its metadata, which checks and help read."""
     legal = {
         "at_least": at_least,
         "at_most": at_most,
@@ -34,10 +35,7 @@ def knob(
         "choices": choices,
     }
     bounds = {name: bound for name, bound in legal.items() if bound is not None}
-    metadata = {"meaning": meaning, **bounds}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"meaning": meaning, **bounds})
 
 
 @dataclass
@@ -136,9 +134,18 @@ class PPOConfig(PPOSection):
     """
 
     model_name: str = knob("", "name of the model, for logs and saved folders")
-    seed: int = knob(0, "seed of the sampling, the shuffling and the new weights", at_least=0)
+    seed: int = knob(
+        0, "seed of the sampling, the shuffling and the new weights", at_least=0, at_most=2**32 - 1
+    )
     log_with: str = knob("none", "where `log_stats` sends statistics", choices=("none", "wandb"))
     tracker_project_name: str = knob("ppo_lab", "project of the tracker")
+
+    def __post_init__(self) -> None:
+        """Refuse what is not legal."""
+        from ppo_lab.rules import ppo_problems
+
+        if problems := ppo_problems(self):
+            raise ConfigError(problems)
 
 
 @dataclass
@@ -179,7 +186,10 @@ class LoraSection:
     dropout: float = knob(
         0.0, "dropout inside the adapter; off wherever log-probs are made", at_least=0, below=1
     )
-    target_modules: list[str] = knob([], "names of the adapted modules; [] = PEFT's choice")
+    target_modules: list[str] = field(
+        default_factory=list,
+        metadata={"meaning": "names of the adapted modules; [] = PEFT's choice"},
+    )
     use_rslora: bool = knob(False, "scale by alpha / sqrt(r) instead (rsLoRA)")
     use_dora: bool = knob(False, "learn magnitude and direction apart (DoRA)")
 
@@ -198,14 +208,16 @@ class GenerationSection:
         above=0,
         at_most=1,
     )
-    stop_strings: list[str] = knob([], "texts that end a response; [] = none")
+    stop_strings: list[str] = field(
+        default_factory=list, metadata={"meaning": "texts that end a response; [] = none"}
+    )
     stop_token: str = knob("", "token that ends a response; empty = the model's EOS")
     batch_size: int = knob(0, "samples generated at a time; 0 = all at once", at_least=0)
 
 
 @dataclass
 class EvaluationSection:
-    """`evaluation`: what is measured on held-out prompts; sampling as in `generation` unless set."""
+    """`evaluation`: what is measured on held-out prompts, sampled as in training unless set."""
 
     every: int = knob(0, "iterations between evaluations; 0 = first and last only", at_least=0)
     prompts: int = knob(64, "held-out prompts used", at_least=1)
@@ -219,7 +231,9 @@ class EvaluationSection:
         above=0,
         at_most=1,
     )
-    seed: int = knob(1, "seed of the sampling: the same noise in every evaluation", at_least=0)
+    seed: int = knob(
+        1, "seed of the sampling: the same noise in every evaluation", at_least=0, at_most=2**32 - 1
+    )
 
 
 @dataclass
@@ -262,7 +276,9 @@ class FunctionReward(RewardSection):
     """A Python function, called as TRL calls reward functions."""
 
     target: str = knob("", "package.module:callable")
-    kwargs: dict[str, Any] = knob({}, "further keyword arguments of the function")
+    kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"meaning": "further keyword arguments of the function"}
+    )
     timeout: float = knob(0.0, "seconds that one call may take; 0 = unlimited", at_least=0)
 
 
@@ -303,7 +319,7 @@ class DataSection:
 
     name: str = knob("", "name of the prompt set, for logs")
     held_out: float = knob(
-        0.1, "prompts kept for evaluation: a share below 1, a number from 1 on", at_least=0
+        0.1, "prompts kept for evaluation: a share below 1, a number from 1 on", above=0
     )
     shuffle: bool = knob(True, "a new order every epoch; false = the order of the file")
     min_prompt_tokens: int = knob(1, "shorter prompts are left out", at_least=0)
@@ -352,7 +368,7 @@ class TrackingSection:
     group: str = knob("", "group of runs; empty = none, or the sweep's")
     name: str = knob("", "name of the run; empty = `name`")
     id: str = knob("", "id of the run, to continue one; empty = a new one")
-    tags: list[str] = knob([], "tags of the run")
+    tags: list[str] = field(default_factory=list, metadata={"meaning": "tags of the run"})
     notes: str = knob("", "notes of the run")
     samples_every: int = knob(10, "iterations between tables of samples; 0 = none", at_least=0)
     log_model: bool = knob(False, "upload the trained adapter as an artifact")
@@ -372,7 +388,9 @@ class Config:
     """A whole run."""
 
     name: str = knob("", "name of the run, in logs and trackers")
-    seed: int = knob(0, "seed of sampling, shuffling and new weights", at_least=0)
+    seed: int = knob(
+        0, "seed of sampling, shuffling and new weights", at_least=0, at_most=2**32 - 1
+    )
     device: str = knob("auto", "auto = the GPU if there is one; cpu, cuda or cuda:N")
     resume: str = knob("", "run folder or checkpoint to continue; empty = start anew")
     objective: str = knob("eval/mean_reward", "metric that the run returns to a Hydra sweep")
@@ -400,7 +418,7 @@ SOURCES = {"embedded": EmbeddedData, "file": FileData, "hub": HubData}
 
 
 def register_schema() -> None:
-    """Tell Hydra the schema: `/schema/config`, `/schema/reward/<type>` and `/schema/data/<source>`."""
+    """Tell Hydra `/schema/config`, `/schema/reward/<type>` and `/schema/data/<source>`."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()

@@ -1,0 +1,432 @@
+"""What a configuration may not be: every wrong setting as one line, all of them at once.
+
+A line holds the dotted key, its value, what is allowed and the nearest valid choice. Nothing here
+imports torch unless the configuration asks for a GPU.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+import re
+import sys
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import Field, fields, is_dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from ppo_lab.config import (
+    Config,
+    DataSection,
+    FileData,
+    FunctionReward,
+    HubData,
+    ModelReward,
+    PPOSection,
+    RewardSection,
+    VaderReward,
+    WeightedReward,
+)
+
+Problems = Iterator[str]
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+PROMPT_FILES = (".jsonl", ".json", ".csv", ".parquet")
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def problems(config: Config, stated: Collection[str] = ()) -> list[str]:
+    """Everything wrong with a composed configuration, a line each; empty when it may run.
+
+    `stated` are the keys given on the command line: a setting that has no effect is refused where
+    it was asked for, and passes where it merely came with a preset.
+    """
+    found = list(illegal_values(config))
+    for rule in RULES:
+        found += [line for line in rule(config) if line not in found]
+    return found + list(dead_settings(config, stated))
+
+
+def ppo_problems(ppo: PPOSection) -> list[str]:
+    """Everything wrong with the settings of the algorithm alone, under their Python names."""
+    found = list(wrong_types(ppo)) or list(illegal_values(ppo))
+    return found or [*batch_division(ppo), *ppo_conflicts(ppo)]
+
+
+def suggestion(wrong: str, valid: Collection[str]) -> str:
+    """`; did you mean ...?` with the nearest valid choice, or nothing where none is near."""
+    near = difflib.get_close_matches(wrong, list(valid), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def allowed(knob: Field) -> str:
+    """The legal range of a field in words; empty where everything of its type is legal."""
+    legal = knob.metadata
+    if "choices" in legal:
+        return "one of " + ", ".join(legal["choices"])
+    words = (
+        ("at_least", "at least"),
+        ("above", "above"),
+        ("at_most", "at most"),
+        ("below", "below"),
+    )
+    return " and ".join(f"{word} {legal[name]:g}" for name, word in words if name in legal)
+
+
+def is_legal(knob: Field, value: Any) -> bool:
+    """Whether a value of the right type lies in its field's range."""
+    legal = knob.metadata
+    if "choices" in legal:
+        return value in legal["choices"]
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return (
+        value >= legal.get("at_least", value)
+        and value <= legal.get("at_most", value)
+        and ("above" not in legal or value > legal["above"])
+        and ("below" not in legal or value < legal["below"])
+    )
+
+
+def illegal_values(section: Any, prefix: str = "") -> Problems:
+    """Each value outside its field's range, in this section and those inside it."""
+    for knob in fields(section):
+        key, value = prefix + knob.name, getattr(section, knob.name)
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        for name, part in inner:
+            if is_dataclass(part):
+                yield from illegal_values(part, f"{key}.{name}." if name else f"{key}.")
+        if isinstance(value, (str, int, float)) and not is_legal(knob, value):
+            near = suggestion(value, knob.metadata["choices"]) if isinstance(value, str) else ""
+            yield f"{key}={value}: must be {allowed(knob) or 'a finite number'}{near}"
+
+
+def wrong_types(section: Any) -> Problems:
+    """Each value that is not of its field's type, for sections made in Python."""
+    hints = get_type_hints(type(section))
+    for knob in fields(section):
+        value, kind = getattr(section, knob.name), hints[knob.name]
+        number = kind is float and isinstance(value, int) and not isinstance(value, bool)
+        if type(value) is not kind and not number:
+            yield f"{knob.name}={value!r}: must be {TYPE_NAMES[kind]}"
+
+
+def batch_division(ppo: PPOSection, prefix: str = "") -> Problems:
+    """A batch that does not fall into whole optimizer steps."""
+    mini, accumulated = ppo.mini_batch_size or ppo.batch_size, ppo.gradient_accumulation_steps
+    step = mini * accumulated
+    if step <= 0 or ppo.batch_size % step == 0:
+        return
+    whole = " (0 = the whole batch)" if ppo.mini_batch_size == 0 else ""
+    left = f"{ppo.batch_size} = {ppo.batch_size // step} x {step} + {ppo.batch_size % step}"
+    yield (
+        f"{prefix}batch_size={ppo.batch_size}: must be a multiple of {prefix}mini_batch_size x "
+        f"{prefix}gradient_accumulation_steps = {mini}{whole} x {accumulated} = {step}; {left}"
+    )
+
+
+def ppo_conflicts(ppo: PPOSection, prefix: str = "") -> Problems:
+    """Settings of the algorithm that contradict each other."""
+    if ppo.use_score_norm and not ppo.use_score_scaling:
+        yield f"{prefix}use_score_norm=true: needs {prefix}use_score_scaling=true"
+    if ppo.adap_kl_ctrl and ppo.init_kl_coef == 0:
+        yield (
+            f"{prefix}init_kl_coef=0: an adaptive beta is multiplied and would stay 0; "
+            f"set it above 0, or {prefix}adap_kl_ctrl=false"
+        )
+    if 0 < ppo.ratio_threshold <= 1:
+        yield (
+            f"{prefix}ratio_threshold={ppo.ratio_threshold:g}: the ratio starts at 1, so this "
+            "would skip every update; must be above 1, or 0 = never"
+        )
+    if ppo.warmup_steps >= max(ppo.steps, 1):
+        yield f"{prefix}warmup_steps={ppo.warmup_steps}: must be below {prefix}steps={ppo.steps}"
+
+
+def ppo_rules(config: Config) -> Problems:
+    """`ppo` as a whole."""
+    yield from batch_division(config.ppo, "ppo.")
+    yield from ppo_conflicts(config.ppo, "ppo.")
+
+
+def generation_rules(config: Config) -> Problems:
+    """Lengths and sampling that contradict each other."""
+    training, evaluation = config.generation, config.evaluation
+    for name, longest in (("generation", training), ("evaluation", evaluation)):
+        if training.min_new_tokens > longest.max_new_tokens:
+            yield (
+                f"generation.min_new_tokens={training.min_new_tokens}: must be at most "
+                f"{name}.max_new_tokens={longest.max_new_tokens}"
+            )
+    if training.temperature == 0:
+        yield (
+            "generation.temperature=0: PPO learns from samples, and needs a temperature above 0; "
+            "evaluation.temperature=0 evaluates greedily"
+        )
+
+
+def model_rules(config: Config) -> Problems:
+    """A policy that cannot be had."""
+    model = config.model
+    yield from model_folder("model.path", model.path)
+    yield from model_folder("model.tokenizer", model.tokenizer, holds="", needed=False)
+    if not model.load_in_4bit:
+        return
+    if config.lora.r == 0:
+        yield "model.load_in_4bit=true: 4-bit weights cannot be trained; needs lora=r8, r16 or r64"
+    if config.device == "cpu" or not cuda_devices():
+        yield "model.load_in_4bit=true: needs a CUDA GPU, and there is none here"
+    if find_spec("bitsandbytes") is None:
+        yield "model.load_in_4bit=true: needs bitsandbytes: pip install 'ppo_lab[quantization]'"
+
+
+def model_folder(
+    key: str, path: str, *, holds: str = "config.json", needed: bool = True
+) -> Problems:
+    """A path that is neither a hub id nor a folder with a model in it."""
+    if not path or path == "embedded":
+        if needed and not path:
+            yield f"{key}=: missing; give a folder with a model in it, or an id on the hub"
+        return
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if not HUB_ID.fullmatch(path):
+            yield f"{key}={path}: no such folder{nearby(folder)}"
+    elif not folder.is_dir():
+        yield f"{key}={path}: is a file; must be a folder"
+    elif holds and not any((folder / name).exists() for name in (holds, "adapter_config.json")):
+        yield f"{key}={path}: no {holds} in this folder; it holds no model"
+
+
+def nearby(path: Path) -> str:
+    """The nearest name beside a path that does not exist, as a suggestion."""
+    try:
+        return suggestion(path.name, [entry.name for entry in path.parent.iterdir()])
+    except OSError:
+        return f"; {path.parent} does not exist either"
+
+
+def cuda_devices() -> int:
+    """The number of CUDA GPUs here. Slow: imports torch."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def device_rules(config: Config) -> Problems:
+    """Devices that are no devices, or are not here."""
+    wanted = {"device": config.device}
+    for key, section in rewards(config.reward):
+        if isinstance(section, ModelReward):
+            wanted[f"{key}.device"] = section.device
+    for key, device in wanted.items():
+        yield from device_problem(key, device)
+
+
+def device_problem(key: str, device: str) -> Problems:
+    """What is wrong with one device."""
+    if not DEVICE.fullmatch(device):
+        near = suggestion(device, ("auto", "cpu", "cuda"))
+        yield f"{key}={device}: must be auto, cpu, cuda or cuda:N{near}"
+    elif device.startswith("cuda"):
+        count, number = cuda_devices(), int(device[5:] or 0)
+        if number >= count:
+            here = f"the GPUs here are 0 to {count - 1}" if count else "there is no CUDA GPU here"
+            yield f"{key}={device}: {here}; device=auto takes what there is"
+
+
+def rewards(section: RewardSection, key: str = "reward") -> Iterator[tuple[str, RewardSection]]:
+    """A reward and, where it is a weighted sum, every part of it, with their dotted keys."""
+    yield key, section
+    if isinstance(section, WeightedReward):
+        for name, part in section.parts.items():
+            yield from rewards(part, f"{key}.parts.{name}")
+
+
+def reward_rules(config: Config) -> Problems:
+    """Rewards that could not score anything."""
+    for key, section in rewards(config.reward):
+        if type(section) is RewardSection:
+            yield f"{key}: no type chosen; a reward is an option of the group `reward`"
+        if isinstance(section, WeightedReward) and not section.parts:
+            yield f"{key}.parts: empty; add one: +reward@{key}.parts.NAME=length"
+        if isinstance(section, ModelReward):
+            yield from model_folder(f"{key}.path", section.path)
+            yield from model_folder(f"{key}.tokenizer", section.tokenizer, holds="", needed=False)
+        if isinstance(section, VaderReward) and find_spec("vaderSentiment") is None:
+            yield f"{key}: VADER is not installed: pip install 'ppo_lab[vader]'"
+        if isinstance(section, FunctionReward):
+            yield from target_problem(f"{key}.target", section.target)
+
+
+def target_problem(key: str, target: str) -> Problems:
+    """What is wrong with the name of a Python function; imports its module to see."""
+    module_name, _, attribute = target.partition(":")
+    if not module_name or not attribute:
+        yield f"{key}={target}: must be package.module:callable"
+        return
+    try:
+        function: Any = import_user_module(module_name)
+        for name in attribute.split("."):
+            function = getattr(function, name)
+    except AttributeError:
+        yield f"{key}={target}: {module_name} has no {attribute}"
+    except Exception as error:  # whatever a user's module raises
+        yield f"{key}={target}: cannot be imported: {type(error).__name__}: {error}"
+    else:
+        if not callable(function):
+            yield f"{key}={target}: must be callable, and is of type {type(function).__name__}"
+
+
+def import_user_module(name: str) -> Any:
+    """A module found on the path or in the working directory."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return importlib.import_module(name)
+
+
+def data_rules(config: Config) -> Problems:
+    """Prompts that cannot be had, or bounds that leave none."""
+    data = config.data
+    if type(data) is DataSection:
+        yield "data: no source chosen; it is an option of the group `data`"
+    if data.min_prompt_tokens > data.max_prompt_tokens:
+        yield (
+            f"data.min_prompt_tokens={data.min_prompt_tokens}: must be at most "
+            f"data.max_prompt_tokens={data.max_prompt_tokens}"
+        )
+    if data.held_out > 1 and data.held_out != int(data.held_out):
+        yield f"data.held_out={data.held_out:g}: must be a share below 1, or a whole number"
+    if isinstance(data, FileData):
+        yield from cut_problem(data)
+    if isinstance(data, HubData):
+        if not HUB_ID.fullmatch(data.path):
+            yield f"data.path={data.path}: must be the id of a data set on the hub, OWNER/NAME"
+    elif isinstance(data, FileData):
+        yield from prompt_file(data.path)
+
+
+def cut_problem(data: FileData) -> Problems:
+    """Bounds of a random prompt length that leave no length."""
+    if not (data.cut_min_tokens == data.cut_max_tokens == 0) and not (
+        1 <= data.cut_min_tokens <= data.cut_max_tokens
+    ):
+        yield (
+            f"data.cut_min_tokens={data.cut_min_tokens}: must be from 1 to "
+            f"data.cut_max_tokens={data.cut_max_tokens}, or both 0"
+        )
+
+
+def prompt_file(path: str) -> Problems:
+    """What is wrong with a file of prompts, without reading it."""
+    file = Path(path).expanduser()
+    if not path:
+        yield f"data.path=: missing; give a file: {', '.join(PROMPT_FILES)}"
+    elif not file.exists():
+        yield f"data.path={path}: no such file{nearby(file)}"
+    elif not file.is_file():
+        yield f"data.path={path}: is a folder; must be a file: {', '.join(PROMPT_FILES)}"
+    elif file.suffix not in PROMPT_FILES:
+        yield f"data.path={path}: must end in {', '.join(PROMPT_FILES)}"
+
+
+def resume_rules(config: Config) -> Problems:
+    """A run to continue that is not there."""
+    if config.resume and not Path(config.resume).expanduser().is_dir():
+        yield f"resume={config.resume}: no such folder; give a run's folder or a checkpoint's"
+
+
+RULES: tuple[Callable[[Config], Problems], ...] = (
+    ppo_rules,
+    generation_rules,
+    model_rules,
+    device_rules,
+    reward_rules,
+    data_rules,
+    resume_rules,
+)
+
+
+def dead_settings(config: Config, stated: Collection[str]) -> Problems:
+    """Each setting of the command line that nothing would read, with what switches it on."""
+    for keys, dead, reason in DEAD:
+        if dead(config):
+            yield from (f"{key}: has no effect, {reason}" for key in stated if matches(key, keys))
+
+
+def matches(key: str, patterns: Collection[str]) -> bool:
+    """Whether a dotted key is one of these, or lies in a section that ends in a dot."""
+    return any(key == p or (p.endswith(".") and key.startswith(p)) for p in patterns)
+
+
+def greedy(config: Config) -> bool:
+    """Whether evaluation takes the likeliest token, so that there is nothing to restrict."""
+    return config.evaluation.temperature == 0
+
+
+DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
+    (
+        ("ppo.target", "ppo.horizon"),
+        lambda c: not c.ppo.adap_kl_ctrl,
+        "since beta is fixed; add ppo.adap_kl_ctrl=true",
+    ),
+    (
+        ("ppo.target_kl",),
+        lambda c: not c.ppo.early_stopping,
+        "since epochs are never cut short; add ppo.early_stopping=true",
+    ),
+    (
+        (
+            "lora.alpha",
+            "lora.dropout",
+            "lora.target_modules",
+            "lora.use_rslora",
+            "lora.use_dora",
+        ),
+        lambda c: c.lora.r == 0,
+        "since lora.r=0 trains the whole model; choose lora=r8, r16 or r64",
+    ),
+    (
+        ("model.v_head_init_std",),
+        lambda c: c.model.v_head_init == "zero",
+        "since the value head starts at zero; add model.v_head_init=normal",
+    ),
+    (
+        ("model.revision", "model.trust_remote_code"),
+        lambda c: c.model.path == "embedded",
+        "since the embedded policy comes from no hub",
+    ),
+    (
+        ("evaluation.top_k", "evaluation.top_p"),
+        greedy,
+        "since evaluation.temperature=0 takes the likeliest token",
+    ),
+    (
+        ("generation.top_k", "generation.top_p"),
+        lambda c: c.generation.temperature == 0,
+        "since generation.temperature=0 takes the likeliest token",
+    ),
+    (
+        (
+            "tracking.mode",
+            "tracking.project",
+            "tracking.entity",
+            "tracking.group",
+            "tracking.name",
+            "tracking.id",
+            "tracking.tags",
+            "tracking.notes",
+            "tracking.samples_every",
+            "tracking.log_model",
+        ),
+        lambda c: c.tracking.type == "none",
+        "since tracking=none; choose tracking=wandb",
+    ),
+    (
+        ("checkpoint.keep", "checkpoint.best_metric"),
+        lambda c: c.checkpoint.every == 0,
+        "since only the last state is kept; add checkpoint.every=10",
+    ),
+)
