@@ -258,10 +258,31 @@ class ModelReward(RewardSection):
     path: str = knob("", "hub id or folder of the reward model")
     revision: str = knob("", "branch, tag or commit on the hub; empty = the newest")
     tokenizer: str = knob("", "hub id or folder of its tokenizer; empty = that of path")
-    label: str = knob("", "label, or number of the logit, that is the score; empty = the only one")
+    label: str = knob("", "label, or number of the output, that is the score; empty = the only one")
+    output: str = knob(
+        "logit",
+        "what of it is the score",
+        choices=("logit", "probability", "log_probability"),
+    )
+    text: str = knob(
+        "prompt_and_completion",
+        "what the model reads",
+        choices=("prompt_and_completion", "completion"),
+    )
     batch_size: int = knob(16, "responses scored at a time", at_least=1)
-    max_length: int = knob(512, "longest text read, tokens; the prompt's start is cut", at_least=2)
-    chat_template: bool = knob(False, "put prompt and response through the chat template")
+    max_length: int = knob(
+        0, "longest text read, tokens, its start is cut; 0 = all that the model can", at_least=0
+    )
+    chat_template: str = knob(
+        "auto",
+        "auto = the tokenizer's template where the prompt is a chat",
+        choices=("auto", "always", "never"),
+    )
+    append_eos: str = knob(
+        "auto",
+        "end the text with EOS; auto = as TRL's RewardTrainer shows texts",
+        choices=("auto", "always", "never"),
+    )
     dtype: str = knob(
         "auto",
         "weights; auto = bfloat16 on a GPU that computes in it, else float32",
@@ -279,12 +300,19 @@ class FunctionReward(RewardSection):
     kwargs: dict[str, Any] = field(
         default_factory=dict, metadata={"meaning": "further keyword arguments of the function"}
     )
+    none_score: float = knob(0.0, "score where the function returns None")
     timeout: float = knob(0.0, "seconds that one call may take; 0 = unlimited", at_least=0)
+    retries: int = knob(0, "further attempts after the function raised", at_least=0)
+    retry_wait: float = knob(1.0, "seconds before a further attempt", at_least=0)
 
 
 @dataclass
 class VaderReward(RewardSection):
-    """Sentiment of the response by the VADER lexicon: -1 (sad) to 1 (happy)."""
+    """Sentiment by the VADER lexicon: -1 (sad) to 1 (happy)."""
+
+    text: str = knob(
+        "completion", "what is scored", choices=("prompt_and_completion", "completion")
+    )
 
 
 @dataclass

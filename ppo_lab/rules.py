@@ -7,10 +7,8 @@ imports torch unless the configuration asks for a GPU.
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
 import re
-import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import Field, fields, is_dataclass
 from importlib.util import find_spec
@@ -26,9 +24,9 @@ from ppo_lab.config import (
     ModelReward,
     PPOSection,
     RewardSection,
-    VaderReward,
     WeightedReward,
 )
+from ppo_lab.rewards.checks import problems as reward_problems
 
 Problems = Iterator[str]
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -247,44 +245,10 @@ def rewards(section: RewardSection, key: str = "reward") -> Iterator[tuple[str, 
 
 def reward_rules(config: Config) -> Problems:
     """Rewards that could not score anything."""
-    for key, section in rewards(config.reward):
-        if type(section) is RewardSection:
-            yield f"{key}: no type chosen; a reward is an option of the group `reward`"
-        if isinstance(section, WeightedReward) and not section.parts:
-            yield f"{key}.parts: empty; add one: +reward@{key}.parts.NAME=length"
-        if isinstance(section, ModelReward):
-            yield from model_folder(f"{key}.path", section.path)
-            yield from model_folder(f"{key}.tokenizer", section.tokenizer, holds="", needed=False)
-        if isinstance(section, VaderReward) and find_spec("vaderSentiment") is None:
-            yield f"{key}: VADER is not installed: pip install 'ppo_lab[vader]'"
-        if isinstance(section, FunctionReward):
-            yield from target_problem(f"{key}.target", section.target)
-
-
-def target_problem(key: str, target: str) -> Problems:
-    """What is wrong with the name of a Python function; imports its module to see."""
-    module_name, _, attribute = target.partition(":")
-    if not module_name or not attribute:
-        yield f"{key}={target}: must be package.module:callable"
-        return
-    try:
-        function: Any = import_user_module(module_name)
-        for name in attribute.split("."):
-            function = getattr(function, name)
-    except AttributeError:
-        yield f"{key}={target}: {module_name} has no {attribute}"
-    except Exception as error:  # whatever a user's module raises
-        yield f"{key}={target}: cannot be imported: {type(error).__name__}: {error}"
+    if type(config.reward) is RewardSection:
+        yield "reward: none chosen; it is an option of the group `reward`"
     else:
-        if not callable(function):
-            yield f"{key}={target}: must be callable, and is of type {type(function).__name__}"
-
-
-def import_user_module(name: str) -> Any:
-    """A module found on the path or in the working directory."""
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    return importlib.import_module(name)
+        yield from reward_problems(config.reward)
 
 
 def data_rules(config: Config) -> Problems:
@@ -387,6 +351,11 @@ DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         ),
         lambda c: c.lora.r == 0,
         "since lora.r=0 trains the whole model; choose lora=r8, r16 or r64",
+    ),
+    (
+        ("reward.retry_wait",),
+        lambda c: isinstance(c.reward, FunctionReward) and c.reward.retries == 0,
+        "since there are no further attempts; add reward.retries=1",
     ),
     (
         ("model.v_head_init_std",),
