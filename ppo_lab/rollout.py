@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ppo_lab.models.logprobs import from_logits
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.types import Forward, Prompts, Tokens
 
@@ -96,7 +97,7 @@ def _sample_chunk(
     decode: Callable[[list[int]], str] | None,
     trunk: Trunk,
 ) -> list[Tensor]:
-    """[responses, lengths, ended, logprobs, values] of one chunk."""
+    """[responses, lengths, ended, logprobs, values, entropy] of one chunk."""
     from transformers import DynamicCache
 
     device = trunk.head.weight.device
@@ -106,7 +107,7 @@ def _sample_chunk(
     eos = torch.tensor(sampling.eos_ids, dtype=torch.long, device=device)
     cache = DynamicCache(config=trunk.model.config)
     ended = torch.zeros(len(queries), dtype=torch.bool, device=device)
-    tokens, logprobs, values, alive = [], [], [], []
+    tokens, seen, values, alive = [], [], [], []
     for position in range(sampling.max_new_tokens):
         hidden = trunk.hidden(ids, attention, cache=cache)[:, -1]
         logits = trunk.head.logits(hidden)
@@ -115,7 +116,7 @@ def _sample_chunk(
         alive.append(~ended)
         token = token.masked_fill(ended, sampling.pad_id)
         tokens.append(token)
-        logprobs.append(_logprob(logits, token, sampling.logprob_temperature))
+        seen.append(from_logits(logits, token, temperature=sampling.logprob_temperature, entropy=True))
         values.append(policy.v_head(hidden))
         ended = ended | torch.isin(token, eos) | _completes_stop(tokens, ended, sampling.stop_strings, decode)
         if bool(ended.all()):
@@ -123,12 +124,12 @@ def _sample_chunk(
         ids = token[:, None]
         attention = torch.cat([attention, torch.ones_like(ids, dtype=torch.bool)], 1)
     real = torch.stack(alive, 1)
+    columns = [[logprobs for logprobs, _ in seen], values, [entropy for _, entropy in seen]]
     return [
         torch.stack(tokens, 1),
         real.sum(1),
         ended,
-        torch.stack(logprobs, 1).masked_fill(~real, 0.0),
-        torch.stack(values, 1).masked_fill(~real, 0.0),
+        *(torch.stack(column, 1).masked_fill(~real, 0.0) for column in columns),
     ]
 
 
@@ -148,7 +149,8 @@ def draw(
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     # Below the total, which is 1 but for rounding, so that a token of zero probability is never the last resort.
     threshold = uniforms.to(torch.float64) * cumulative[:, -1]
-    return torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
+    index = torch.searchsorted(cumulative, threshold[:, None], right=True)
+    return index.clamp(max=logits.shape[1] - 1).squeeze(1)
 
 
 def keep_likely(logits: Float[Tensor, "batch vocab"], *, top_k: int, top_p: float) -> Float[Tensor, "batch vocab"]:
@@ -164,10 +166,6 @@ def keep_likely(logits: Float[Tensor, "batch vocab"], *, top_k: int, top_p: floa
         outside = probabilities.cumsum(-1) - probabilities >= top_p
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -torch.inf)
     return logits
-
-
-def _logprob(logits: Tensor, token: Tensor, temperature: float) -> Tensor:
-    return -torch.nn.functional.cross_entropy(logits / temperature, token, reduction="none")
 
 
 def _completes_stop(
@@ -201,4 +199,4 @@ def _join(
         lengths=lengths,
         ended=torch.cat([part[2] for part in parts]),
     )
-    return tokens, Forward(logprobs=column(3, 0.0), values=column(4, 0.0))
+    return tokens, Forward(logprobs=column(3, 0.0), values=column(4, 0.0), entropy=column(5, 0.0))

@@ -127,6 +127,7 @@ class Rollout(_Rows):
     logprobs: Float[Tensor, "batch time"]
     values: Float[Tensor, "batch time"]
     ref_logprobs: Float[Tensor, "batch time"]
+    entropy: Float[Tensor, "batch time"] | None = None
     full_kl: Float[Tensor, "batch time"] | None = None
 
 
@@ -162,6 +163,16 @@ class Forward(_Rows):
     logprobs: Float[Tensor, "batch time"]
     values: Float[Tensor, "batch time"]
     entropy: Float[Tensor, "batch time"] | None = None
+
+    @classmethod
+    def join(cls, parts: Sequence[Forward]) -> Forward:
+        """The samples of all parts, in their order."""
+        entropies = [part.entropy for part in parts if part.entropy is not None]
+        return cls(
+            torch.cat([part.logprobs for part in parts]),
+            torch.cat([part.values for part in parts]),
+            torch.cat(entropies) if entropies else None,
+        )
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def token_logprobs(
     Memory does not grow with tokens x vocabulary: beyond TILE entries the vocabulary is walked through in tiles.
     """
     if len(targets) * len(head.weight) <= TILE:
-        return _from_logits(head.logits(hidden), targets, temperature=temperature, entropy=entropy)
+        return from_logits(head.logits(hidden), targets, temperature=temperature, entropy=entropy)
     if not torch.is_grad_enabled():
         return _by_rows(hidden, head, targets, temperature=temperature, entropy=entropy)
     from ppo_lab.trl_parts import chunked_logprobs
@@ -72,9 +72,10 @@ def token_full_kl(
     )
 
 
-def _from_logits(
+def from_logits(
     logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"], *, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
+    """`token_logprobs` where the logits are there already."""
     logits = logits if temperature == 1.0 else logits / temperature
     logprobs = -F.cross_entropy(logits, targets, reduction="none")
     if not entropy:
@@ -87,7 +88,7 @@ def _by_rows(
 ) -> tuple[Tensor, Tensor | None]:
     rows = max(1, TILE // len(head.weight))
     parts = [
-        _from_logits(head.logits(h), t, temperature=temperature, entropy=entropy)
+        from_logits(head.logits(h), t, temperature=temperature, entropy=entropy)
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     entropies = torch.cat([e for _, e in parts if e is not None]) if entropy else None

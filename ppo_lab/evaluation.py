@@ -1,0 +1,119 @@
+"""The policy on held-out prompts: scores, KL, variety, and the reference's answers to the same prompts beside its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ppo_lab import core
+from ppo_lab.rollout import NoiseKey, Sampling, sample
+from ppo_lab.types import Prompts, Sample, Scores, Tokens
+
+Gold = Callable[[list[str], list[str]], list[float]]
+
+# The stream of noise that evaluations draw from: no iteration has this number.
+EVALUATION_STREAM = 2**63
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation: its numbers (`mean_reward`, `kl`, ...) and its texts."""
+
+    metrics: dict[str, float]
+    samples: list[Sample]
+
+
+class Evaluator:
+    """Evaluates a trainer's policy on the same prompts with the same noise every time.
+
+    `gold` scores texts by what neither policy nor reward has seen, where there is such a thing. `kept` samples are
+    returned as texts.
+    """
+
+    def __init__(
+        self, trainer: Any, prompts: Prompts, *, sampling: Sampling, seed: int, kept: int, gold: Gold | None = None
+    ) -> None:
+        self.trainer, self.prompts, self.sampling = trainer, prompts, sampling
+        self.noise, self.kept, self.gold = NoiseKey(seed, EVALUATION_STREAM), kept, gold
+        self._reference: tuple[list[str], Scores, list[float] | None] | None = None
+
+    @torch.no_grad()
+    def __call__(self) -> Evaluation:
+        """Numbers and samples of the policy as it stands."""
+        tokens, seen = self._draw()
+        texts, scores, gold = self._judge(tokens)
+        ref = self.trainer.in_passes(
+            tokens, lambda t: self.trainer.reference.logprobs(t, temperature=self.sampling.logprob_temperature)
+        )
+        kl = core.kl_estimate(seen.logprobs, ref, tokens.mask)
+        metrics = {
+            "mean_reward": float(scores.total.mean()),
+            "std_reward": float(scores.total.std()) if len(texts) > 1 else 0.0,
+            "kl": float(core.masked_sum(kl, tokens.mask)) / len(texts),
+            "response_length": float(tokens.lengths.float().mean()),
+            "eos_rate": float(tokens.ended.float().mean()),
+            "distinct_2": distinct(texts, n=2),
+            **{f"reward/{name}": float(part.mean()) for name, part in scores.parts.items()},
+        }
+        if gold is not None:
+            metrics["gold"] = sum(gold) / len(gold)
+        metrics["objective"] = metrics["mean_reward"] - self.trainer.kl_controller.value * metrics["kl"]
+        return Evaluation(metrics, self._samples(texts, scores, gold))
+
+    def _draw(self, trunk: Any = None) -> tuple[Tokens, Any]:
+        trainer = self.trainer
+        trainer.policy.eval()
+        return sample(
+            trainer.policy,
+            self.prompts,
+            sampling=self.sampling,
+            noise=self.noise,
+            decode=trainer.decode,
+            trunk=trunk,
+        )
+
+    def _judge(self, tokens: Tokens) -> tuple[list[str], Scores, list[float] | None]:
+        texts = [self.trainer.decode(ids) for ids in tokens.response_lists()]
+        scores = self.trainer.reward(prompts=self.prompts.texts, completions=texts, **self.prompts.columns)
+        return texts, scores, None if self.gold is None else self.gold(self.prompts.texts, texts)
+
+    def _reference_answers(self) -> tuple[list[str], Scores, list[float] | None]:
+        """What the reference answers to the same prompts with the same noise; drawn once."""
+        if self._reference is None:
+            with self.trainer.reference.active() as trunk:
+                tokens, _ = self._draw(trunk)
+            self._reference = self._judge(tokens)
+        return self._reference
+
+    def _samples(self, texts: list[str], scores: Scores, gold: Sequence[float] | None) -> list[Sample]:
+        ref_texts, ref_scores, ref_gold = self._reference_answers()
+        return [
+            Sample(
+                prompt=as_text(self.prompts.texts[i]),
+                response=texts[i],
+                score=float(scores.total[i]),
+                reference_response=ref_texts[i],
+                reference_score=float(ref_scores.total[i]),
+                gold=None if gold is None else gold[i],
+                reference_gold=None if ref_gold is None else ref_gold[i],
+            )
+            for i in range(min(self.kept, len(texts)))
+        ]
+
+
+def distinct(texts: Sequence[str], *, n: int) -> float:
+    """The share of different n-grams among all n-grams of words, over all texts; 0 where there is none.
+
+    Source: Li et al. 2016, arXiv:1510.03055, section 4.
+    """
+    words = [text.lower().split() for text in texts]
+    grams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def as_text(prompt: Any) -> str:
+    """A prompt as one string; of a chat, its last message."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", prompt[-1]))

@@ -1,0 +1,273 @@
+"""A configuration made into objects and run: the only place that wires rooms to each other."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ppo_lab.config import Config, EvaluationSection, GenerationSection, PPOConfig
+from ppo_lab.errors import ConfigError
+from ppo_lab.evaluation import Evaluation, Evaluator, Gold
+from ppo_lab.models.loading import eos_ids, load_causal_lm, load_tokenizer, max_context, resolved_revision
+from ppo_lab.models.lora import wrap_lora
+from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_lab.rewards import build_reward
+from ppo_lab.rollout import Sampling
+from ppo_lab.tracking import Tracker, open_trackers
+from ppo_lab.trainer import PPOTrainer
+
+VERSIONED = ("ppo_lab", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "wandb")
+Metrics = dict[str, float]
+
+
+@dataclass
+class Lab:
+    """The objects of one run."""
+
+    config: Config
+    folder: Path
+    trainer: PPOTrainer
+    stream: Any
+    evaluator: Evaluator
+    trackers: Tracker
+    started: float = field(default_factory=time.time)
+    history: list[Metrics] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+
+def run(config: Config, folder: Path, composed: Mapping[str, Any], overrides: Sequence[str] = ()) -> float:
+    """Train as `config` says, leave everything in `folder`, and return the objective.
+
+    `composed` is the whole configuration as plain dictionaries, for the trackers; `overrides` is what the command line
+    changed, for the run's name.
+
+    Raises:
+        ConfigError: what only models and data could show to be wrong.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lab = build(config, folder, composed, overrides)
+    try:
+        train(lab)
+        lab.trainer.save_pretrained(str(folder / "model"))
+        summary = summarise(lab)
+    except BaseException as error:
+        status = "preempted" if isinstance(error, KeyboardInterrupt) else "failed"
+        lab.trackers.finish(status, {**summarise(lab), "reason": f"{type(error).__name__}: {error}"})
+        raise
+    lab.trackers.finish("finished", summary)
+    return summary["objective"]
+
+
+def build(config: Config, folder: Path, composed: Mapping[str, Any], overrides: Sequence[str]) -> Lab:
+    """Everything that a run needs, loaded in the order in which mistakes are cheapest to find."""
+    from ppo_lab.data import PromptStream, load_prompts
+
+    device = pick_device(config.device)
+    tokenizer = load_tokenizer(config.model)
+    context = max_context_of(config)
+    longest = config.data.max_prompt_tokens if context is None else context - config.generation.max_new_tokens
+    prompts = load_prompts(
+        config.data,
+        tokenizer,
+        max_prompt_tokens=min(config.data.max_prompt_tokens, longest),
+        seed=config.seed,
+    )
+    reward = build_reward(config.reward, device=device)
+    policy = load_policy(config, device)
+    trainer = PPOTrainer(
+        PPOConfig(**asdict(config.ppo), seed=config.seed, model_name=config.model.name),
+        policy,
+        tokenizer=tokenizer,
+        sampling=sampling(config.generation, policy, tokenizer),
+        reward=reward,
+        device=device,
+    )
+    evaluator = Evaluator(
+        trainer,
+        prompts.held_out[: config.evaluation.prompts],
+        sampling=evaluation_sampling(config.evaluation, trainer.sampling),
+        seed=config.evaluation.seed,
+        kept=config.evaluation.samples,
+        gold=gold_scorer(config),
+    )
+    stream = PromptStream(prompts.train, batch_size=config.ppo.batch_size, seed=config.seed)
+    trackers = open_trackers(
+        config.tracking, folder, composed, total_steps=config.ppo.steps, overrides=overrides
+    )
+    return Lab(config, folder, trainer, stream, evaluator, trackers)
+
+
+def train(lab: Lab) -> None:
+    """Evaluate, iterate, evaluate; every iteration's metrics to the trackers."""
+    every, steps = lab.config.evaluation.every, lab.config.ppo.steps
+    lab.evaluations.append(lab.evaluator())
+    lab.trackers.log_samples(lab.evaluations[-1].samples, 0)
+    for step, metrics in enumerate(lab.trainer.train(lab.stream), start=1):
+        if step == steps or (every and step % every == 0):
+            evaluation = lab.evaluator()
+            lab.evaluations.append(evaluation)
+            lab.trackers.log_samples(evaluation.samples, step)
+            metrics |= {f"eval/{name}": value for name, value in evaluation.metrics.items()}
+        lab.history.append(metrics)
+        lab.trackers.log(metrics, step)
+
+
+def load_policy(config: Config, device: str) -> AutoModelForCausalLMWithValueHead:
+    """The trunk with its adapter, if there is one, and its value head."""
+    import torch
+
+    torch.manual_seed(config.seed)
+    model = load_causal_lm(config.model, device=device)
+    if config.lora.r:
+        model = wrap_lora(model, config.lora)
+    policy = AutoModelForCausalLMWithValueHead(
+        model, v_head_init=config.model.v_head_init, v_head_init_std=config.model.v_head_init_std
+    )
+    policy.load_value_head(config.model.path)
+    return policy
+
+
+def sampling(section: GenerationSection, policy: AutoModelForCausalLMWithValueHead, tokenizer: Any) -> Sampling:
+    """The `generation` section as the sampler takes it.
+
+    Raises:
+        ConfigError: `stop_token` is not one token of this tokenizer.
+    """
+    ends = eos_ids(tokenizer, policy.trunk.model)
+    if section.stop_token:
+        ids = tokenizer.encode(section.stop_token, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ConfigError(
+                f"generation.stop_token={section.stop_token!r}: must be one token of this tokenizer, and is {len(ids)}; "
+                "use generation.stop_strings for longer texts"
+            )
+        ends = tuple(ids)
+    return Sampling(
+        max_new_tokens=section.max_new_tokens,
+        eos_ids=ends,
+        pad_id=tokenizer.pad_token_id,
+        min_new_tokens=section.min_new_tokens,
+        temperature=section.temperature,
+        top_k=section.top_k,
+        top_p=section.top_p,
+        stop_strings=tuple(section.stop_strings),
+        batch_size=section.batch_size,
+    )
+
+
+def evaluation_sampling(section: EvaluationSection, training: Sampling) -> Sampling:
+    """Sampling for evaluations: what `evaluation` sets, over what training uses."""
+    from dataclasses import replace
+
+    return replace(
+        training,
+        max_new_tokens=section.max_new_tokens or training.max_new_tokens,
+        min_new_tokens=min(training.min_new_tokens, section.max_new_tokens or training.max_new_tokens),
+        temperature=section.temperature,
+        top_k=section.top_k,
+        top_p=section.top_p,
+    )
+
+
+def gold_scorer(config: Config) -> Gold | None:
+    """The embedded world's rules, where its prompts are used; other data has no gold score."""
+    if type(config.data).__name__ != "EmbeddedData":
+        return None
+    from ppo_lab import embedded
+
+    return embedded.gold
+
+
+def pick_device(wanted: str) -> str:
+    """`auto` as the GPU, where there is one."""
+    import torch
+
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def max_context_of(config: Config) -> int | None:
+    """The longest sequence that the model takes, None where there is no limit."""
+    return max_context(config.model)
+
+
+# ---- The summary -----------------------------------------------------------------------------------------------
+
+
+def summarise(lab: Lab) -> dict[str, Any]:
+    """What summary.json holds; of a run that failed, as far as it came."""
+    tail = lab.history[-max(1, len(lab.history) // 10) :]
+    summary: dict[str, Any] = {
+        "status": "finished",
+        "steps": lab.trainer.iterations_done,
+        "eval": {
+            name: evaluation.metrics
+            for name, evaluation in zip(("first", "last"), lab.evaluations[:1] + lab.evaluations[-1:], strict=False)
+        },
+        "train": {},
+        "objective": None,
+        "wall_s": time.time() - lab.started,
+        "peak_memory_gb": lab.trainer.clock.peak_memory_gb(),
+        "seed": lab.config.seed,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "revisions": {"model": resolved_revision(lab.trainer.policy.trunk.model)},
+    }
+    if tail:
+        summary["train"] = {
+            "kl": fmean(m["kl"] for m in tail),
+            "mean_reward": fmean(m["mean_reward"] for m in tail),
+            "clip_fraction": fmean(m["clip_fraction"] for m in lab.history),
+        }
+        summary["tokens_per_second"] = fmean(m["tokens_per_second"] for m in lab.history)
+        summary["objective"] = objective(lab)
+    return summary
+
+
+def objective(lab: Lab) -> float:
+    """The number that a sweep maximises, out of the last evaluation.
+
+    Raises:
+        ConfigError: there is no such number in this run.
+    """
+    name = lab.config.objective.removeprefix("eval/")
+    found = lab.evaluations[-1].metrics
+    if name not in found:
+        raise ConfigError(
+            f"objective={lab.config.objective}: this run has no such metric; it has "
+            + ", ".join(f"eval/{key}" for key in sorted(found))
+        )
+    return found[name]
+
+
+def versions() -> dict[str, str]:
+    """The versions of what the numbers rest on."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str:
+    """The commit that this package was checked out at, with `+` where files were changed; empty outside git."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        return commit + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]  # noqa: S607
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()  # noqa: S603

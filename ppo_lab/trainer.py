@@ -1,0 +1,326 @@
+"""The PPO trainer. One iteration is the page that everything serves; the classic verbs of TRL call the same page.
+
+    prompts -> sample -> score -> collect (log-probs, values, reference log-probs) -> KL-shaped rewards
+            -> advantages (GAE, whitened) -> clipped updates -> metrics
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_lab import classic, core
+from ppo_lab.clock import Clock
+from ppo_lab.config import PPOConfig
+from ppo_lab.kl import AdaptiveKLController, FixedKLController
+from ppo_lab.metrics import Shaped, iteration_metrics
+from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead, Reference
+from ppo_lab.optim import make_optimizer, make_schedule
+from ppo_lab.rollout import NoiseKey, Sampling, sample
+from ppo_lab.scaling import RunningMoments, penalise_unended, scale_scores
+from ppo_lab.types import Batch, Forward, Prompts, Rollout, Scores, Tokens
+from ppo_lab.update import ClippedUpdates
+
+# Largest |log ratio| before the first optimizer step that rounding explains.
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+
+Reward = Callable[..., Scores]
+
+
+class PPOTrainer:
+    """Proximal policy optimisation of a language model against a reward, held to a reference by a KL penalty.
+
+    With `reward`, `iteration(prompts)` and `train(stream)` do everything. Without one, TRL's classic verbs are there:
+    `generate` answers queries and `step(queries, responses, scores)` learns from them; one query is enough.
+
+    Args:
+        config: the settings; `PPOConfig()` when None.
+        model: the policy, a plain or PEFT causal language model (which is then given a value head).
+        ref_model: the reference; None for the policy as it is now (its trunk with the adapter off under PEFT).
+        tokenizer: for padding, end of sequence and texts.
+        dataset: optional; `dataloader` then yields batches of `config.batch_size` through `data_collator`.
+        optimizer, lr_scheduler: in place of Adam and the schedule of the config; stepped once an optimizer step, and
+            once an iteration.
+        sampling: how `iteration` draws responses.
+        reward: called as `reward(prompts=..., completions=..., **columns)`, returning `Scores`.
+        device: where to train; by default the GPU if there is one.
+
+    Raises:
+        ValueError: naming the argument that is missing or of the wrong type.
+
+    Source: Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909.08593; the verbs are TRL 0.11's.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig | None = None,
+        model: Any = None,
+        ref_model: Any = None,
+        tokenizer: Any = None,
+        dataset: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        data_collator: Any = None,
+        lr_scheduler: Any = None,
+        *,
+        sampling: Sampling | None = None,
+        reward: Reward | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        classic.check_constructor(config, model, ref_model, tokenizer)
+        self.config = config or PPOConfig()
+        self.tokenizer, self.reward, self.dataset = tokenizer, reward, dataset
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.policy = classic.as_policy(model).to(self.device)
+        self.reference = Reference(self.policy, None if ref_model is None else ref_model.to(self.device))
+        self.sampling = sampling or classic.default_sampling(self.policy, tokenizer)
+        if self.config.gradient_checkpointing:
+            self.policy.gradient_checkpointing_enable()
+        self.optimizer = optimizer or _optimizer(self.policy, self.config)
+        self.lr_scheduler = lr_scheduler or _schedule(self.optimizer, self.config)
+        self.updates = ClippedUpdates(self.policy, self.optimizer, self.config)
+        self.kl_controller = _controller(self.config)
+        self.moments = RunningMoments()
+        self.iterations_done = 0
+        self.clock = Clock(self.device)
+        self.dataloader = classic.dataloader(dataset, data_collator, self.config)
+        self._noise_streams = 0
+        self._warned: set[str] = set()
+
+    # ---- The page ----------------------------------------------------------------------------------------------
+
+    def train(self, stream: Any) -> Iterator[dict[str, float]]:
+        """The metrics of each iteration up to `config.steps`, one iteration made whenever the next are asked for."""
+        while self.iterations_done < self.config.steps:
+            yield self.iteration(stream.next_batch())
+
+    def iteration(self, prompts: Prompts) -> dict[str, float]:
+        """One PPO iteration on a batch of prompts: sample, score, learn. Returns its metrics."""
+        tokens, seen = self.sample(prompts)
+        scores = self.score(prompts, tokens)
+        rollout = self.collect(tokens, seen)
+        return self.learn(rollout, scores)
+
+    def sample(self, prompts: Prompts) -> tuple[Tokens, Forward]:
+        """Responses of the policy, with the log-probs and values that fell out of sampling them."""
+        noise = NoiseKey(self.config.seed, self.iterations_done)
+        with self.clock("generate"):
+            self.policy.eval()
+            return sample(self.policy, prompts, sampling=self.sampling, noise=noise, decode=self.decode)
+
+    def score(self, prompts: Prompts, tokens: Tokens) -> Scores:
+        """What the reward says of the responses, as texts."""
+        assert self.reward is not None, "iteration() and train() need a reward; step() takes scores"
+        with self.clock("score"):
+            responses = [self.decode(ids) for ids in tokens.response_lists()]
+            return self.reward(prompts=prompts.texts, completions=responses, **prompts.columns)
+
+    @torch.no_grad()
+    def collect(self, tokens: Tokens, seen: Forward | None = None) -> Rollout:
+        """Log-probs, values and entropies of the responses under the policy, and the reference's log-probs.
+
+        `seen` is what sampling left; responses from elsewhere are passed through the policy once.
+        """
+        with self.clock("reference"):
+            self.policy.eval()
+            at = {"temperature": self.sampling.logprob_temperature}
+            forward = seen or self.in_passes(tokens, lambda t: self.policy.score(t, **at, entropy=True))
+            ref_logprobs = self.in_passes(tokens, lambda t: self.reference.logprobs(t, **at))
+            full_kl = None
+            if self.config.kl_penalty == "full":
+                full_kl = self.in_passes(tokens, lambda t: self.reference.full_kl(t, **at))
+        return Rollout(tokens, forward.logprobs, forward.values, ref_logprobs, forward.entropy, full_kl)
+
+    def learn(self, rollout: Rollout, scores: Scores) -> dict[str, float]:
+        """Everything after collection: rewards, advantages, clipped updates, KL controller. Returns the metrics."""
+        shaped = self.shape(rollout, scores)
+        with self.clock("update"):
+            self.policy.train()
+            update = self.updates.run(
+                shaped.batch,
+                temperature=self.sampling.logprob_temperature,
+                seed=(self.config.seed, self.iterations_done),
+            )
+        c = self.config
+        metrics = iteration_metrics(
+            shaped, scores, update, cliprange=c.cliprange, vf_coef=c.vf_coef, entropy_coef=c.entropy_coef
+        )
+        metrics["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        self._check_invariants(metrics)
+        self.kl_controller.update(metrics["objective/kl"], n_samples=len(rollout))
+        self.lr_scheduler.step()
+        self.iterations_done += 1
+        return {**metrics, **self.clock.read(tokens=int(rollout.tokens.mask.sum()))}
+
+    def shape(self, rollout: Rollout, scores: Scores) -> Shaped:
+        """KL-shaped rewards, and the advantages and returns that the updates aim at."""
+        c, mask = self.config, rollout.tokens.mask
+        total = scores.total.to(self.device, torch.float32)
+        total = penalise_unended(total, rollout.tokens.ended, missing_eos_penalty=c.missing_eos_penalty)
+        total = scale_scores(
+            total,
+            self.moments,
+            use_score_scaling=c.use_score_scaling,
+            use_score_norm=c.use_score_norm,
+            score_clip=c.score_clip,
+        )
+        kl = core.kl_estimate(
+            rollout.logprobs, rollout.ref_logprobs, mask, kl_penalty=c.kl_penalty, full_kl=rollout.full_kl
+        )
+        beta = self.kl_controller.value
+        rewards = core.shape_rewards(total, kl, mask, kl_coef=beta)
+        if c.whiten_rewards:
+            rewards = core.whiten(rewards, mask, shift_mean=False)
+        advantages, returns = core.gae(rewards, rollout.values, mask, gamma=c.gamma, lam=c.lam)
+        if c.whiten_advantages:
+            advantages = core.whiten(advantages, mask)
+        batch = Batch(rollout.tokens, rollout.logprobs, rollout.values, advantages, returns)
+        return Shaped(rollout, batch, total, kl, beta)
+
+    # ---- TRL's classic verbs -----------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        query_tensor: Tensor | Sequence[Tensor],
+        length_sampler: Callable[[], int] | None = None,
+        batch_size: int = 0,
+        return_prompt: bool = True,
+        generate_ref_response: bool = False,
+        **generation_kwargs: Any,
+    ) -> Any:
+        """Responses to one query or to a list of queries, as a list of 1-D tensors of token ids.
+
+        With `return_prompt` each begins with its query, in which nothing is cut. `length_sampler()` draws the number
+        of new tokens; `generate_ref_response` also returns the reference's responses, as a second list. Keywords are
+        those of transformers' generation. Without any, the distribution is sampled whole, at temperature 1. The
+        temperature used is that of later log-probs.
+        """
+        return classic.generate(
+            self, query_tensor, length_sampler, batch_size, return_prompt, generate_ref_response, generation_kwargs
+        )
+
+    def step(
+        self,
+        queries: Sequence[Tensor],
+        responses: Sequence[Tensor],
+        scores: Sequence[Tensor] | Tensor | Sequence[float],
+        response_masks: Sequence[Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """Learn from responses that were made anywhere, one score each; returns the statistics.
+
+        Queries and responses are 1-D tensors of token ids, responses without their query. Any non-empty batch will do.
+        `response_masks` are True on the response tokens to train on; the others stay context.
+
+        Raises:
+            ValueError: naming the argument, where types, lengths or emptiness are wrong.
+        """
+        tokens, raw = classic.check_step(self, queries, responses, scores, response_masks)
+        return self.learn(self.collect(tokens), Scores(raw))
+
+    def log_stats(self, stats: dict[str, Any], batch: dict[str, Any], rewards: Any, **_: Any) -> None:
+        """Send one step's statistics, and a table of its texts, to the tracker that `config.log_with` names."""
+        classic.log_stats(self, stats, batch, rewards)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write model or adapter, value head and tokenizer, as safetensors."""
+        self.policy.save_pretrained(save_directory, **kwargs)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(save_directory)
+
+    @property
+    def model(self) -> AutoModelForCausalLMWithValueHead:
+        """The policy, under its classic name."""
+        return self.policy
+
+    def next_noise_stream(self) -> int:
+        """A stream of noise of its own for every call of `generate`."""
+        self._noise_streams += 1
+        return self._noise_streams
+
+    # ---- State and invariants ----------------------------------------------------------------------------------
+
+    def decode(self, ids: list[int]) -> str:
+        """A response as text, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes while training but the prompt stream; all else follows from the config."""
+        return {
+            "iterations_done": self.iterations_done,
+            "policy": {name: p for name, p in self.policy.named_parameters() if p.requires_grad},
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "kl_controller": self.kl_controller.state_dict(),
+            "moments": self.moments.state_dict(),
+            "skipped_in_a_row": self.updates.skipped_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`.
+
+        Raises:
+            KeyError: a part of the state is missing.
+        """
+        parameters = dict(self.policy.named_parameters())
+        with torch.no_grad():
+            for name in (n for n, p in parameters.items() if p.requires_grad):
+                parameters[name].copy_(state["policy"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.kl_controller.load_state_dict(state["kl_controller"])
+        self.moments.load_state_dict(state["moments"])
+        self.updates.skipped_in_a_row = state["skipped_in_a_row"]
+        self.iterations_done = state["iterations_done"]
+
+    def _check_invariants(self, metrics: dict[str, float]) -> None:
+        """Warn, once each, where the first ratios or the first KL are not what they must be."""
+        rounding = ROUNDING.get(self.policy.dtype, 1e-3)
+        if metrics["ppo/policy/first_minibatch_ratio_error"] > rounding:
+            self._warn(
+                "ratio",
+                f"the policy's log-probs changed by {metrics['ppo/policy/first_minibatch_ratio_error']:.2g} before any "
+                "update: sampling and training do not see the same model (dropout, padding, or an adapter that did not "
+                "reach the sampler)",
+            )
+        if self.iterations_done == 0 and self.reference.is_start and abs(metrics["kl_per_token"]) > rounding:
+            self._warn(
+                "kl", f"KL to the reference is {metrics['kl']:.3g} nats before the first update, where it must be 0"
+            )
+
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def in_passes(self, tokens: Tokens, function: Callable[[Tokens], Any]) -> Any:
+        """`function`, which gives a tensor or a `Forward`, over all samples, a mini-batch at a time."""
+        size = self.config.mini_batch_size or self.config.batch_size
+        parts = [function(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+        return Forward.join(parts) if isinstance(parts[0], Forward) else torch.cat(parts)
+
+
+def _controller(config: PPOConfig) -> FixedKLController:
+    if config.adap_kl_ctrl:
+        return AdaptiveKLController(config.init_kl_coef, target=config.target, horizon=config.horizon)
+    return FixedKLController(config.init_kl_coef)
+
+
+def _optimizer(policy: AutoModelForCausalLMWithValueHead, config: PPOConfig) -> torch.optim.Optimizer:
+    return make_optimizer(
+        policy,
+        policy.v_head,
+        adam=config.adam,
+        learning_rate=config.learning_rate,
+        value_learning_rate=config.value_learning_rate,
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: PPOConfig) -> Any:
+    return make_schedule(
+        optimizer, lr_schedule=config.lr_schedule, warmup_steps=config.warmup_steps, steps=config.steps
+    )

@@ -1,0 +1,234 @@
+"""The clipped updates: a fixed batch in, a moved policy and what happened on the way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_lab import core
+from ppo_lab.config import PPOSection
+from ppo_lab.types import Batch
+
+# What is summed over real tokens while updating, in the order of the vector that holds it.
+SUMS = (
+    "tokens",
+    "policy_loss",
+    "value_loss",
+    "entropy",
+    "approxkl",
+    "policykl",
+    "clipped_low",
+    "clipped_high",
+    "ratio",
+    "vpred",
+    "value_error",
+    "value_clipped",
+)
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many optimizer steps in a row had to be skipped; the message says which checks to make."""
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """What the clipped updates of one iteration did: means over real tokens of every pass that was made.
+
+    `ratio_max` is the largest ratio seen; `first_ratio_error` is max |ratio - 1| before the first optimizer step,
+    which only rounding can move from 0; `grad_norm` is the mean norm before clipping; `skipped` counts the optimizer
+    steps not taken, `epochs` the passes over the batch that were.
+    """
+
+    policy_loss: float
+    value_loss: float
+    entropy: float
+    approxkl: float
+    policykl: float
+    clipped_low: float
+    clipped_high: float
+    ratio: float
+    vpred: float
+    value_error: float
+    value_clipped: float
+    ratio_max: float
+    first_ratio_error: float
+    grad_norm: float
+    skipped: int
+    epochs: int
+
+
+class ClippedUpdates:
+    """Several epochs of clipped, mini-batched updates on one batch.
+
+    The loss of an optimizer step is the mean over the real tokens of its optimizer batch, so that neither the
+    mini-batch size nor `micro_batch_tokens` changes a step whose optimizer batch stays the same.
+    """
+
+    def __init__(self, policy: Any, optimizer: torch.optim.Optimizer, config: PPOSection) -> None:
+        self.policy, self.optimizer, self.config = policy, optimizer, config
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.skipped_in_a_row = 0
+
+    def run(self, batch: Batch, *, temperature: float, seed: tuple[int, int]) -> UpdateStats:
+        """All epochs; `seed` is (run seed, iteration) and fixes the order of the mini-batches.
+
+        Raises:
+            TrainingDiverged: `max_skipped_updates` optimizer steps in a row had to be skipped.
+        """
+        totals, steps, epochs = torch.zeros(len(SUMS), dtype=torch.float64), [], 0
+        for epoch in range(self.config.ppo_epochs):
+            epoch_sums = torch.zeros_like(totals)
+            for rows in self.optimizer_batches(len(batch), seed=(*seed, epoch)):
+                step = self.optimizer_step(batch[rows], temperature=temperature)
+                epoch_sums += step.sums
+                steps.append(step)
+            totals, epochs = totals + epoch_sums, epochs + 1
+            if self.config.early_stopping and self._moved_too_far(epoch_sums):
+                break
+        return _summary(totals, steps, epochs)
+
+    def optimizer_batches(self, n: int, *, seed: tuple[int, ...]) -> Iterator[Tensor]:
+        """The rows of each optimizer step, shuffled; the last batch may be smaller, and no row is left out."""
+        generator = torch.Generator().manual_seed(hash_seed(*seed))
+        mini = self.config.mini_batch_size or self.config.batch_size
+        yield from torch.randperm(n, generator=generator).split(mini * self.config.gradient_accumulation_steps)
+
+    def optimizer_step(self, batch: Batch, *, temperature: float) -> OptimizerStep:
+        """One step on one optimizer batch, in as many passes as memory asks for."""
+        self.optimizer.zero_grad(set_to_none=True)
+        n_tokens = batch.tokens.mask.sum().clamp(min=1)
+        sums = torch.zeros(len(SUMS), device=n_tokens.device)
+        extremes = torch.ones(2, device=n_tokens.device)
+        for rows in self._passes(batch):
+            loss, pass_sums, pass_extremes = self._losses(batch[rows], temperature)
+            (loss / n_tokens).backward()
+            sums += pass_sums
+            extremes = torch.stack([extremes[0].minimum(pass_extremes[0]), extremes[1].maximum(pass_extremes[1])])
+        limit = self.config.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        done = OptimizerStep.read(sums, extremes, grad_norm)
+        if self._may_step(done):
+            self.optimizer.step()
+        return done
+
+    def _losses(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The summed loss of one pass, its sums for the statistics, and its smallest and largest ratio."""
+        c, mask = self.config, batch.tokens.mask
+        new = self.policy.score(batch.tokens, temperature=temperature, entropy=c.entropy_coef > 0)
+        policy = core.policy_loss(
+            new.logprobs,
+            batch.logprobs,
+            batch.advantages,
+            mask,
+            cliprange=c.cliprange,
+            cliprange_high=c.cliprange_high or None,
+        )
+        value = core.value_loss(
+            new.values, batch.values, batch.returns, mask, cliprange_value=c.cliprange_value
+        )
+        entropy = torch.zeros_like(new.logprobs) if new.entropy is None else new.entropy
+        loss = policy.loss + c.vf_coef * value.loss - c.entropy_coef * entropy
+        log_ratio = new.logprobs.detach() - batch.logprobs
+        ratio = policy.ratio.detach().masked_fill(~mask, 1.0)
+        per_token = (
+            torch.ones_like(log_ratio),
+            policy.loss.detach(),
+            value.loss.detach(),
+            entropy.detach(),
+            0.5 * log_ratio**2,
+            -log_ratio,
+            policy.clipped_low.float(),
+            policy.clipped_high.float(),
+            ratio,
+            new.values.detach(),
+            (new.values.detach() - batch.returns) ** 2,
+            value.clipped.float(),
+        )
+        sums = torch.stack([core.masked_sum(x, mask) for x in per_token])
+        return core.masked_sum(loss, mask), sums, torch.stack([ratio.min(), ratio.max()])
+
+    def _passes(self, batch: Batch) -> list[Tensor]:
+        """Rows of each forward and backward pass: mini-batches, split further by `micro_batch_tokens`.
+
+        Under a token limit rows are sorted by length, so that little padding is computed.
+        """
+        mini, limit = self.config.mini_batch_size or self.config.batch_size, self.config.micro_batch_tokens
+        if not limit:
+            return list(torch.arange(len(batch)).split(mini))
+        lengths = (batch.tokens.query_mask.sum(1) + batch.tokens.lengths).cpu()
+        return pack_by_tokens(lengths, limit=limit)
+
+    def _may_step(self, step: OptimizerStep) -> bool:
+        """Whether a step may be taken; counts those that may not."""
+        ratio = step.sums[SUMS.index("ratio")] / step.sums[0].clamp(min=1)
+        step.taken = step.is_finite and not 0 < self.config.ratio_threshold < ratio
+        self.skipped_in_a_row = 0 if step.taken else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= self.config.max_skipped_updates:
+            raise TrainingDiverged(
+                f"{self.skipped_in_a_row} optimizer steps in a row were skipped, the last with gradient norm "
+                f"{step.grad_norm:.3g} and mean ratio {ratio:.3g}: a loss or gradient is not finite, or the policy moved "
+                "too far in one iteration. Lower ppo.learning_rate or ppo.ppo_epochs, and look at "
+                "ppo/policy/first_minibatch_ratio_error, which should be near 0"
+            )
+        return step.taken
+
+    def _moved_too_far(self, sums: Tensor) -> bool:
+        return bool(sums[SUMS.index("policykl")] / sums[0].clamp(min=1) > 1.5 * self.config.target_kl)
+
+
+@dataclass
+class OptimizerStep:
+    """One optimizer step as numbers on the host: token sums, ratio extremes, the gradient's norm, whether it was taken."""
+
+    sums: Tensor
+    ratio_min: float
+    ratio_max: float
+    grad_norm: float
+    taken: bool = True
+
+    @classmethod
+    def read(cls, sums: Tensor, extremes: Tensor, grad_norm: Tensor) -> OptimizerStep:
+        """Fetch everything in one synchronisation with the device."""
+        numbers = torch.cat([sums.double(), extremes.double(), grad_norm.double().reshape(1)]).cpu()
+        return cls(numbers[: len(SUMS)], *numbers[len(SUMS) :].tolist())
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient are numbers."""
+        return bool(self.sums.isfinite().all()) and math.isfinite(self.grad_norm)
+
+
+def pack_by_tokens(lengths: Tensor, *, limit: int) -> list[Tensor]:
+    """Rows, longest first, in groups whose padded size stays within `limit` tokens; a longer row stands alone."""
+    groups: list[list[int]] = []
+    for row in lengths.argsort(descending=True, stable=True).tolist():
+        if groups and int(lengths[groups[-1][0]]) * (len(groups[-1]) + 1) <= limit:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [torch.tensor(group) for group in groups]
+
+
+def hash_seed(*numbers: int) -> int:
+    """One 63-bit seed out of several numbers, by NumPy's SeedSequence."""
+    import numpy as np
+
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _summary(totals: Tensor, steps: list[OptimizerStep], epochs: int) -> UpdateStats:
+    means = dict(zip(SUMS[1:], (totals[1:] / totals[0].clamp(min=1)).tolist(), strict=True))
+    first = steps[0]
+    return UpdateStats(
+        **means,
+        ratio_max=max(step.ratio_max for step in steps),
+        first_ratio_error=max(abs(first.ratio_max - 1.0), abs(first.ratio_min - 1.0)),
+        grad_norm=sum(step.grad_norm for step in steps) / len(steps),
+        skipped=sum(not step.taken for step in steps),
+        epochs=epochs,
+    )
