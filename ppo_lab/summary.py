@@ -1,0 +1,289 @@
+"""The page at the end of a run: before and after, the verdict, answers, what lies where."""
+
+from __future__ import annotations
+
+import io
+import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from ppo_lab.types import Sample
+
+WIDE = 110
+
+
+def visible(text: str, *, limit: int = 300) -> str:
+    """Text on one line that no terminal obeys: control characters spelt out, shortened."""
+    shown = "".join(_visible_character(character) for character in text[: limit + 1])
+    return shown if len(text) <= limit else shown[:limit].rstrip() + "…"
+
+
+def _visible_character(character: str) -> str:
+    if character.isprintable():
+        return character
+    if character == "\n":
+        return "⏎"
+    return " " if character.isspace() and character in " \t\u00a0\u3000" else ascii(character)[1:-1]
+
+
+def number(value: float | None) -> str:
+    """A number as people read it: three significant digits, `-` for none."""
+    if value is None or value != value:
+        return "-"
+    value = float(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def percent(value: float | None) -> str:
+    """A share in per cent, `-` for none."""
+    return "-" if value is None or value != value else f"{100 * float(value):.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def verdict(
+    summary: Mapping[str, Any], gold_history: Sequence[float] = ()
+) -> list[tuple[str, str]]:
+    """What the numbers say, each remark with a style: score, gold score, epsilon.
+
+    Gold counts as fallen below its own peak when it lost more than a tenth of what it had gained
+    up to there.
+    """
+    status, steps = summary.get("status", "finished"), summary.get("steps")
+    if status != "finished":
+        reason = visible(str(summary.get("error") or ""))
+        return [(f"the run was {status} after {steps} iterations {reason}".rstrip(), "bold red")]
+    first, last = _evaluations(summary)
+    remarks = [*_about_score(first, last), *_about_gold(first, last, gold_history)]
+    clipped = (summary.get("train") or {}).get("clip_fraction")
+    if clipped is not None and clipped < 0.01:
+        text = f"clip_fraction averages {percent(clipped)}: epsilon (ppo.cliprange) never binds"
+        remarks.append((text, "yellow"))
+    return remarks
+
+
+def _about_score(first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    before, after, spread = (
+        first.get("mean_reward"),
+        last.get("mean_reward"),
+        first.get("std_reward"),
+    )
+    if before is None or after is None:
+        return
+    rise = after - before
+    text = f"the held-out score {'rose' if rise > 0 else 'fell'} by {number(abs(rise))}"
+    if spread:
+        text += f", {abs(rise) / spread:.1f} standard deviations of the scores before"
+    yield text, "bold green" if spread and rise > spread else "green" if rise > 0 else "yellow"
+
+
+def _about_gold(
+    first: Mapping[str, Any], last: Mapping[str, Any], history: Sequence[float]
+) -> Iterator[tuple[str, str]]:
+    before, after = first.get("gold"), last.get("gold")
+    if before is None or after is None:
+        return
+    rose = (last.get("mean_reward") or 0.0) > (first.get("mean_reward") or 0.0)
+    peak = max([before, after, *history])
+    if rose and after < before:
+        text = f"proxy rose, gold fell from {number(before)} to {number(after)}: reward hacking"
+        yield f"{text} (a larger ppo.init_kl_coef holds it back)", "bold red"
+    elif peak - after > 0.1 * (peak - before):
+        yield (
+            f"gold fell below its own peak, {number(peak)} to {number(after)}: over-optimised",
+            "red",
+        )
+    elif rose:
+        yield f"gold rose with it, from {number(before)} to {number(after)}", "green"
+
+
+def _evaluations(summary: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    found = summary.get("eval") or {}
+    return found.get("first") or {}, found.get("last") or {}
+
+
+def summary_page(
+    summary: Mapping[str, Any],
+    samples: Sequence[Sample],
+    folder: Path,
+    commands: Sequence[str] = (),
+    *,
+    gold_history: Sequence[float] = (),
+    width: int = 80,
+) -> RenderableType:
+    """The page at the end of a run: before and after, the verdict, three answers, what is where.
+
+    `summary` is what summary.json holds; `commands` are shown as worth trying next.
+    """
+    parts: list[RenderableType] = [
+        Rule(f"{summary.get('status', 'finished')}: {short_path(folder)}")
+    ]
+    if _evaluations(summary)[0]:
+        parts += [_before_and_after(summary), Text(_costs(summary), style="dim"), ""]
+    parts.append(_remarks(verdict(summary, gold_history)))
+    parts += [part for sample in samples[:3] for part in ("", _answers(sample, wide=width >= WIDE))]
+    parts += ["", _places(folder), "", Text("try next", style="bold")]
+    parts += [
+        Text(f"  {command}", no_wrap=True, overflow="ignore")
+        for command in commands or next_commands(folder)
+    ]
+    return Group(*parts)
+
+
+def print_summary(
+    summary: Mapping[str, Any],
+    samples: Sequence[Sample],
+    folder: Path,
+    commands: Sequence[str] = (),
+    *,
+    gold_history: Sequence[float] = (),
+    console: Console | None = None,
+) -> None:
+    """Print the summary page."""
+    console = console or Console(highlight=False)
+    spell_out_missing_letters(console)
+    page = summary_page(
+        summary, samples, folder, commands, gold_history=gold_history, width=console.width
+    )
+    console.print(page)
+
+
+def _remarks(remarks: Sequence[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 1))
+    for text, style in remarks:
+        table.add_row("*", Text(text, style=style))
+    return table
+
+
+_ROWS = (
+    ("mean_reward", number),
+    ("gold", number),
+    ("kl", number),
+    ("response_length", number),
+    ("distinct_2", number),
+)
+
+
+def _before_and_after(summary: Mapping[str, Any]) -> Table:
+    first, last = _evaluations(summary)
+    table = Table(
+        "held-out prompts", box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0)
+    )
+    for title in ("before", "after", "change"):
+        table.add_column(title, justify="right")
+    for name, shown in _ROWS:
+        before, after = first.get(name), last.get(name)
+        if before is None and after is None:
+            continue
+        change = None if before is None or after is None else after - before
+        spread = [
+            f" ± {number(side['std_reward'])}"
+            if name == "mean_reward" and side.get("std_reward") is not None
+            else ""
+            for side in (first, last)
+        ]
+        signed = "" if change is None else f"{'+' if change >= 0 else ''}{number(change)}"
+        table.add_row(name, shown(before) + spread[0], shown(after) + spread[1], signed)
+    return table
+
+
+def _costs(summary: Mapping[str, Any]) -> str:
+    train = summary.get("train") or {}
+    costs = [
+        ("clip_fraction", train.get("clip_fraction"), percent),
+        ("tokens/s", summary.get("tokens_per_second"), number),
+        ("time", summary.get("wall_s"), duration),
+        ("peak memory", summary.get("peak_memory_gb"), lambda value: f"{number(value)} GB"),
+    ]
+    return "   ".join(f"{name} {shown(value)}" for name, value, shown in costs if value is not None)
+
+
+def _answers(sample: Sample, *, wide: bool) -> RenderableType:
+    """One prompt with both answers: side by side where there is room."""
+    prompt = Text(visible(sample.prompt), style="bold")
+    sides = [
+        (
+            "reference",
+            sample.reference_response,
+            sample.reference_score,
+            sample.reference_gold,
+            "dim",
+        ),
+        ("policy", sample.response, sample.score, sample.gold, "cyan"),
+    ]
+    texts = [_answer(*side) for side in sides if side[1] is not None]
+    if not wide:
+        return Group(prompt, *(Padding(text, (0, 0, 0, 2), expand=False) for text in texts))
+    grid = Table.grid(padding=(0, 2), expand=True)
+    for _ in texts:
+        grid.add_column(ratio=1)
+    grid.add_row(*texts)
+    return Group(prompt, Padding(grid, (0, 0, 0, 2)))
+
+
+def _answer(who: str, response: str, score: float | None, gold: float | None, style: str) -> Text:
+    judged = f"score {number(score)}" + (f", gold {number(gold)}" if gold is not None else "")
+    return Text.assemble((f"{who} ({judged}): ", style), visible(response or ""))
+
+
+_PLACES = {
+    "metrics.jsonl": "every metric, a line an iteration",
+    "samples.jsonl": "prompts and answers",
+    "summary.json": "these figures",
+    "model": "the trained model or adapter",
+    "checkpoints": "to resume from",
+    "wandb": "what W&B holds",
+    ".hydra": "the composed config",
+}
+
+
+def _places(folder: Path) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    for name, meaning in _PLACES.items():
+        if (folder / name).exists():
+            table.add_row(Text(f"  {name}"), Text(meaning, style="dim"))
+    where = Text("in ", style="bold").append(short_path(folder))
+    where.no_wrap, where.overflow = True, "ignore"
+    return Group(where, table)
+
+
+def next_commands(folder: Path) -> list[str]:
+    """Commands worth trying after this run."""
+    here = shlex.quote(short_path(folder))
+    return [
+        f"python -m ppo_lab.compare {here}",
+        "python -m ppo_lab -m ppo.init_kl_coef=0.05,0.2 ppo.cliprange=0.1,0.2",
+        *(
+            [f"wandb leet {shlex.quote(short_path(folder / 'wandb'))}"]
+            if (folder / "wandb").is_dir()
+            else []
+        ),
+    ]
+
+
+def short_path(path: Path) -> str:
+    """The path from the current folder, where that is shorter."""
+    absolute = str(path.absolute())
+    try:
+        return min(os.path.relpath(absolute), absolute, key=len)
+    except ValueError:  # another drive
+        return absolute
+
+
+def spell_out_missing_letters(console: Console) -> None:
+    """Where the output's encoding lacks a letter, spell it out."""
+    if isinstance(console.file, io.TextIOWrapper):
+        console.file.reconfigure(errors="backslashreplace")
