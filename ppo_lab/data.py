@@ -1,0 +1,238 @@
+"""Prompt sets, and the resumable stream of prompt batches that training draws from them."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ppo_lab.config import DataSection, EmbeddedData, FileData, HubData
+from ppo_lab.errors import ConfigError
+from ppo_lab.prompt_tokens import PromptEncoder
+from ppo_lab.tables import Columns, column_names, find_file, read_file, read_hub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ppo_lab.types import Prompts
+
+log = logging.getLogger(__name__)
+
+# one stream of random numbers for each purpose, so that none depends on what another has drawn
+_ORDER, _SPLIT, _CUT = 0, 1, 2
+
+_RESERVED = ("prompts", "completions", "completion_ids")
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """The prompts to train on and those kept for evaluation; no prompt is in both."""
+
+    train: Prompts
+    held_out: Prompts
+
+
+class PromptStream:
+    """Endless batches of prompts; every epoch holds each prompt once, in an order that (seed, epoch) fixes.
+
+    A batch may hold the end of one epoch and the beginning of the next. The state is the place in the stream.
+    """
+
+    def __init__(
+        self, prompts: Prompts, *, batch_size: int, seed: int, shuffle: bool = True
+    ) -> None:
+        """The stream from its beginning; without `shuffle` every epoch has the order of `prompts`."""
+        if not len(prompts):
+            raise ValueError("prompts: a stream needs at least one prompt.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: it must be at least 1.")
+        self.prompts = prompts
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+        self.position = 0
+
+    def next_batch(self) -> Prompts:
+        """The next `batch_size` prompts."""
+        rows: list[int] = []
+        while len(rows) < self.batch_size:
+            taken = self._order()[self.position :][: self.batch_size - len(rows)]
+            rows += taken
+            self.position += len(taken)
+            if self.position == len(self.prompts):
+                self.epoch, self.position = self.epoch + 1, 0
+        return self.prompts[rows]
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the stream, and what the order depends on."""
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "seed": self.seed,
+            "prompts": len(self.prompts),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where a stream over the same prompts was.
+
+        Raises:
+            ValueError: it had another number of prompts or another seed, and so another order.
+        """
+        for name, ours in (("prompts", len(self.prompts)), ("seed", self.seed)):
+            if state[name] != ours:
+                raise ValueError(
+                    f"the stream of prompts was saved with {name}={state[name]}, now it has {ours}: "
+                    "its order cannot be continued."
+                )
+        self.epoch, self.position = state["epoch"], state["position"]
+
+    def _order(self) -> list[int]:
+        """The rows of this epoch in their order."""
+        if not self.shuffle:
+            return list(range(len(self.prompts)))
+        return _generator(self.seed, _ORDER, self.epoch).permutation(len(self.prompts)).tolist()
+
+
+def load_prompts(
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_tokens: int = 0,
+    seed: int = 0,
+) -> PromptSets:
+    """The prompts that a `data` section describes, tokenized, bounded in length, cut and split.
+
+    `max_prompt_tokens` is what the model's context leaves for a prompt, 0 = no limit; the section's own bound holds
+    as well. Lengths count every token of the prompt, those that the tokenizer or the chat template adds included.
+    Every other column of the data stands in `Prompts.columns`.
+
+    Raises:
+        ConfigError: the data cannot be read or no prompt is left; the message says why.
+    """
+    bounds = [bound for bound in (section.max_prompt_tokens, max_prompt_tokens) if bound]
+    encoder = PromptEncoder(
+        tokenizer,
+        shortest=section.min_prompt_tokens,
+        longest=min(bounds, default=0),
+        truncate=section.long_prompts == "truncate",
+        chat=section.chat,
+    )
+    if isinstance(section, EmbeddedData):
+        from ppo_lab import embedded
+
+        train, held_out = (embedded.prompts(split) for split in ("train", "held_out"))
+        return PromptSets(encoder.encode(train, {}), encoder.encode(held_out, {}))
+    assert isinstance(section, FileData), f"no such source of prompts: {type(section).__name__}"
+    columns = _limited(_read(section), section.limit)
+    texts = _take_prompts(columns, section)
+    prompts = encoder.encode(texts, columns, cuts=_cuts(section, len(texts), seed))
+    return split_prompts(prompts, held_out=section.held_out, seed=seed)
+
+
+def split_prompts(prompts: Prompts, *, held_out: float, seed: int) -> PromptSets:
+    """The prompts in two parts, drawn by `seed`; `held_out` is a share below 1, a number from 1 on, 0 = none.
+
+    Held-out prompts are distinct, and whatever repeats one of them is left out of training: a prompt is never in
+    both parts.
+
+    Raises:
+        ConfigError: there are not enough distinct prompts.
+    """
+    wanted = int(held_out) if held_out >= 1 else int(np.ceil(held_out * len(prompts)))
+    first_rows: dict[tuple[int, ...], int] = {}
+    for row, ids in enumerate(prompts.ids):
+        first_rows.setdefault(tuple(ids), row)
+    if wanted >= len(first_rows):
+        raise ConfigError(
+            f"data.held_out={held_out:g}: {wanted} of {len(first_rows)} distinct prompts would leave none to train on; "
+            "lower it (0 = none) or use more prompts."
+        )
+    order = _generator(seed, _SPLIT).permutation(len(first_rows))[:wanted]
+    keys = list(first_rows)
+    kept = {keys[i] for i in order.tolist()}
+    train = [row for row, ids in enumerate(prompts.ids) if tuple(ids) not in kept]
+    return PromptSets(prompts[train], prompts[sorted(first_rows[key] for key in kept)])
+
+
+def problems(section: DataSection, *, key: str = "data") -> list[str]:
+    """Everything that can be said against a data set before it is read: one sentence each, none if all is well."""
+    if isinstance(section, HubData):
+        return [] if section.path else [f"{key}.path: name the data set on the hub, as owner/name."]
+    if not isinstance(section, FileData):
+        return []
+    try:
+        file = find_file(section.path)
+        _refuse_unknown_column(column_names(file), section)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def _read(section: FileData) -> Columns:
+    if isinstance(section, HubData):
+        return read_hub(
+            section.path, name=section.subset, split=section.split, revision=section.revision
+        )
+    file = find_file(section.path)
+    return read_file(file, text_columns=(section.prompt_column,))
+
+
+def _limited(columns: Columns, limit: int) -> Columns:
+    """The first `limit` rows; all of them if that is 0."""
+    return {name: values[: limit or None] for name, values in columns.items()}
+
+
+def _take_prompts(columns: Columns, section: FileData) -> list[Any]:
+    """The prompts, taken out of the columns; those that a reward could not be given are left out."""
+    if not any(columns.values()):
+        raise ConfigError(f"data.path={section.path}: the data set has no rows.")
+    _refuse_unknown_column(list(columns), section)
+    prompts = columns.pop(section.messages_column or section.prompt_column)
+    for name in _RESERVED:
+        if columns.pop(name, None) is not None:
+            log.warning(
+                "data: the column %r is left out; rewards get their own under that name", name
+            )
+    return [_without_answer(p) for p in prompts] if section.messages_column else prompts
+
+
+def _without_answer(messages: Any) -> Any:
+    """A conversation up to what the assistant is to answer."""
+    if not isinstance(messages, list):
+        return messages
+    end = len(messages)
+    while (
+        end and isinstance(messages[end - 1], dict) and messages[end - 1].get("role") == "assistant"
+    ):
+        end -= 1
+    return messages[:end]
+
+
+def _refuse_unknown_column(names: Sequence[str], section: FileData) -> None:
+    key = "messages_column" if section.messages_column else "prompt_column"
+    wanted = getattr(section, key)
+    if wanted in names or not names:
+        return
+    near = difflib.get_close_matches(wanted, names, n=1)
+    hint = f" Did you mean data.{key}={near[0]}?" if near else ""
+    raise ConfigError(
+        f"data.{key}={wanted}: {section.path} has no such column; it has {', '.join(names)}.{hint}"
+    )
+
+
+def _cuts(section: FileData, count: int, seed: int) -> list[int]:
+    """How many first tokens of each prompt are kept; empty = all of them."""
+    if not section.cut_max_tokens:
+        return []
+    low = section.cut_min_tokens or section.cut_max_tokens
+    return _generator(seed, _CUT).integers(low, section.cut_max_tokens + 1, size=count).tolist()
+
+
+def _generator(*key: int) -> np.random.Generator:
+    """Random numbers of their own for every key; nothing global is read or changed."""
+    return np.random.default_rng(key)

@@ -1,0 +1,334 @@
+"""A sequence classifier as a reward: it reads prompt and response as text, with its own tokenizer."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_lab.rewards.conversation import as_chat, is_chat, joined
+from ppo_lab.rewards.scoring import RewardError, Scorer
+
+
+def model_scorer(section: Any, *, device: str) -> Scorer:
+    """The classifier that `reward=model` names.
+
+    Raises:
+        RewardError: it cannot be had, has no trained head, does not fit its tokenizer, or `label` is not among its
+            labels.
+    """
+    place = device if section.device in ("", "auto") else section.device
+    model = load_classifier(
+        section.path,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        dtype=section.dtype,
+        device=place,
+    )
+    tokenizer = load_reward_tokenizer(
+        section.tokenizer or section.path,
+        revision="" if section.tokenizer else section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+    return Classifier(
+        model,
+        tokenizer,
+        label=section.label,
+        output=section.output,
+        text=section.text,
+        chat_template=section.chat_template,
+        append_eos=section.append_eos,
+        batch_size=section.batch_size,
+        max_length=section.max_length,
+    )
+
+
+def embedded_scorer(section: Any, *, device: str) -> Scorer:
+    """The reward model of the embedded help desk, built on its first use."""
+    from ppo_lab import embedded
+
+    path = str(embedded.reward_path())
+    model = load_classifier(path, device=device)
+    return Classifier(model, load_reward_tokenizer(path), batch_size=section.batch_size)
+
+
+class Classifier:
+    """Scores by one output of a sequence classifier: in evaluation mode, without gradients, as float32.
+
+    A sample's score depends on its own text alone, whatever stands beside it in the batch: texts are padded with an
+    attention mask and the padding is never taken for the text's end. Texts over `max_length` tokens lose their
+    beginning, so that the response stays.
+
+    `chat_template`: `auto` uses the tokenizer's template where the prompt is a chat and there is a template.
+    `append_eos`: `auto` appends the end-of-sequence token to plain texts of decoders, the form in which TRL's
+    RewardTrainer shows them in training; not to a chat template's text, nor for an encoder, nor where the tokenizer
+    closes its texts itself.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        label: str = "",
+        output: str = "logit",
+        text: str = "prompt_and_completion",
+        chat_template: str = "auto",
+        append_eos: str = "auto",
+        batch_size: int = 32,
+        max_length: int = 0,
+    ) -> None:
+        """A scorer that owns `model`, a loaded AutoModelForSequenceClassification."""
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.index = label_index(model.config, label)
+        self.output = output
+        self.text = text
+        self.chat_template = chat_template
+        self.batch_size = batch_size
+        self.max_length = max_length or longest_text(model, tokenizer)
+        _refuse_foreign_tokenizer(model, tokenizer)
+        if chat_template == "always" and not tokenizer.chat_template:
+            raise RewardError(
+                "reward.chat_template=always: the reward model's tokenizer has no chat template."
+            )
+        self.pad_token_id = _pad_token_id(model, tokenizer)
+        no_pad = model.config.get_text_config().pad_token_id is None
+        self._unpadded_head = _is_decoder(model) and no_pad
+        if self._unpadded_head:
+            _read_last_position(model)
+        self.append_eos = _appends_eos(model, tokenizer, append_eos)
+        self._eos_in_chats = append_eos == "always"
+
+    @torch.inference_mode()
+    def __call__(self, prompts: list[Any], completions: list[str], **columns: Any) -> Tensor:
+        """The scores, shape (batch,), on the CPU."""
+        ids = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
+        scores = torch.empty(len(ids))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            scores[rows] = self._forward([ids[i] for i in rows])
+        return scores
+
+    def _encode(self, prompt: Any, completion: str) -> list[int]:
+        """The token ids that stand for one sample."""
+        chat = self._as_chat(prompt)
+        text = self._chat_text(prompt, completion) if chat else self._plain_text(prompt, completion)
+        ids = self.tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
+        eos = self.tokenizer.eos_token_id
+        ends = self._eos_in_chats if chat else self.append_eos
+        ids = [*ids, eos] if ends and (len(ids) < 2 or ids[-1] != eos) else ids
+        return self._shortened(ids, keep_first=not chat) or [self.pad_token_id]
+
+    def _as_chat(self, prompt: Any) -> bool:
+        has_template = bool(self.tokenizer.chat_template)
+        auto = self.chat_template == "auto" and has_template and is_chat(prompt)
+        return self.chat_template == "always" or auto
+
+    def _chat_text(self, prompt: Any, completion: str) -> str:
+        messages = as_chat(prompt, completion)
+        if self.text == "completion":
+            messages = messages[-1:]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False)
+
+    def _plain_text(self, prompt: Any, completion: str) -> str:
+        return completion if self.text == "completion" else joined(prompt, completion)
+
+    def _shortened(self, ids: list[int], *, keep_first: bool) -> list[int]:
+        """At most `max_length` ids, cut at the beginning; a special token that opens the text stays."""
+        if not self.max_length or len(ids) <= self.max_length:
+            return ids
+        special = keep_first and ids[0] in self.tokenizer.all_special_ids and self.max_length > 1
+        return ids[:1] + ids[1 - self.max_length :] if special else ids[-self.max_length :]
+
+    def _forward(self, ids: list[list[int]]) -> Tensor:
+        """The scores of texts that fit into one pass."""
+        inputs = self._padded(ids)
+        logits = self.model(**inputs).logits.float()
+        if self.output == "logit":
+            return logits[:, self.index].cpu()
+        single = logits.shape[1] == 1
+        logprobs = torch.nn.functional.logsigmoid(logits) if single else logits.log_softmax(-1)
+        chosen = logprobs[:, self.index].cpu()
+        return chosen if self.output == "log_probability" else chosen.exp()
+
+    def _padded(self, ids: list[list[int]]) -> dict[str, Tensor]:
+        """The rectangle that the model reads.
+
+        Right-padded: absolute positions then need no care, and the head finds the last token by the pad id. A head
+        without a pad id reads the last column, so its texts are left-padded with positions of their own.
+        """
+        width = max(map(len, ids))
+        left = self._unpadded_head
+        rows, mask = [], []
+        for row in ids:
+            gap = width - len(row)
+            rows.append(
+                [self.pad_token_id] * gap + row if left else row + [self.pad_token_id] * gap
+            )
+            mask.append([0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap)
+        device = self.model.device
+        attention = torch.tensor(mask, device=device)
+        inputs = {"input_ids": torch.tensor(rows, device=device), "attention_mask": attention}
+        if left and _takes(self.model, "position_ids"):
+            inputs["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)
+        return inputs
+
+
+def load_classifier(
+    path: str,
+    *,
+    revision: str = "",
+    trust_remote_code: bool = False,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> Any:
+    """A sequence classifier from a folder or the hub, on its device.
+
+    Raises:
+        RewardError: it cannot be had, or its classification head was never trained.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    name = str(Path(path).expanduser()) if path.startswith("~") else path
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            revision=revision or None,
+            trust_remote_code=trust_remote_code,
+            dtype=_dtype(dtype, device),
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise RewardError(_unavailable("the reward model", path, error)) from error
+    if new := sorted(report["missing_keys"]):
+        raise RewardError(
+            f"reward.path={path}: this is no trained sequence classifier; its weights lack {', '.join(new[:3])}. "
+            "Train one with `python -m ppo_lab.reward_model`, or name another."
+        )
+    return model.to(device)
+
+
+def load_reward_tokenizer(path: str, *, revision: str = "", trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a reward model.
+
+    Raises:
+        RewardError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    name = str(Path(path).expanduser()) if path.startswith("~") else path
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision or None, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise RewardError(_unavailable("the tokenizer of the reward model", path, error)) from error
+
+
+def label_index(config: Any, label: str) -> int:
+    """The column of the logits that `label`, a name or a number, stands for; the only one if it is empty.
+
+    Raises:
+        RewardError: there are several and none is named, or there is no such label.
+    """
+    names = {int(index): str(name) for index, name in config.id2label.items()}
+    listed = ", ".join(f"{index} ({name})" for index, name in sorted(names.items()))
+    if not label:
+        if len(names) == 1:
+            return 0
+        raise RewardError(
+            f"reward.label: the reward model has several outputs; name one of {listed}."
+        )
+    for index, name in names.items():
+        if label.lower() in (name.lower(), str(index)):
+            return index
+    raise RewardError(
+        f"reward.label={label}: the reward model has no such output; it has {listed}."
+    )
+
+
+def longest_text(model: Any, tokenizer: Any) -> int:
+    """The longest text that model and tokenizer take, tokens; 0 where neither states a limit."""
+    config = model.config.get_text_config()
+    # RoBERTa's kin count positions from padding_idx + 1 within the same table
+    skipped = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    limits = [positions - (0 if skipped is None else skipped + 1), tokenizer.model_max_length]
+    return min((limit for limit in limits if 0 < limit < 10**9), default=0)
+
+
+def _dtype(name: str, device: str) -> torch.dtype:
+    """A number format by name; `auto` is bfloat16 on a GPU that computes in it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    on_gpu = str(device).startswith("cuda") and torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
+    return torch.bfloat16 if on_gpu else torch.float32
+
+
+def _is_decoder(model: Any) -> bool:
+    """Whether the head reads the last token; transformers calls such heads `score`, all others otherwise."""
+    return hasattr(model, "score")
+
+
+def _appends_eos(model: Any, tokenizer: Any, choice: str) -> bool:
+    """Whether plain texts are ended with EOS."""
+    if tokenizer.eos_token_id is None:
+        if choice == "always":
+            raise RewardError(
+                "reward.append_eos=always: the reward model's tokenizer has no EOS token."
+            )
+        return False
+    if choice != "auto":
+        return choice == "always"
+    probe = tokenizer("a")["input_ids"]
+    closes = probe[-1] in tokenizer.all_special_ids
+    return _is_decoder(model) and not closes
+
+
+def _pad_token_id(model: Any, tokenizer: Any) -> int:
+    """The id that fills short rows: the model's own if it has one, since its head may look for it."""
+    known = (
+        model.config.get_text_config().pad_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+    )
+    return next((i for i in known if i is not None), 0)
+
+
+def _read_last_position(model: Any) -> None:
+    """Make a decoder's head without a pad id read the last column of every row.
+
+    Such a head refuses batches, because it could not tell padding from text. With an id that no token has it finds
+    every column to be text, and left padding puts the text's end into the last one.
+    """
+    model.config.get_text_config().pad_token_id = -1
+
+
+def _refuse_foreign_tokenizer(model: Any, tokenizer: Any) -> None:
+    """A tokenizer whose ids reach beyond the model's embedding belongs to another model."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise RewardError(
+            f"reward.tokenizer: the tokenizer has {len(tokenizer)} tokens, the reward model {rows}; "
+            "they do not belong together."
+        )
+
+
+def _takes(model: Any, argument: str) -> bool:
+    """Whether the model's forward has this argument."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def _unavailable(what: str, path: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"reward.path={path}: {what} cannot be loaded ({reason}). Give the folder of a saved model, or, where the hub "
+        "cannot be reached, set HF_HOME to a cache that holds it; reward=embedded needs neither."
+    )

@@ -1,0 +1,176 @@
+"""A Python function as a reward, called as TRL calls reward functions."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ppo_lab.rewards.conversation import answer, is_chat
+from ppo_lab.rewards.scoring import RewardError, Scorer, describe
+from ppo_lab.rewards.targets import TargetError, find_target
+
+
+def function_scorer(section: Any, *, device: str) -> Scorer:
+    """The function at `target`, with the section's keyword arguments, time limit and further attempts.
+
+    Raises:
+        RewardError: there is no such function.
+    """
+    try:
+        function = find_target(section.target)
+    except TargetError as error:
+        raise RewardError(f"reward.target={section.target}: {error}") from error
+    return FunctionScorer(
+        function,
+        name=section.target,
+        kwargs=dict(section.kwargs),
+        none_score=section.none_score,
+        timeout=section.timeout,
+        retries=section.retries,
+        retry_wait=section.retry_wait,
+    )
+
+
+class FunctionScorer:
+    """Scores by a function of keywords: `prompts`, `completions` and every column of the data set.
+
+    Where a prompt is a chat, its completion is shown as a list with the assistant's message. A function that does not
+    take arbitrary keywords (`**kwargs`) is given only those it names. None among its scores means "not applicable"
+    and becomes `none_score`. It is called without gradients, once a batch.
+
+    `retries` further attempts follow when it raises; `timeout` seconds (0 = no limit) hold for each attempt, and one
+    that exceeds them is left behind in its thread, since Python cannot stop it.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str,
+        kwargs: dict[str, Any] | None = None,
+        none_score: float = 0.0,
+        timeout: float = 0.0,
+        retries: int = 0,
+        retry_wait: float = 1.0,
+    ) -> None:
+        """A scorer that calls `function`; `name` is what messages call it."""
+        self.function = function
+        self.name = name
+        self.kwargs = kwargs or {}
+        self.none_score = none_score
+        self.timeout = timeout
+        self.retries = retries
+        self.retry_wait = retry_wait
+
+    def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> Any:
+        """What the function returns, None replaced; not yet checked for number and kind.
+
+        Raises:
+            RewardError: it raised, took too long, or needs an argument that the data does not have.
+        """
+        shown = [answer(c) if is_chat(p) else c for p, c in zip(prompts, completions, strict=True)]
+        arguments = {"prompts": prompts, "completions": shown, **columns}
+        self._refuse_missing(arguments)
+        try:
+            scores = self._attempts(arguments)
+        except TimeoutError as error:
+            raise RewardError(f"reward function {self.name}: {error}") from error
+        except Exception as error:
+            where = self._culprit(arguments, prompts, completions)
+            reason = f"{type(error).__name__}: {error}"
+            raise RewardError(f"reward function {self.name} raised on {where}: {reason}") from error
+        if isinstance(scores, (list, tuple)):
+            return [self.none_score if score is None else score for score in scores]
+        return scores
+
+    def _attempts(self, arguments: dict[str, Any]) -> Any:
+        """One call, and more with growing waits while the function raises."""
+        if not self.retries:
+            return self._once(arguments)
+        from tenacity import Retrying, stop_after_attempt, wait_exponential
+
+        wait = wait_exponential(multiplier=self.retry_wait, max=max(60.0, self.retry_wait))
+        stop = stop_after_attempt(self.retries + 1)
+        return Retrying(stop=stop, wait=wait, reraise=True)(self._once, arguments)
+
+    def _once(self, arguments: dict[str, Any]) -> Any:
+        accepted = {**self._accepted(arguments), **self.kwargs}
+
+        def call() -> Any:
+            with torch.no_grad():
+                return self.function(**accepted)
+
+        return within(self.timeout, call) if self.timeout else call()
+
+    def _accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that the function takes."""
+        parameters = _parameters(self.function)
+        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            return arguments
+        names = {p.name for p in parameters}
+        return {name: value for name, value in arguments.items() if name in names}
+
+    def _refuse_missing(self, arguments: dict[str, Any]) -> None:
+        """Say which argument of the function the data set cannot give."""
+        given = {**arguments, **self.kwargs}
+        positional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        for parameter in _parameters(self.function):
+            needed = parameter.default is parameter.empty and parameter.kind not in positional
+            if needed and parameter.name not in given:
+                raise RewardError(
+                    f"reward function {self.name} needs the argument {parameter.name!r}, which is no column of the "
+                    f"data (there are: {', '.join(sorted(given))}) and not in reward.kwargs."
+                )
+
+    def _culprit(
+        self, arguments: dict[str, Any], prompts: list[Any], completions: list[str]
+    ) -> str:
+        """The first sample on which the function raises when called with it alone."""
+        for i in range(len(completions)):
+            one = {
+                name: [value[i]]
+                if isinstance(value, list) and len(value) == len(completions)
+                else value
+                for name, value in arguments.items()
+            }
+            try:
+                self._once(one)
+            except Exception:
+                return describe(i, prompts, completions)
+        return f"a batch of {len(completions)} samples (on none of them alone)"
+
+
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """What `call` returns, if it does so in time.
+
+    Raises:
+        TimeoutError: it did not; its thread is left behind and does not keep the program from ending.
+    """
+    outcome: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            outcome["result"] = call()
+        except BaseException as error:  # handed over to the caller's thread
+            outcome["error"] = error
+
+    thread = threading.Thread(target=work, daemon=True, name="ppo_lab-reward")
+    thread.start()
+    thread.join(seconds)
+    if "error" in outcome:
+        raise outcome["error"]
+    if "result" not in outcome:
+        raise TimeoutError(f"no answer within {seconds:g} s (reward.timeout); it was given up.")
+    return outcome["result"]
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters of a callable; those of one without a readable signature: any keyword."""
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return [inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]

@@ -1,0 +1,118 @@
+"""Raw scores made into `Scores`: checked sample by sample, and weighted in this one place."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ppo_lab.rewards.conversation import as_text
+from ppo_lab.errors import ConfigError
+from ppo_lab.types import Scores
+
+Scorer = Callable[..., Any]
+"""Called as `scorer(prompts, completions, **columns)`; one raw number a sample, in a list, a tensor or an array."""
+
+
+class RewardError(ConfigError):
+    """A reward that cannot be made, or that did not give every sample one finite number."""
+
+
+class WeightedSum:
+    """A reward made of named raw scorers: total = weight * (w_1 s_1 + w_2 s_2 + ...).
+
+    A reward of a single kind is the sum of one part. `Scores.parts` holds s_1, s_2, ... before any weight.
+    """
+
+    def __init__(
+        self, name: str, *, weight: float = 1.0, parts: dict[str, tuple[float, Scorer]]
+    ) -> None:
+        """A reward called `name`; `parts` maps a name to (weight within the sum, scorer)."""
+        self.name = name
+        self.weight = weight
+        self._parts = parts
+
+    def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> Scores:
+        """The checked scores of these completions.
+
+        Raises:
+            RewardError: a part gave a wrong number of scores, or one that is not a finite number.
+        """
+        raw: dict[str, torch.Tensor] = {}
+        total = torch.zeros(len(completions), dtype=torch.float64)
+        for name, (weight, scorer) in self._parts.items():
+            scores = scorer(prompts, completions, **columns)
+            raw[name] = checked_scores(name, scores, prompts, completions)
+            total += weight * raw[name].double()
+        return Scores(total=(self.weight * total).float(), parts=raw)
+
+
+def checked_scores(
+    name: str, scores: Any, prompts: Sequence[Any], completions: Sequence[str]
+) -> torch.Tensor:
+    """What a scorer returned as a float32 tensor of shape (batch,).
+
+    Raises:
+        RewardError: it is no list (nor tensor, nor array), has not one item a sample, or an item is not a finite
+            number; the message names the reward and the first sample at fault.
+    """
+    items = _as_list(name, scores)
+    if len(items) != len(completions):
+        raise RewardError(
+            f"reward {name!r}: {len(items)} scores came back for {len(completions)} samples; "
+            "it must return one number a sample."
+        )
+    values = [_as_float(name, item, i, prompts, completions) for i, item in enumerate(items)]
+    result = torch.tensor(values, dtype=torch.float32)
+    for i in (~result.isfinite()).nonzero().flatten().tolist():
+        where = describe(i, prompts, completions)
+        raise RewardError(
+            f"reward {name!r}: the score of {where} is {values[i]}, not a finite number."
+        )
+    return result
+
+
+def describe(index: int, prompts: Sequence[Any], completions: Sequence[str]) -> str:
+    """A sample as an error message names it: its number in the batch and its shortened texts."""
+    prompt, completion = _shortened(prompts[index]), _shortened(completions[index])
+    return f"sample {index} of the batch (prompt {prompt}, completion {completion})"
+
+
+def _shortened(text: Any, length: int = 60) -> str:
+    flat = as_text(text)
+    return repr(flat if len(flat) <= length else flat[: length - 1] + "…")
+
+
+def _as_list(name: str, scores: Any) -> list[Any]:
+    """Lists, tuples, tensors and arrays as a list; a trailing dimension of one is dropped."""
+    if hasattr(scores, "tolist") and hasattr(scores, "shape"):
+        shape = tuple(scores.shape)
+        if len(shape) == 2 and shape[1] == 1:
+            scores = scores.reshape(-1)
+        scores = scores.tolist()
+    if isinstance(scores, (list, tuple)):
+        return list(scores)
+    raise RewardError(
+        f"reward {name!r}: it returned {type(scores).__name__} ({_shortened(repr(scores))}); "
+        "it must return a list with one number a sample."
+    )
+
+
+def _as_float(
+    name: str, item: Any, index: int, prompts: Sequence[Any], completions: Sequence[str]
+) -> float:
+    """One score as a float; scalars of torch and numpy included."""
+    value = (
+        item.item()
+        if hasattr(item, "item") and getattr(item, "shape", None) in ((), (1,))
+        else item
+    )
+    if isinstance(value, numbers.Real):
+        return float(value)
+    where = describe(index, prompts, completions)
+    raise RewardError(
+        f"reward {name!r}: the score of {where} is {_shortened(repr(item))} "
+        f"({type(item).__name__}), not a number."
+    )

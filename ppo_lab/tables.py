@@ -1,0 +1,180 @@
+"""Tables of prompts: JSON lines, JSON, CSV and Parquet files, and data sets of the hub, as columns of Python values."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ppo_lab.errors import ConfigError
+
+Columns = dict[str, list[Any]]
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+
+
+def find_file(path: str) -> Path:
+    """The file of a data set.
+
+    Raises:
+        ConfigError: no path is given, there is no such file, or its name does not end like one of a table.
+    """
+    if not path:
+        raise ConfigError(f"data.path: name the file of prompts ({', '.join(SUFFIXES)}).")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        what = "this is a folder, not a file" if file.is_dir() else "there is no such file"
+        raise ConfigError(f"data.path={path}: {what} (looked for {file.absolute()}).")
+    if file.suffix.lower() not in SUFFIXES:
+        raise ConfigError(
+            f"data.path={path}: cannot tell the format; the name must end in {', '.join(SUFFIXES)}."
+        )
+    if file.stat().st_size == 0:
+        raise ConfigError(f"data.path={path}: the file is empty.")
+    return file
+
+
+def read_file(file: Path, *, text_columns: tuple[str, ...] = ()) -> Columns:
+    """Every column of a file, one value a row; a value that a row does not have is None.
+
+    JSON is read as it stands: Arrow, underneath `datasets`, would make dates of strings that look like them. The
+    values of `text_columns` of a CSV file stay texts, even where they look like numbers or like "null".
+
+    Raises:
+        ConfigError: the content is broken; the message names the row.
+    """
+    suffix = file.suffix.lower()
+    if suffix in (".jsonl", ".ndjson", ".json"):
+        return _columns(list(_json_rows(file)))
+    if suffix == ".parquet":
+        return _by_datasets(file, "from_parquet")
+    texts = dict.fromkeys(text_columns, str)
+    separator = "\t" if suffix == ".tsv" else ","
+    table = _by_datasets(
+        file, "from_csv", sep=separator, converters=texts, keep_default_na=False, na_values=[""]
+    )
+    if any(name.startswith("__index_level_") for name in table):
+        raise ConfigError(f"data.path={file}: rows have more fields than the header names.")
+    return table
+
+
+def column_names(file: Path) -> list[str]:
+    """The columns of a file, from its first row or its header alone."""
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            return list(pyarrow.parquet.read_schema(file).names)
+        except (OSError, ValueError) as error:
+            raise _broken(file, error) from error
+    if suffix in (".csv", ".tsv"):
+        try:
+            with file.open(encoding="utf-8-sig", newline="") as lines:
+                return next(csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ","), [])
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise _broken(file, error) from error
+    first = next(_json_rows(file), {})
+    return list(first)
+
+
+def read_hub(path: str, *, name: str, split: str, revision: str) -> Columns:
+    """Every column of one split of a data set on the hub, through the usual cache.
+
+    Raises:
+        ConfigError: it cannot be had, or has no such configuration or split.
+    """
+    import datasets
+
+    if not path:
+        raise ConfigError("data.path: name the data set on the hub, as owner/name.")
+    try:
+        with _no_progress_bars():
+            table = datasets.load_dataset(
+                path, name or None, split=split, revision=revision or None
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"data.path={path}: the data set cannot be had from the hub ({reason}). Check data.path, data.subset, "
+            "data.split and data.revision; where the hub cannot be reached, set HF_HOME to a cache that holds it, or "
+            "use a file of your own: data=file data.path=FILE."
+        ) from error
+    return table.to_dict()
+
+
+def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file, or of a JSON file that is one list of objects."""
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            start = lines.read(1)
+            while start.isspace():
+                start = lines.read(1)
+            lines.seek(0)
+            rows = enumerate(json.load(lines), 1) if start == "[" else _parsed(file, lines)
+            for number, row in rows:
+                if not isinstance(row, dict):
+                    raise ConfigError(
+                        f"data.path={file}: row {number} is {type(row).__name__}, not an object with columns."
+                    )
+                yield row
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _broken(file, error) from error
+
+
+def _parsed(file: Path, lines: Any) -> Iterator[tuple[int, Any]]:
+    """Each line that is not blank, with its number."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"data.path={file}: row {number} is no valid JSON ({error})."
+            ) from error
+
+
+def _columns(rows: list[dict[str, Any]]) -> Columns:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _by_datasets(file: Path, reader: str, **options: Any) -> Columns:
+    """A file through `datasets`, its cache in a folder that is gone afterwards."""
+    import datasets
+
+    with tempfile.TemporaryDirectory(prefix="ppo_lab-") as cache, _no_progress_bars():
+        try:
+            read = getattr(datasets.Dataset, reader)
+            return read(str(file), cache_dir=cache, keep_in_memory=True, **options).to_dict()
+        except (datasets.exceptions.DatasetGenerationError, OSError) as error:
+            raise _broken(file, error.__cause__ or error) from error
+        except ValueError as error:
+            if "no data" in str(error):
+                return {name: [] for name in column_names(file)}
+            raise _broken(file, error) from error
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """`datasets` without progress bars and without its own account of an error that we report."""
+    import datasets
+
+    shown, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _broken(file: Path, error: BaseException) -> ConfigError:
+    return ConfigError(f"data.path={file}: the file cannot be read ({error}).")

@@ -1,0 +1,434 @@
+"""Prompt sets and the stream of prompt batches."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import decoders as token_decoders
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ppo_lab import data
+from ppo_lab.config import FileData, HubData
+from ppo_lab.data import PromptStream, load_prompts, split_prompts
+from ppo_lab.errors import ConfigError
+from ppo_lab.prompt_tokens import PromptEncoder
+from ppo_lab.types import Prompts
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def byte_tokenizer(*, wrap: bool = False, template: str = "") -> PreTrainedTokenizerFast:
+    """A tokenizer with an id for each byte; with `wrap` it puts <s> before a text and </s> after it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: i for i, char in enumerate([*alphabet, "<s>", "</s>"])}
+    backend = Tokenizer(models.BPE(vocab, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = token_decoders.ByteLevel()
+    if wrap:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
+        )
+    special = {"bos_token": "<s>", "eos_token": "</s>"} if wrap else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = template or None
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+def jsonl(folder: Path, rows: list[Any]) -> str:
+    path = folder / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def numbered(count: int) -> Prompts:
+    return Prompts(
+        ids=[[i] for i in range(count)],
+        texts=[str(i) for i in range(count)],
+        columns={"square": [i * i for i in range(count)]},
+        indices=list(range(count)),
+    )
+
+
+def rows_of(stream: PromptStream, batches: int) -> list[int]:
+    return [row for _ in range(batches) for row in stream.next_batch().indices]
+
+
+# ---- the stream
+
+
+def test_every_epoch_holds_each_prompt_once_across_batch_borders() -> None:
+    stream = PromptStream(numbered(7), batch_size=3, seed=1)
+    rows = rows_of(stream, 14)
+    assert len(rows) == 42
+    epochs = [rows[i : i + 7] for i in range(0, 42, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_a_batch_larger_than_the_data_holds_several_epochs() -> None:
+    batch = PromptStream(numbered(3), batch_size=8, seed=0).next_batch()
+    assert len(batch) == 8
+    assert sorted(Counter(batch.indices).values()) == [2, 3, 3]
+
+
+def test_the_order_depends_on_the_seed_and_on_nothing_global() -> None:
+    first = rows_of(PromptStream(numbered(50), batch_size=10, seed=3), 5)
+    np.random.seed(9)
+    torch.manual_seed(9)
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    assert rows_of(PromptStream(numbered(50), batch_size=10, seed=3), 5) == first
+    assert rows_of(PromptStream(numbered(50), batch_size=10, seed=4), 5) != first
+    assert (np.random.get_state()[1] == before[0]).all()
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_the_order_does_not_depend_on_the_batch_size() -> None:
+    whole = rows_of(PromptStream(numbered(10), batch_size=20, seed=3), 1)
+    assert rows_of(PromptStream(numbered(10), batch_size=4, seed=3), 5) == whole
+
+
+@pytest.mark.parametrize("done", range(6))
+def test_a_resumed_stream_goes_on_as_if_it_had_never_stopped(done: int) -> None:
+    whole = PromptStream(numbered(7), batch_size=4, seed=5)
+    rows_of(whole, done)
+    state = json.loads(json.dumps(whole.state_dict()))
+    resumed = PromptStream(numbered(7), batch_size=4, seed=5)
+    resumed.load_state_dict(state)
+    assert rows_of(resumed, 6) == rows_of(whole, 6)
+
+
+def test_a_stream_over_other_prompts_cannot_be_resumed() -> None:
+    state = PromptStream(numbered(7), batch_size=4, seed=5).state_dict()
+    with pytest.raises(ValueError, match="prompts=7"):
+        PromptStream(numbered(8), batch_size=4, seed=5).load_state_dict(state)
+    with pytest.raises(ValueError, match="seed=5"):
+        PromptStream(numbered(7), batch_size=4, seed=6).load_state_dict(state)
+
+
+def test_without_shuffling_prompts_come_in_their_own_order() -> None:
+    stream = PromptStream(numbered(4), batch_size=3, seed=5, shuffle=False)
+    assert rows_of(stream, 3) == [0, 1, 2, 3, 0, 1, 2, 3, 0]
+
+
+def test_columns_stay_beside_their_prompts() -> None:
+    batch = PromptStream(numbered(9), batch_size=5, seed=0).next_batch()
+    assert batch.columns["square"] == [i * i for i in batch.indices]
+    assert batch.texts == [str(i) for i in batch.indices]
+
+
+def test_an_empty_stream_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one prompt"):
+        PromptStream(numbered(0), batch_size=1, seed=0)
+
+
+# ---- the split
+
+
+def test_no_prompt_is_both_trained_on_and_held_out() -> None:
+    prompts = Prompts(
+        ids=[[i % 10] for i in range(100)], texts=list(range(100)), indices=list(range(100))
+    )
+    sets = split_prompts(prompts, held_out=4, seed=0)
+    held = {ids[0] for ids in sets.held_out.ids}
+    assert len(sets.held_out) == len(held) == 4
+    assert held.isdisjoint(ids[0] for ids in sets.train.ids)
+    assert len(sets.train) == 60
+
+
+def test_a_share_is_held_out_by_seed() -> None:
+    picks = [split_prompts(numbered(100), held_out=0.1, seed=s).held_out.indices for s in (0, 0, 1)]
+    assert len(picks[0]) == 10
+    assert picks[0] == picks[1] != picks[2]
+
+
+def test_nothing_need_be_held_out() -> None:
+    sets = split_prompts(numbered(3), held_out=0, seed=0)
+    assert (len(sets.train), len(sets.held_out)) == (3, 0)
+
+
+def test_holding_out_everything_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data.held_out=5: 5 of 5 distinct"):
+        split_prompts(numbered(5), held_out=5, seed=0)
+
+
+# ---- files
+
+
+def test_real_openings_are_read_tokenized_and_split(assets: Path) -> None:
+    llama = AutoTokenizer.from_pretrained(assets / "stories260K")
+    section = FileData(path=str(assets / "data" / "story_openings.jsonl"))
+    sets = load_prompts(section, llama, max_prompt_tokens=464, seed=0)
+    assert len(sets.held_out) == 150
+    assert all(ids[0] == llama.bos_token_id for ids in sets.train.ids)
+    assert all(llama.eos_token_id not in ids[1:] for ids in sets.train.ids)
+    assert llama.decode(sets.train.ids[0][1:]) == sets.train.texts[0]
+    assert sets.train.ids == load_prompts(section, llama, max_prompt_tokens=464, seed=0).train.ids
+
+
+def test_other_columns_come_along_with_their_rows(assets: Path, tokenizer: Any) -> None:
+    section = FileData(
+        path=str(assets / "data" / "banking77_test.jsonl"), prompt_column="text", limit=50
+    )
+    train = load_prompts(section, tokenizer).train
+    lines = (assets / "data" / "banking77_test.jsonl").read_text().splitlines()
+    first = json.loads(lines[train.indices[0]])
+    assert (train.texts[0], train.columns["intent"][0]) == (first["text"], first["intent"])
+    assert max(train.indices) < 50
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_every_format_gives_the_same_prompts_and_columns(
+    suffix: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    import pandas
+
+    texts = ["null", "007", "a, b", 'say "x"', "two\nlines", "2023-01-01 10:00:00", "NA"]
+    table = pandas.DataFrame({"prompt": texts, "label": range(7)})
+    path = tmp_path / f"p.{suffix}"
+    {
+        "jsonl": lambda: table.to_json(path, orient="records", lines=True),
+        "json": lambda: table.to_json(path, orient="records", indent=1),
+        "csv": lambda: table.to_csv(path, index=False),
+        "tsv": lambda: table.to_csv(path, index=False, sep="\t"),
+        "parquet": lambda: table.to_parquet(path),
+    }[suffix]()
+    train = load_prompts(FileData(path=str(path), held_out=0), tokenizer).train
+    assert train.texts == texts
+    assert train.columns == {"label": list(range(7))}
+    assert data.problems(FileData(path=str(path))) == []
+    assert data.problems(FileData(path=str(path), prompt_column="labels")) != []
+
+
+def test_reading_a_file_leaves_no_cache_and_no_output(
+    tmp_path: Path,
+    tokenizer: Any,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = tmp_path / "p.csv"
+    path.write_text("prompt\nhello\nworld\n")
+    load_prompts(FileData(path=str(path), held_out=0), tokenizer)
+    assert capfd.readouterr() == ("", "")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.csv"]
+
+
+def test_odd_unicode_survives(tmp_path: Path, tokenizer: Any) -> None:
+    texts = ["emoji 👩‍👩‍👧 ok", "עברית مرحبا", "a\0b", "line\u2028sep", "e\u0301 \ufeff x"]
+    train = load_prompts(
+        FileData(path=jsonl(tmp_path, [{"prompt": t} for t in texts]), held_out=0), tokenizer
+    ).train
+    assert train.texts == texts
+    assert [tokenizer.decode(ids) for ids in train.ids] == texts
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement_character(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a\\ud83d b 😀"}')
+    assert load_prompts(FileData(path=str(path), held_out=0), tokenizer).train.texts == [
+        "a\ufffd b 😀"
+    ]
+
+
+def test_a_byte_order_mark_and_blank_lines_are_passed_over(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    assert load_prompts(FileData(path=str(path), held_out=0), tokenizer).train.texts == ["a", "b"]
+
+
+# ---- chats
+
+
+def test_chats_go_through_the_template_and_are_shown_as_messages(assets: Path) -> None:
+    section = FileData(
+        path=str(assets / "data" / "dpo_en_demo.jsonl"), max_prompt_tokens=4096, limit=20
+    )
+    tokenizer = byte_tokenizer(wrap=True, template=TEMPLATE)
+    train = load_prompts(section, tokenizer).train
+    assert train.texts[0][0]["role"] == "user"
+    assert tokenizer.decode(train.ids[0]) == f"[user]{train.texts[0][0]['content']}[assistant]"
+    assert set(train.columns) == {"chosen", "rejected"}
+
+
+def test_the_last_answer_of_a_conversation_is_left_to_the_policy(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    section = FileData(
+        path=jsonl(tmp_path, [{"messages": chat}]), messages_column="messages", held_out=0
+    )
+    train = load_prompts(section, byte_tokenizer(template=TEMPLATE)).train
+    assert train.texts == [chat[:1]]
+
+
+def test_plain_prompts_can_be_made_a_users_messages(tmp_path: Path) -> None:
+    section = FileData(path=jsonl(tmp_path, [{"prompt": "hi"}]), chat=True, held_out=0)
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    train = load_prompts(section, tokenizer).train
+    assert tokenizer.decode(train.ids[0]) == "[user]hi[assistant]"
+    assert train.texts == [[{"role": "user", "content": "hi"}]]
+
+
+def test_a_chat_without_a_template_is_refused(assets: Path, tokenizer: Any) -> None:
+    section = FileData(path=str(assets / "data" / "dpo_en_demo.jsonl"), limit=2)
+    with pytest.raises(ConfigError, match="has no chat template"):
+        load_prompts(section, tokenizer)
+
+
+def test_a_list_that_is_no_chat_is_refused_with_its_row(assets: Path, tokenizer: Any) -> None:
+    section = FileData(
+        path=str(assets / "data" / "mt_bench_questions.jsonl"), prompt_column="turns"
+    )
+    with pytest.raises(ConfigError, match=r"row 1 is list .* messages with role and content"):
+        load_prompts(section, tokenizer)
+
+
+# ---- lengths
+
+
+def test_only_the_prefix_of_the_tokenizer_is_kept() -> None:
+    prompts = PromptEncoder(byte_tokenizer(wrap=True)).encode(["ab", "</s>"], {})
+    assert [ids[0] for ids in prompts.ids] == [256, 256]
+    assert len(prompts.ids[0]) == 3
+    assert prompts.ids[1] == [256, 257]  # an EOS that the text itself holds stays
+
+
+def test_prompts_out_of_bounds_are_dropped_and_counted(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "x" * n, "n": n} for n in (1, 3, 5, 7)]
+    section = FileData(
+        path=jsonl(tmp_path, rows), min_prompt_tokens=2, max_prompt_tokens=6, held_out=0
+    )
+    train = load_prompts(section, tokenizer).train
+    assert (train.columns["n"], train.indices) == ([3, 5], [1, 2])
+    assert "2 of 4 prompts dropped" in caplog.text
+    assert load_prompts(section, tokenizer, max_prompt_tokens=4).train.columns["n"] == [3]
+
+
+def test_long_prompts_can_be_truncated_to_their_beginning(tmp_path: Path) -> None:
+    section = FileData(
+        path=jsonl(tmp_path, [{"prompt": "abcdef"}]),
+        max_prompt_tokens=4,
+        long_prompts="truncate",
+        held_out=0,
+    )
+    train = load_prompts(section, byte_tokenizer(wrap=True)).train
+    assert (train.texts, len(train.ids[0])) == (["abc"], 4)
+
+
+def test_openings_are_cut_to_random_lengths_by_seed(assets: Path, tokenizer: Any) -> None:
+    section = FileData(
+        path=str(assets / "data" / "movie_review_openings.jsonl"),
+        prompt_column="opening",
+        cut_min_tokens=2,
+        cut_max_tokens=8,
+        limit=400,
+    )
+    train = load_prompts(section, tokenizer, seed=0).train
+    assert {len(ids) for ids in train.ids} == set(range(2, 9))
+    assert all(
+        tokenizer.decode(ids) == text for ids, text in zip(train.ids, train.texts, strict=True)
+    )
+    assert load_prompts(section, tokenizer, seed=0).train.texts == train.texts
+    assert load_prompts(section, tokenizer, seed=1).train.texts != train.texts
+
+
+def test_prompts_all_filtered_away_say_why(tmp_path: Path, tokenizer: Any) -> None:
+    section = FileData(
+        path=jsonl(tmp_path, [{"prompt": "ab"}, {"prompt": "abc"}]), min_prompt_tokens=5
+    )
+    with pytest.raises(
+        ConfigError, match=r"none of 2 prompts is left: 2 shorter than 5 tokens .* 2 to 3 tokens"
+    ):
+        load_prompts(section, tokenizer)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"row 2 is no valid JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n["a"]\n', r"row 2 is list, not an object"),
+        ("p.json", '[{"prompt": "a"}', r"cannot be read"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": null}', r"row 2 is missing"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}', r"row 2 is int \('3'\)"),
+        ("p.jsonl", "", r"the file is empty"),
+        ("p.jsonl", "\n\n", r"the data set has no rows"),
+        ("p.csv", "prompt,x\n", r"the data set has no rows"),
+        ("p.csv", "prompt,x\na,b,c,d\n", r"more fields than the header"),
+        (
+            "p.jsonl",
+            '{"Prompt": "a", "id": 1}',
+            r"it has Prompt, id\. Did you mean data.prompt_column=Prompt",
+        ),
+        ("p.txt", "a", r"cannot tell the format; the name must end in \.jsonl"),
+        ("p.parquet", "no parquet", r"cannot be read"),
+        ("p.jsonl", b'{"prompt": "\xe9"}', r"cannot be read"),
+        ("p.csv", b"prompt\n\xe9\n", r"cannot be read"),
+    ],
+)
+def test_a_bad_file_is_refused(
+    name: str, content: str | bytes, message: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message):
+        load_prompts(FileData(path=str(path)), tokenizer)
+
+
+def test_a_missing_file_is_refused_with_the_place_looked_at(tmp_path: Path, tokenizer: Any) -> None:
+    path = str(tmp_path / "none.jsonl")
+    with pytest.raises(ConfigError, match=r"data\.path=.*there is no such file"):
+        load_prompts(FileData(path=path), tokenizer)
+    assert data.problems(FileData(path=path))[0].startswith(
+        f"data.path={path}: there is no such file"
+    )
+    assert "this is a folder" in data.problems(FileData(path=str(tmp_path)))[0]
+
+
+def test_checking_a_data_set_loads_nothing_heavy(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [{"question": "a"}])
+    code = (
+        "import sys; from ppo_lab import data; from ppo_lab.config import FileData\n"
+        f"print(data.problems(FileData(path={path!r})))\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'heavy'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "data.prompt_column=prompt" in done.stdout
+    assert "it has question" in done.stdout
+
+
+def test_a_hub_data_set_that_cannot_be_had_says_so_in_one_paragraph(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"data\.path=nobody/nothing: .*data=file") as error:
+        load_prompts(HubData(path="nobody/nothing"), tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_columns_that_a_reward_is_given_anyway_are_left_out(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "a", "completions": "b", "completion": "c"}]
+    train = load_prompts(FileData(path=jsonl(tmp_path, rows), held_out=0), tokenizer).train
+    assert train.columns == {"completion": ["c"]}
+    assert "'completions' is left out" in caplog.text
