@@ -1,0 +1,128 @@
+"""LoRA from the `lora` section: which modules are adapted, and the wrapping itself."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ppo_lab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ppo_lab.config import LoraSection
+
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the output head."""
+
+
+def lora_config(section: LoraSection, model: PreTrainedModel) -> LoraConfig:
+    """PEFT's settings for this model, `lora.target_modules` checked against its layers.
+
+    An empty list is PEFT's choice for the architecture, usually projections of attention, and every
+    linear layer of an architecture unknown to it. The output head is never adapted: log-probs are
+    made from hidden states and the head's own weight.
+
+    Raises:
+        ConfigError: a target that is no linear layer of the model, or its output head.
+    """
+    names = linear_names(model)
+    targets = list(section.target_modules) or _default_targets(model)
+    if targets != [ALL_LINEAR]:
+        _check_targets(targets, names, model)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=section.r,
+        lora_alpha=section.alpha,  # type: ignore[arg-type]
+        lora_dropout=section.dropout,
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+        use_rslora=section.use_rslora,
+        use_dora=section.use_dora,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+
+
+def wrap_lora(model: PreTrainedModel | PeftModel, section: LoraSection) -> PeftModel:
+    """The model with a new adapter, which alone is trained.
+
+    The adapter is float32 whatever the trunk's precision. The trunk is frozen, so that the model
+    with its adapter off stays what it was: the reference. A model that comes with an adapter keeps
+    that one and goes on training it.
+
+    Raises:
+        ConfigError: targets that the model does not have, or settings that differ from those of its
+            own adapter.
+    """
+    if isinstance(model, PeftModel):
+        _check_same_adapter(model, section)
+        return model
+    config = lora_config(section, model)
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[return-value]
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """The full names of the linear layers that an adapter can go on, the output head left out."""
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    ]
+
+
+def _default_targets(model: PreTrainedModel) -> list[str]:
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
+    return list(known) if isinstance(known, list) else [ALL_LINEAR]
+
+
+def _check_targets(targets: list[str], names: list[str], model: PreTrainedModel) -> None:
+    head = _head_name(model)
+    leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    problems = [
+        f"lora.target_modules: {target} is the output head, which is never adapted"
+        if head and _names(target, head)
+        else _unknown_target(target, leaves)
+        for target in targets
+        if not any(_names(target, name) for name in names)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _names(target: str, name: str) -> bool:
+    """Whether a target names this module: in full, or by its last parts, as PEFT compares them."""
+    return name == target or name.endswith(f".{target}")
+
+
+def _unknown_target(target: str, leaves: list[str]) -> str:
+    near = get_close_matches(target, leaves, n=1)
+    nearest = f" (did you mean {near[0]}?)" if near else ""
+    return (
+        f"lora.target_modules: {target} is no linear layer of this model{nearest}. "
+        f"It has {', '.join(leaves)}; or {ALL_LINEAR}, or [] for PEFT's choice"
+    )
+
+
+def _head_name(model: PreTrainedModel) -> str:
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), "")
+
+
+def _check_same_adapter(model: PeftModel, section: LoraSection) -> None:
+    own: Any = model.peft_config[model.active_adapter]
+    settings = {"r": own.r, "alpha": own.lora_alpha, "use_rslora": own.use_rslora}
+    settings["use_dora"] = own.use_dora
+    problems = [
+        f"lora.{name}={getattr(section, name)}: the adapter in model.path has {value}; "
+        f"set lora.{name}={value} to go on training it"
+        for name, value in settings.items()
+        if getattr(section, name) != value
+    ]
+    if problems:
+        raise ConfigError(problems)
