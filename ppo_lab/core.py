@@ -93,9 +93,12 @@ def kl_estimate(
 
 
 def full_kl(
-    logits: Float[Tensor, "batch time vocab"], ref_logits: Float[Tensor, "batch time vocab"]
-) -> Float[Tensor, "batch time"]:
-    """The exact KL(pi || pi_ref) of each next-token distribution, in nats: sum_v pi(v) (log pi(v) - log pi_ref(v))."""
+    logits: Float[Tensor, "*tokens vocab"], ref_logits: Float[Tensor, "*tokens vocab"]
+) -> Float[Tensor, "*tokens"]:
+    """The exact KL(pi || pi_ref) of each next-token distribution, in nats.
+
+        sum_v pi(v) (log pi(v) - log pi_ref(v))
+    """
     logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 

@@ -1,7 +1,7 @@
 """The mathematics of PPO by numbers worked by hand, by identities, and by what must not matter.
 
-Every test reaches the mathematics through the name `core` of this module, so that test_mutations can put a broken
-copy in its place and see a test fail.
+Every test reaches the mathematics through the name `core` of this module, so that test_mutations
+can put a broken copy in its place and see a test fail.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def leaves(result: object) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
 
 
-# --- sums, means, variances -------------------------------------------------------------------------------------------
+# --- sums, means, variances
 
 
 def test_sum_mean_and_variance_count_real_tokens_alone() -> None:
@@ -90,7 +90,7 @@ def test_mean_and_variance_are_those_of_the_compressed_tokens(seed: int) -> None
         assert_close(core.masked_var(x, mask), x[mask].var())
 
 
-# --- whitening --------------------------------------------------------------------------------------------------------
+# --- whitening
 
 
 def test_whitening_by_hand() -> None:
@@ -135,7 +135,7 @@ def test_whitened_values_have_unit_variance_and_no_mean_unless_it_is_kept(seed: 
     assert_close(core.whiten(3 * x + 5, mask), removed, atol=1e-5, rtol=0)
 
 
-# --- KL ---------------------------------------------------------------------------------------------------------------
+# --- KL
 
 
 def test_kl_estimates_by_hand() -> None:
@@ -205,7 +205,7 @@ def test_k1_and_k3_average_to_the_exact_kl_over_a_small_vocabulary(seed: int) ->
         assert_close((logp.exp() * estimate).sum(), exact)
 
 
-# --- rewards ----------------------------------------------------------------------------------------------------------
+# --- rewards
 
 
 def test_last_token_is_the_last_real_one_whatever_lies_between() -> None:
@@ -230,7 +230,7 @@ def test_rewards_add_up_to_the_score_less_beta_times_the_kl_of_the_sequence(seed
     assert_close(rewards.sum(1), noise[:, 0] - 0.3 * kl.masked_fill(~mask, 0.0).sum(1))
 
 
-# --- generalised advantage estimation ---------------------------------------------------------------------------------
+# --- generalised advantage estimation
 
 
 def test_gae_by_hand() -> None:
@@ -249,7 +249,7 @@ def test_gae_defaults_to_gamma_one_and_lambda_ninety_five_hundredths() -> None:
 
 
 def test_gae_passes_over_masked_tokens_inside_a_response() -> None:
-    """N-27: the words of a tool between two real tokens neither decay the credit nor count as worthless states."""
+    """N-27: the words of a tool neither decay the credit nor count as states of no value."""
     mask = mask_of("x.....x")
     rewards = floats([0, NAN, NAN, NAN, NAN, NAN, 1])
     got = core.gae(rewards, floats([0] * 7), mask, gamma=1.0, lam=0.95)
@@ -260,7 +260,7 @@ def test_gae_passes_over_masked_tokens_inside_a_response() -> None:
 
 
 def test_with_lambda_zero_the_advantage_of_the_last_token_holds_the_score() -> None:
-    """N-10, N-12: last advantage = score - beta kl - V, for ended, cut and holed responses alike."""
+    """N-10, N-12: there A = score - beta kl - V, in ended, cut and holed responses alike."""
     mask = mask_of("xx..", "xxxx", "x.x.")
     kl, values = torch.full((3, 4), 2.0), torch.full((3, 4), 0.25)
     rewards = core.shape_rewards(torch.tensor([1.0, 2.0, 3.0]), kl, mask, kl_coef=0.1)
@@ -306,7 +306,7 @@ def test_gae_is_that_of_the_compressed_tokens_and_returns_are_advantages_plus_va
         assert_close(got.returns[row][kept], alone.returns[0])
 
 
-# --- policy loss ------------------------------------------------------------------------------------------------------
+# --- policy loss
 
 RATIOS = [0.5, 0.9, 1.0, 1.1, 1.5]
 
@@ -395,7 +395,7 @@ def test_the_surrogate_never_promises_more_than_the_plain_one_and_touches_it_ins
     assert not (out.clipped_high & (gain <= 0)).any()
 
 
-# --- value loss -------------------------------------------------------------------------------------------------------
+# --- value loss
 
 
 def test_value_loss_by_hand() -> None:
@@ -429,7 +429,7 @@ def test_a_value_that_was_clipped_has_no_gradient() -> None:
     assert_close(new.grad, floats([0, 1]))
 
 
-# --- explained variance -----------------------------------------------------------------------------------------------
+# --- explained variance
 
 
 def test_explained_variance_is_one_zero_and_negative_as_the_values_deserve() -> None:
@@ -450,7 +450,7 @@ def test_explained_variance_of_constant_returns_is_zero() -> None:
     assert small.item() == 0.0
 
 
-# --- what must not matter ---------------------------------------------------------------------------------------------
+# --- what must not matter
 
 CALLS: dict[str, tuple[int, Callable[..., object]]] = {
     "masked_sum": (1, lambda x, mask: core.masked_sum(x, mask)),
@@ -560,7 +560,7 @@ def test_shapes_and_dtypes_are_kept() -> None:
 
 
 def test_a_numpy_like_broadcast_is_refused_where_shapes_are_checked() -> None:
-    """The suite runs with shape checks on `core`; a (batch, 1) mask would silently broadcast without them."""
+    """The suite runs with shape checks on `core`: a (batch, 1) mask must not broadcast."""
     if "jaxtyping" not in type(core.masked_sum).__module__ and not hasattr(
         core.masked_sum, "__wrapped__"
     ):

@@ -14,7 +14,7 @@ def after_one_update(kl: float, n_samples: int = 256) -> float:
 
 
 def test_golden_numbers_of_one_update() -> None:
-    """256 samples at a time from 0.2 with target 6 and horizon 10000; the error saturates at a fifth either way."""
+    """256 samples, beta 0.2, target 6, horizon 10000; the error saturates at a fifth."""
     assert after_one_update(0.0) == pytest.approx(0.198976, rel=1e-9)
     assert after_one_update(4.8) == pytest.approx(0.198976, rel=1e-9)
     assert after_one_update(5.4) == pytest.approx(0.199488, rel=1e-9)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ppo_lab.models.loading import disable_dropout
 from ppo_lab.models.logprobs import token_full_kl, token_logprobs
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.models.value_head import ValueHead, find_value_head, save_value_head
@@ -31,6 +32,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         self, pretrained_model: Any, *, v_head_init: str = "normal", v_head_init_std: float = 0.0
     ) -> None:
         super().__init__()
+        disable_dropout(pretrained_model)  # or the ratio would not be 1 before the first update
         self.pretrained_model: Any = pretrained_model
         self.trunk = Trunk(pretrained_model)
         self.trunk.check()
