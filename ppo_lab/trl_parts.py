@@ -20,3 +20,26 @@ def chunked_logprobs(hidden: Tensor, head: Head, targets: Tensor, *, temperature
         hidden, head.weight, head.bias, targets, temperature, tile, softcap, head.scale, ("entropy",)
     )
     return outputs[0].float(), outputs[1].float()
+
+
+def sft_parts() -> tuple[Any, Any]:
+    """TRL's SFTTrainer and SFTConfig, their telemetry off."""
+    _without_telemetry()
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer, SFTConfig
+
+
+def reward_parts() -> tuple[Any, Any]:
+    """TRL's RewardTrainer and RewardConfig, their telemetry off."""
+    _without_telemetry()
+    from trl import RewardConfig, RewardTrainer
+
+    return RewardTrainer, RewardConfig
+
+
+def _without_telemetry() -> None:
+    """TRL's trainers report each use to the hub unless told not to; the hub's client reads this when it sends."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True

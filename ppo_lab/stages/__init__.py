@@ -1,1 +1,1 @@
-"""stages"""
+"""What comes before PPO: supervised fine-tuning and reward modelling, by TRL's SFTTrainer and RewardTrainer."""

@@ -1,0 +1,154 @@
+"""From the grammar to the two models: tokenizer, SFT policy and reward model, each by the same stages as anybody's."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ppo_lab.embedded.cache import built, cache_folder, fingerprint
+from ppo_lab.embedded.corpus import preference_rows, sft_rows
+from ppo_lab.stages.config import FitSection
+
+PACKAGES = ("torch", "transformers", "trl", "tokenizers", "datasets")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes and settings of the embedded models. Scores are in standard deviations of the clerks' answers' scores."""
+
+    seed: int = 0
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    n_layer: int = 3
+    n_head: int = 4
+    sft_examples: int = 10_000
+    pairs: int = 5_000
+    held_out: int = 400
+    sft: FitSection = field(
+        default_factory=lambda: FitSection(
+            epochs=3, batch_size=64, learning_rate=3e-3, lr_schedule="cosine", max_length=128
+        )
+    )
+    reward: FitSection = field(
+        default_factory=lambda: FitSection(
+            epochs=1, batch_size=32, learning_rate=6e-4, lr_schedule="cosine", max_length=128
+        )
+    )
+
+
+def folder_of_this_version() -> Path:
+    """Where the models of exactly these sources and library versions lie, or will."""
+    package = Path(__file__).resolve().parent
+    stages = package.parent / "stages"
+    sources = [*package.glob("*.py"), *(stages / f"{n}.py" for n in ("sft", "reward_model", "fitting"))]
+    return cache_folder() / f"embedded-{fingerprint(sources, packages=PACKAGES)}"
+
+
+def ensure(*, rebuild: bool = False) -> Path:
+    """The folder with `policy`, `reward` and `report.json`, built when it is not there."""
+    folder = folder_of_this_version()
+    if rebuild or not folder.is_dir():
+        say(f"Building the embedded help desk, about a minute, once: {folder}")
+    return built(folder, build, anew=rebuild)
+
+
+def say(line: str) -> None:
+    """One line for the person who waits."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def build(folder: Path, recipe: Recipe | None = None) -> dict[str, Any]:
+    """Train both models into `folder` by the recipe; what came out, in numbers."""
+    import torch
+
+    recipe = recipe or Recipe()
+    begun = time.perf_counter()
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        report = {"policy": _build_policy(folder / "policy", recipe)}
+        report["reward"] = _build_reward(folder, recipe)
+    report["seconds"] = time.perf_counter() - begun
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _rows(maker: Any, count: int, recipe: Recipe, *, split: str) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list(maker(count, split=split, seed=recipe.seed))
+
+
+def _build_policy(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """A new BLOOM, taught to answer as the clerks do."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    from ppo_lab.embedded.tokenizer import train_tokenizer
+    from ppo_lab.stages.sft import fit_sft
+
+    train = _rows(sft_rows, recipe.sft_examples, recipe, split="train")
+    texts = [row["prompt"] + row["completion"] for row in train]
+    tokenizer = train_tokenizer(texts, vocab_size=recipe.vocab_size)
+    config = BloomConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        n_layer=recipe.n_layer,
+        n_head=recipe.n_head,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return fit_sft(
+        BloomForCausalLM(config),
+        tokenizer,
+        train,
+        _rows(sft_rows, recipe.held_out, recipe, split="held_out"),
+        fit=recipe.sft,
+        folder=folder,
+        seed=recipe.seed,
+        device="cpu",
+        what="  policy (supervised fine-tuning)",
+    )
+
+
+def _build_reward(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """The policy's trunk with a new head, taught what the annotators prefer."""
+    from transformers import AutoTokenizer, BloomForSequenceClassification
+
+    from ppo_lab.embedded.tokenizer import for_reward
+    from ppo_lab.stages.fitting import quiet
+    from ppo_lab.stages.reward_model import fit_reward_model
+
+    with quiet():
+        model = BloomForSequenceClassification.from_pretrained(folder / "policy", num_labels=1)
+    tokenizer = for_reward(AutoTokenizer.from_pretrained(folder / "policy"))
+    report = fit_reward_model(
+        model,
+        tokenizer,
+        _rows(preference_rows, recipe.pairs, recipe, split="train"),
+        _rows(preference_rows, recipe.held_out, recipe, split="held_out"),
+        fit=recipe.reward,
+        folder=folder / "reward",
+        seed=recipe.seed,
+        device="cpu",
+        what="  reward model (preference pairs)",
+    )
+    report["score_std_before_scaling"] = _scale_to_unit(model, tokenizer, folder / "reward", recipe)
+    return report
+
+
+def _scale_to_unit(model: Any, tokenizer: Any, folder: Path, recipe: Recipe) -> float:
+    """Divide the head so that the clerks' answers to held-out questions score with standard deviation 1."""
+    import torch
+
+    rows = sft_rows(recipe.held_out, split="held_out", seed=recipe.seed)
+    texts = [row["prompt"] + row["completion"] + tokenizer.eos_token for row in rows]
+    with torch.inference_mode():
+        std = model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits.std()
+    with torch.no_grad():
+        model.score.weight.div_(std)
+    model.save_pretrained(folder)
+    return float(std)

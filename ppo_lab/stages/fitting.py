@@ -1,0 +1,131 @@
+"""What both stages ask of TRL's trainers: quiet, one line of progress, a model in a folder at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ppo_lab.stages.config import FitSection
+
+
+def training_arguments(
+    fit: FitSection, *, scratch: str, seed: int, device: str, mixed: bool
+) -> dict[str, Any]:
+    """The arguments that SFTConfig and RewardConfig share. `mixed` computes in bfloat16 beside float32 weights."""
+    return {
+        "output_dir": scratch,
+        "num_train_epochs": fit.epochs,
+        "per_device_train_batch_size": fit.batch_size,
+        "per_device_eval_batch_size": fit.batch_size,
+        "gradient_accumulation_steps": fit.gradient_accumulation_steps,
+        "learning_rate": fit.learning_rate,
+        "lr_scheduler_type": fit.lr_schedule if fit.warmup_ratio == 0 or fit.lr_schedule != "constant" else "constant_with_warmup",
+        "warmup_steps": fit.warmup_ratio,
+        "weight_decay": fit.weight_decay,
+        "max_grad_norm": fit.max_grad_norm,
+        "max_length": fit.max_length,
+        "gradient_checkpointing": fit.gradient_checkpointing,
+        "use_cpu": device == "cpu",
+        "bf16": mixed,
+        "seed": seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "dataloader_pin_memory": device != "cpu",
+    }
+
+
+@contextmanager
+def scratch_folder(beside: Path) -> Iterator[str]:
+    """A temporary folder for what the trainers insist on writing."""
+    beside.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix=".fit-", dir=beside)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no warnings of the libraries underneath: their bars are many and say nothing new."""
+    import datasets
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    bars = datasets.are_progress_bars_disabled()
+    hub_bars = transformers.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if hub_bars:
+            transformers.logging.enable_progress_bar()
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def run(trainer: Any, what: str) -> dict[str, float]:
+    """Train, with one line of progress on a terminal; the mean training loss, the optimizer steps and the seconds."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_progress_line(what))
+    begun = time.perf_counter()
+    outcome = trainer.train()
+    return {
+        "train_loss": outcome.training_loss,
+        "steps": float(outcome.global_step),
+        "seconds": time.perf_counter() - begun,
+    }
+
+
+def _progress_line(what: str) -> Any:
+    """A callback that keeps one line up to date: on a terminal after each step, elsewhere once at the end."""
+    from transformers import TrainerCallback
+
+    class ProgressLine(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.begun = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if sys.stderr.isatty():
+                self._write(state, end="")
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._write(state, end="\n")
+
+        def _write(self, state: Any, end: str) -> None:
+            seconds = time.perf_counter() - self.begun
+            line = f"{what}: step {state.global_step}/{state.max_steps}, {seconds:.0f} s"
+            print(f"\r{line}" if sys.stderr.isatty() else line, end=end, file=sys.stderr, flush=True)
+
+    return ProgressLine()
+
+
+def save(trainer: Any, tokenizer: Any, folder: Path, report: dict[str, Any]) -> None:
+    """Write model, tokenizer and `report.json` into `folder`; an adapter is merged into its trunk first.
+
+    What is written loads by `from_pretrained` without PEFT.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    model.config.use_cache = True
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

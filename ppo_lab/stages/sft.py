@@ -1,0 +1,55 @@
+"""Supervised fine-tuning by TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ppo_lab import trl_parts
+from ppo_lab.stages.config import FitSection
+from ppo_lab.stages.fitting import quiet, run, save, scratch_folder, training_arguments
+
+
+def fit_sft(
+    model: Any,
+    tokenizer: Any,
+    train: Any,
+    held_out: Any,
+    *,
+    fit: FitSection,
+    folder: Path,
+    seed: int = 0,
+    device: str = "auto",
+    mixed: bool = False,
+    peft_config: Any = None,
+    what: str = "supervised fine-tuning",
+) -> dict[str, Any]:
+    """Teach `model` the rows of `train` and save it into `folder`; what came out, in numbers.
+
+    Rows hold `text`, or `prompt` and `completion` (the loss is then on completions alone), or chat `messages`. Texts
+    get the tokenizer's EOS at their end. `held_out` (rows, or None) gives `held_out_loss`: nats per token, before
+    (`held_out_loss_before`) and after.
+    """
+    trainer_class, config_class = trl_parts.sft_parts()
+    with scratch_folder(folder.parent) as scratch, quiet():
+        trainer = trainer_class(
+            model=model,
+            args=config_class(
+                **training_arguments(fit, scratch=scratch, seed=seed, device=device, mixed=mixed)
+            ),
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+        before = _held_out_loss(trainer, held_out)
+        report = {"examples": len(train), **run(trainer, what)}
+        after = _held_out_loss(trainer, held_out)
+        if held_out is not None:
+            report |= {"held_out": len(held_out), "held_out_loss_before": before, "held_out_loss": after}
+        save(trainer, tokenizer, folder, report)
+    return report
+
+
+def _held_out_loss(trainer: Any, held_out: Any) -> float | None:
+    return None if held_out is None else float(trainer.evaluate()["eval_loss"])
