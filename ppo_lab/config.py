@@ -303,7 +303,9 @@ class FunctionReward(RewardSection):
     none_score: float = knob(0.0, "score where the function returns None")
     timeout: float = knob(0.0, "seconds that one call may take; 0 = unlimited", at_least=0)
     retries: int = knob(0, "further attempts after the function raised", at_least=0)
-    retry_wait: float = knob(1.0, "seconds before a further attempt", at_least=0)
+    retry_wait: float = knob(
+        1.0, "seconds before the first further attempt; doubled each time", at_least=0
+    )
 
 
 @dataclass
@@ -351,7 +353,15 @@ class DataSection:
     )
     shuffle: bool = knob(True, "a new order every epoch; false = the order of the file")
     min_prompt_tokens: int = knob(1, "shorter prompts are left out", at_least=0)
-    max_prompt_tokens: int = knob(512, "longer prompts are left out", at_least=1)
+    max_prompt_tokens: int = knob(512, "longest prompt; see long_prompts", at_least=1)
+    long_prompts: str = knob(
+        "drop",
+        "longer prompts are left out, or cut to their beginning",
+        choices=("drop", "truncate"),
+    )
+    chat: bool = knob(
+        False, "put plain prompts, as a user's message, through the tokenizer's chat template"
+    )
 
 
 @dataclass
@@ -365,6 +375,12 @@ class FileData(DataSection):
 
     path: str = knob("", "the file: .jsonl, .json, .csv or .parquet")
     prompt_column: str = knob("prompt", "column that holds the prompts, texts or chat messages")
+    messages_column: str = knob(
+        "", "column of whole chats, whose last answer is left out; empty = prompt_column"
+    )
+    messages_column: str = knob(
+        "", "column of chats to use instead, their last answer left out; empty = prompt_column"
+    )
     limit: int = knob(0, "rows read, from the first; 0 = all", at_least=0)
     cut_min_tokens: int = knob(
         0, "cut each prompt to a random length of at least this many tokens; 0 = whole", at_least=0

@@ -20,18 +20,17 @@ from ppo_lab.config import (
     DataSection,
     FileData,
     FunctionReward,
-    HubData,
     ModelReward,
     PPOSection,
     RewardSection,
     WeightedReward,
 )
+from ppo_lab.data import problems as data_problems
 from ppo_lab.rewards.checks import problems as reward_problems
 
 Problems = Iterator[str]
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-PROMPT_FILES = (".jsonl", ".json", ".csv", ".parquet")
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -53,9 +52,9 @@ def ppo_problems(ppo: PPOSection) -> list[str]:
     return found or [*batch_division(ppo), *ppo_conflicts(ppo)]
 
 
-def suggestion(wrong: str, valid: Collection[str]) -> str:
+def suggestion(wrong: str, valid: Collection[str], *, cutoff: float = 0.6) -> str:
     """`; did you mean ...?` with the nearest valid choice, or nothing where none is near."""
-    near = difflib.get_close_matches(wrong, list(valid), n=1)
+    near = difflib.get_close_matches(wrong, list(valid), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -70,7 +69,7 @@ def allowed(knob: Field) -> str:
         ("at_most", "at most"),
         ("below", "below"),
     )
-    return " and ".join(f"{word} {legal[name]:g}" for name, word in words if name in legal)
+    return " and ".join(f"{word} {legal[name]}" for name, word in words if name in legal)
 
 
 def is_legal(knob: Field, value: Any) -> bool:
@@ -263,37 +262,12 @@ def data_rules(config: Config) -> Problems:
         )
     if data.held_out > 1 and data.held_out != int(data.held_out):
         yield f"data.held_out={data.held_out:g}: must be a share below 1, or a whole number"
-    if isinstance(data, FileData):
-        yield from cut_problem(data)
-    if isinstance(data, HubData):
-        if not HUB_ID.fullmatch(data.path):
-            yield f"data.path={data.path}: must be the id of a data set on the hub, OWNER/NAME"
-    elif isinstance(data, FileData):
-        yield from prompt_file(data.path)
-
-
-def cut_problem(data: FileData) -> Problems:
-    """Bounds of a random prompt length that leave no length."""
-    if not (data.cut_min_tokens == data.cut_max_tokens == 0) and not (
-        1 <= data.cut_min_tokens <= data.cut_max_tokens
-    ):
+    if isinstance(data, FileData) and data.cut_min_tokens > data.cut_max_tokens:
         yield (
-            f"data.cut_min_tokens={data.cut_min_tokens}: must be from 1 to "
-            f"data.cut_max_tokens={data.cut_max_tokens}, or both 0"
+            f"data.cut_min_tokens={data.cut_min_tokens}: must be at most "
+            f"data.cut_max_tokens={data.cut_max_tokens}"
         )
-
-
-def prompt_file(path: str) -> Problems:
-    """What is wrong with a file of prompts, without reading it."""
-    file = Path(path).expanduser()
-    if not path:
-        yield f"data.path=: missing; give a file: {', '.join(PROMPT_FILES)}"
-    elif not file.exists():
-        yield f"data.path={path}: no such file{nearby(file)}"
-    elif not file.is_file():
-        yield f"data.path={path}: is a folder; must be a file: {', '.join(PROMPT_FILES)}"
-    elif file.suffix not in PROMPT_FILES:
-        yield f"data.path={path}: must end in {', '.join(PROMPT_FILES)}"
+    yield from data_problems(data)
 
 
 def resume_rules(config: Config) -> Problems:
@@ -351,6 +325,11 @@ DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         ),
         lambda c: c.lora.r == 0,
         "since lora.r=0 trains the whole model; choose lora=r8, r16 or r64",
+    ),
+    (
+        ("data.prompt_column",),
+        lambda c: isinstance(c.data, FileData) and bool(c.data.messages_column),
+        "since data.messages_column is read",
     ),
     (
         ("reward.retry_wait",),

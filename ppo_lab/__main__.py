@@ -1,0 +1,41 @@
+"""`python -m ppo_lab`: compose a run from `conf` and the command line, and train."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ppo_lab import __version__
+from ppo_lab.config import Config
+from ppo_lab.errors import ConfigError
+
+
+def main() -> None:
+    """Answer a question about the program, or run it."""
+    asked = set(sys.argv[1:])
+    if asked & {"--version"}:
+        print(f"ppo_lab {__version__}")
+    elif asked & {"--help", "-h"}:
+        from ppo_lab.help import print_page
+
+        print_page()
+    else:
+        from ppo_lab.command_line import launch
+        from ppo_lab.rules import problems
+
+        launch(train, check=problems)
+
+
+def train(config: Config, folder: Path, overrides: list[str]) -> float:
+    """Train as configured and return the objective."""
+    from ppo_lab.experiment import run
+    from ppo_lab.rewards.scoring import RewardError
+
+    try:
+        return run(config, folder, overrides)
+    except RewardError as error:
+        raise ConfigError(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""The command line: Hydra's, read once beforehand, so that all that is wrong is said at once.
+
+Hydra stops at the first key it does not know and says nothing of values out of range. So each
+argument is first read by itself and held against the schema, then the composed configuration
+against the rules. Only a command without fault reaches Hydra and makes a folder.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from ppo_lab.config import REWARDS, SOURCES, conf_folder, register_schema
+from ppo_lab.errors import ConfigError
+from ppo_lab.rules import TYPE_NAMES, allowed, suggestion
+
+Check = Callable[[Any, frozenset[str]], list[str]]
+Job = Callable[[Any, Path, list[str]], float | None]
+
+MOST_RUNS_CHECKED = 32
+ALIASES = {
+    "beta": "ppo.init_kl_coef",
+    "kl_coef": "ppo.init_kl_coef",
+    "epsilon": "ppo.cliprange",
+    "clip_range": "ppo.cliprange",
+    "lr": "ppo.learning_rate",
+    "epochs": "ppo.ppo_epochs",
+    "num_ppo_epochs": "ppo.ppo_epochs",
+    "iterations": "ppo.steps",
+    "total_episodes": "ppo.steps",
+    "response_length": "generation.max_new_tokens",
+    "model_name_or_path": "model.path",
+    "reward_model_path": "reward.path",
+    "output_dir": "hydra.run.dir",
+}
+
+
+def launch(job: Job, *, check: Check, config_name: str = "config") -> None:
+    """Run `job(config, folder, overrides)` as the command line says, or say all that is wrong with it.
+
+    `check(config, stated)` gives the problems of a composed configuration; `stated` are the keys
+    that the command line sets. A wrong command ends with exit code 1 and a message, no traceback;
+    so does a job that raises `ConfigError`.
+    """
+    register_schema()
+    try:
+        if found := command_problems(sys.argv[1:], check=check, config_name=config_name):
+            raise ConfigError(found)
+    except ConfigError as error:
+        refuse(error)
+    entry = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)
+    entry(_hydra_job(job, check))()
+
+
+def refuse(error: ConfigError) -> NoReturn:
+    """Print the problems and exit with code 1."""
+    sys.stderr.write(_message(error) + "\n")
+    sys.exit(1)
+
+
+def command_problems(argv: list[str], *, check: Check, config_name: str = "config") -> list[str]:
+    """Everything wrong with a command, a line each; empty when it may run.
+
+    A sweep is refused as a whole: each of its runs is looked at (up to `MOST_RUNS_CHECKED`).
+    """
+    arguments = _arguments(argv)
+    shows_only = arguments.cfg or arguments.info or arguments.hydra_help
+    if shows_only or arguments.shell_completion or arguments.config_path:
+        return []
+    with _hydra(arguments.config_dir) as composer:
+        reader = _Reader(composer, arguments.config_name or config_name, check)
+        found = reader.problems(arguments.overrides, multirun=arguments.multirun)
+    return list(dict.fromkeys(found))
+
+
+def _arguments(argv: list[str]) -> Namespace:
+    """Hydra's flags and overrides; a wrong flag is a ConfigError."""
+    parser = get_args_parser()
+
+    def error(message: str) -> NoReturn:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        wrong = next((word for word in argv if word.startswith("-") and word not in flags), "")
+        raise ConfigError(f"{message}{suggestion(wrong, flags)}")
+
+    parser.error = error  # type: ignore[method-assign]
+    return parser.parse_args(argv)
+
+
+@contextmanager
+def _hydra(config_dir: str | None) -> Iterator[Hydra]:
+    """A Hydra that composes from `conf`, and from one more folder where there is one."""
+    search_path = create_config_search_path(str(conf_folder()))
+    if config_dir is not None:
+        folder = Path(config_dir).absolute()
+        if not folder.is_dir():
+            raise ConfigError(f"--config-dir {config_dir}: no such folder")
+        where = SearchPathQuery(provider="schema")
+        search_path.prepend(provider="command-line", path=f"file://{folder}", anchor=where)
+    hydra.version.setbase("1.3")
+    GlobalHydra.instance().clear()
+    try:
+        yield Hydra.create_main_hydra2("ppo_lab", search_path)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+class _Reader:
+    """Reads overrides against the groups of `conf` and the schema."""
+
+    def __init__(self, composer: Hydra, config_name: str, check: Check) -> None:
+        self.composer, self.config_name, self.check = composer, config_name, check
+        self.loader = composer.config_loader
+        self.parser = OverridesParser.create(config_loader=self.loader)
+
+    def problems(self, texts: list[str], *, multirun: bool) -> list[str]:
+        """Everything wrong with these overrides, over all runs of a sweep."""
+        found: list[str] = []
+        overrides = self._parsed(texts, found)
+        multirun = multirun or "hydra.mode=MULTIRUN" in texts
+        if not multirun:
+            swept = [o for o in overrides if o.is_sweep_override()]
+            found += [f"{o.input_line}: several values need -m: ppo_lab -m ..." for o in swept]
+            overrides = [o for o in overrides if o not in swept]
+        for run in self._runs(overrides, found) if multirun else [overrides]:
+            found += self._run_problems(run, multirun=multirun)
+        return found
+
+    def _parsed(self, texts: list[str], found: list[str]) -> list[Override]:
+        overrides = []
+        for text in texts:
+            try:
+                override = self.parser.parse_override(text)
+                if not override.key_or_group:
+                    raise ValueError(text)
+                overrides.append(override)
+            except Exception:  # the grammar's errors are of many kinds, all of the user's making
+                found.append(f"{text}: cannot be read; must be key=value{_grammar_hint(text)}")
+        return overrides
+
+    def _runs(self, overrides: list[Override], found: list[str]) -> Iterator[list[Override]]:
+        try:
+            batches = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+        except Exception as error:
+            found.append(_first_line(error))
+            return
+        for texts in batches[0][:MOST_RUNS_CHECKED]:
+            yield self._parsed(texts, found)
+
+    def _run_problems(self, overrides: list[Override], *, multirun: bool) -> list[str]:
+        chosen = [o for o in overrides if self._is_group(o)]
+        found = [line for o in chosen for line in self._option_problems(o)]
+        options = [o.input_line for o in chosen if not any(self._option_problems(o))]
+        try:
+            config = self._compose(options)
+        except Exception as error:
+            return [*found, _first_line(error)]
+        settings = [o for o in overrides if o not in chosen]
+        found += [line for o in settings for line in self._setting_problems(config, o)]
+        stated = frozenset(o.key_or_group for o in settings)
+        found += _composed_problems(config, self.check, stated)
+        return found or self._final_problems([o.input_line for o in overrides], multirun)
+
+    def _compose(self, texts: list[str]) -> DictConfig:
+        return self.composer.compose_config(
+            self.config_name, texts, RunMode.RUN, with_log_configuration=False, from_shell=False
+        )
+
+    def _final_problems(self, texts: list[str], multirun: bool) -> list[str]:
+        """What Hydra itself says of the whole command, and whether its folder can be written."""
+        try:
+            config = self._compose(texts)
+            key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
+            return list(_folder_problems(key, str(OmegaConf.select(config, key))))
+        except Exception as error:
+            return [_first_line(error)]
+
+    def _is_group(self, override: Override) -> bool:
+        return self.loader.repository.group_exists(override.key_or_group)  # type: ignore[attr-defined]
+
+    def _option_problems(self, override: Override) -> Iterator[str]:
+        """What is wrong with the choice of an option of a group."""
+        if override.is_delete():
+            return
+        value, options = override.value(), self.loader.get_group_options(override.key_or_group)
+        if value not in options:
+            near = suggestion(str(value), options)
+            listed = ", ".join(options)
+            yield f"{override.input_line}: no such option; must be one of {listed}{near}"
+
+    def _setting_problems(self, config: DictConfig, override: Override) -> Iterator[str]:
+        """What is wrong with the value of a key; where nothing is, the key is set."""
+        key, text = override.key_or_group, override.input_line
+        parent = _select(config, key.rpartition(".")[0])
+        is_open = OmegaConf.is_config(parent) and not is_dataclass(OmegaConf.get_type(parent))
+        exists = isinstance(parent, DictConfig) and key.rpartition(".")[2] in parent
+        if override.package is not None or not (exists or is_open):
+            yield f"{text}: no such key{self._nearest(config, key)}"
+        elif override.is_delete():
+            if not is_open:
+                yield f"{text}: a key cannot be removed; give it its off value"
+        elif override.is_add() and exists:
+            yield f"{text}: the key is there already; leave out the +"
+        else:
+            yield from _set(config, parent, override)
+
+    def _nearest(self, config: DictConfig, key: str) -> str:
+        """The key, or the group, that an unknown key was probably meant to be."""
+        section, _, last = key.rpartition(".")
+        if last in ALIASES:
+            return f"; did you mean {ALIASES[last]}?"
+        for group, types in (("reward", REWARDS), ("data", SOURCES)):
+            having = [name for name, kind in types.items() if last in _names(kind)]
+            if section == group and having:
+                return f" in this {group}; {group}={' and '.join(having)} have it"
+        keys = list(_keys(config))
+        groups = [g for g in self.loader.list_groups("") if g not in ("hydra", "schema")]
+        same = [valid for valid in keys if valid.rpartition(".")[2] == last]
+        siblings = [valid for valid in [*keys, *groups] if valid.rpartition(".")[0] == section]
+        near = suggestion(last, [valid.rpartition(".")[2] for valid in siblings])
+        if near and section:
+            return near.replace("did you mean ", f"did you mean {section}.")
+        return near or (f"; did you mean {same[0]}?" if same else suggestion(key, keys, cutoff=0.8))
+
+
+def _names(section: type) -> list[str]:
+    return [knob.name for knob in fields(section)]
+
+
+def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a configuration, but for Hydra's own."""
+    for name in config:
+        if prefix or name != "hydra":
+            yield f"{prefix}{name}"
+            inner = _select(config, str(name))
+            if isinstance(inner, DictConfig):
+                yield from _keys(inner, f"{prefix}{name}.")
+
+
+def _select(config: DictConfig, key: str) -> Any:
+    """The node at a dotted key, or None where there is none."""
+    try:
+        return OmegaConf.select(config, key) if key else config
+    except Exception:  # a broken interpolation, or no key at all
+        return None
+
+
+def _set(config: DictConfig, parent: Any, override: Override) -> Iterator[str]:
+    """Set a key that exists, or say what its value should have been."""
+    key, add = override.key_or_group, override.is_add() or override.is_force_add()
+    try:
+        OmegaConf.update(config, key, override.value(), merge=True, force_add=add)
+    except Exception as error:
+        expected = _expected(parent, key.rpartition(".")[2])
+        yield f"{override.input_line}: {expected or _first_line(error)}"
+
+
+def _expected(parent: Any, name: str) -> str:
+    """What a field holds, in words; empty where its section is no dataclass."""
+    section = OmegaConf.get_type(parent)
+    if not is_dataclass(section):
+        return ""
+    knob = next(knob for knob in fields(section) if knob.name == name)
+    kind = get_type_hints(section)[name]
+    if is_dataclass(kind):
+        return "is a section; set its keys one by one"
+    words = TYPE_NAMES.get(kind, "a list: [a,b]" if "list" in str(kind) else "a mapping: {a: 1}")
+    legal = f", {allowed(knob)}" if allowed(knob) else ""
+    return f"must be {words}{legal} ({knob.metadata.get('meaning', name)})"
+
+
+def _composed_problems(config: DictConfig, check: Check, stated: frozenset[str]) -> list[str]:
+    """What the rules say of a composed configuration."""
+    with open_dict(config):
+        config.pop("hydra")
+    try:
+        return check(OmegaConf.to_object(config), stated)
+    except Exception as error:
+        return [_first_line(error)]
+
+
+def _folder_problems(key: str, path: str) -> Iterator[str]:
+    """Whether a run's folder can be made and written."""
+    folder = Path(path).absolute()
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        yield f"{key}={path}: {there} is a file; must be a folder"
+        return
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        yield f"{key}={path}: cannot be written ({error.strerror or error})"
+
+
+def _grammar_hint(text: str) -> str:
+    """How to write a value that holds what Hydra's grammar takes for its own."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        return ""
+    quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"; quote a text with special characters: \"{key}='{quoted}'\""
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, without the lines that explain it to programmers."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith(("full_key:", "object_type", "See "))]
+    return " ".join(said[:2]) or type(error).__name__
+
+
+def _message(error: ConfigError) -> str:
+    count = len(error.problems)
+    said = "this cannot run" if count == 1 else f"this cannot run, for {count} reasons"
+    return "\n".join([f"ppo_lab: {said}:", *(f"  {problem}" for problem in error.problems)])
+
+
+def _hydra_job(job: Job, check: Check) -> Callable[[DictConfig], float | None]:
+    """The job as Hydra calls it: a refused run of a sweep lets the others go on."""
+
+    def run(composed: DictConfig) -> float | None:
+        settings = HydraConfig.get()
+        try:
+            config: Any = OmegaConf.to_object(composed)
+            stated = frozenset(
+                text.lstrip("+~").partition("=")[0] for text in settings.overrides.task
+            )
+            if found := check(config, stated):
+                raise ConfigError(found)
+            return job(config, Path(settings.runtime.output_dir))
+        except ConfigError as error:
+            if settings.mode == RunMode.MULTIRUN:
+                raise CompactHydraException(_message(error)) from None
+            refuse(error)
+
+    return run
