@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -141,6 +142,7 @@ class _View:
         )
         self._live = Live(Group(self._bar), console=console, refresh_per_second=4, transient=True)
         self._live.start()
+        atexit.register(self._live.stop)  # a run that dies leaves the cursor visible
 
     def show(self, metrics: Mapping[str, float], step: int, seconds_left: float) -> None:
         self._bar.update(self._task, completed=step, left=f"{duration(seconds_left)} left")
@@ -152,6 +154,7 @@ class _View:
 
     def stop(self) -> None:
         self._live.stop()
+        atexit.unregister(self._live.stop)
 
 
 def _headline(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:

@@ -214,17 +214,14 @@ def _costs(summary: Mapping[str, Any]) -> str:
 def _answers(sample: Sample, *, wide: bool) -> RenderableType:
     """One prompt with both answers: side by side where there is room."""
     prompt = Text(visible(sample.prompt), style="bold")
-    sides = [
-        (
-            "reference",
+    texts = [_answer("policy", sample.response, sample.score, sample.gold, "cyan")]
+    if sample.reference_response is not None:
+        response, score, gold = (
             sample.reference_response,
             sample.reference_score,
             sample.reference_gold,
-            "dim",
-        ),
-        ("policy", sample.response, sample.score, sample.gold, "cyan"),
-    ]
-    texts = [_answer(*side) for side in sides if side[1] is not None]
+        )
+        texts.insert(0, _answer("reference", response, score, gold, "dim"))
     if not wide:
         return Group(prompt, *(Padding(text, (0, 0, 0, 2), expand=False) for text in texts))
     grid = Table.grid(padding=(0, 2), expand=True)
@@ -236,7 +233,7 @@ def _answers(sample: Sample, *, wide: bool) -> RenderableType:
 
 def _answer(who: str, response: str, score: float | None, gold: float | None, style: str) -> Text:
     judged = f"score {number(score)}" + (f", gold {number(gold)}" if gold is not None else "")
-    return Text.assemble((f"{who} ({judged}): ", style), visible(response or ""))
+    return Text.assemble((f"{who} ({judged}): ", style), visible(response))
 
 
 _PLACES = {

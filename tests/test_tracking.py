@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from ppo_lab.config import TrackingSection
+from ppo_lab.record import JsonLines, read_json_lines
+from ppo_lab.tracking import (
+    FINISH_TIMEOUT,
+    INIT_TIMEOUT,
+    Composite,
+    WandbTracker,
+    open_trackers,
+    run_id,
+    run_name,
+    uploaded_config,
+)
+from ppo_lab.types import Sample
+
+CONFIG = {
+    "name": "tiny-embedded",
+    "seed": 3,
+    "model": {"name": "tiny", "path": "x"},
+    "ppo": {"init_kl_coef": 0.1, "cliprange": 0.2},
+}
+SUMMARY = {
+    "eval": {"last": {"mean_reward": 1.25, "kl": 3.5}},
+    "objective": 1.2,
+    "versions": {"torch": "2"},
+}
+SAMPLES = [Sample("How?", "Like\x00 this \ud800", 1.0, "No", -1.0)]
+
+
+@pytest.fixture(scope="session")
+def fake_wandb(assets: Path) -> ModuleType:
+    file = assets.parent / "wandb" / "fake_wandb_server.py"
+    if not file.exists():
+        pytest.skip(f"needs the stand-in for a W&B server at {file}")
+    spec = importlib.util.spec_from_file_location("fake_wandb_server", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def logged_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Nobody is logged in; the user's own W&B files are out of reach."""
+    wandb = pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    yield tmp_path / "run"
+    wandb.teardown()
+
+
+@pytest.fixture
+def server(fake_wandb: ModuleType, logged_out: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator:
+    """A W&B server on this machine at which the user is logged in."""
+    with fake_wandb.FakeWandbServer(api_key="0" * 40) as running:
+        for name, value in running.client_env().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("WANDB_MODE")
+        yield running
+        assert not running.fake.errors
+        assert not running.fake.unknown
+
+
+def train(
+    folder: Path,
+    steps: range,
+    *,
+    status: str = "finished",
+    config: dict = CONFIG,
+    overrides: tuple[str, ...] = (),
+    resume_step: int | None = None,
+    pause: float = 0.0,
+    **section: Any,
+) -> tuple[list[str], float, float]:
+    """What was said, the longest time that one iteration's logging took and that of the end."""
+    said: list[str] = []
+    record = JsonLines(folder, resume_step=resume_step, say=said.append)
+    resumed = resume_step is not None
+    mirror = WandbTracker(
+        TrackingSection(**section),
+        folder,
+        config,
+        overrides=overrides,
+        resumed=resumed,
+        say=said.append,
+    )
+    both, longest = Composite([record, mirror], say=said.append), 0.0
+    for step in steps:
+        start = time.perf_counter()
+        both.log({"kl": step / 10, "mean_reward": 1.0, "clip_fraction": 0.1}, step)
+        both.log_samples(SAMPLES, step)
+        longest = max(longest, time.perf_counter() - start)
+        time.sleep(pause)
+    start = time.perf_counter()
+    both.finish(status, SUMMARY)
+    return said, longest, time.perf_counter() - start
+
+
+def only_run(server: Any) -> dict[str, Any]:
+    [run] = server.recorded()["runs"].values()
+    return run
+
+
+def arrived(run: dict[str, Any]) -> list[int]:
+    return [row["iteration"] for row in run["history"] if "kl" in row]
+
+
+def test_online_every_row_the_config_and_the_summary_arrive(server, logged_out):
+    overrides = ("ppo.init_kl_coef=0.1", "model=tiny", "seed=3")
+    said, _, _ = train(logged_out, range(1, 41), overrides=overrides, tags=["a"], notes="why")
+    run = only_run(server)
+    assert said == [f"W&B: online, {server.url}/fake-entity/ppo_lab/runs/{run['id']}"]
+    assert arrived(run) == list(range(1, 41))
+    assert run["config"]["ppo"]["init_kl_coef"] == run["config"]["beta"] == 0.1
+    assert run["config"]["epsilon"] == 0.2
+    assert (run["name"], run["tags"], run["notes"]) == ("tiny-embedded-kl0.1-s3", ["a"], "why")
+    assert (run["state"], run["exitcode"]) == ("finished", 0)
+    summary = run["summary"]
+    assert (summary["eval/last/mean_reward"], summary["objective"]) == (1.25, 1.2)
+    assert (summary["kl"], summary["status"]) == (4.0, "finished")
+    tables = [row["iteration"] for row in run["history"] if "samples" in row]
+    assert tables == [1, 11, 21, 31, 40]
+
+
+def test_the_iteration_is_the_x_axis_of_every_metric(server, logged_out):
+    train(logged_out, range(1, 3))
+    metrics = only_run(server)["wandb_config"]["m"]
+    [axis] = [i for i, metric in enumerate(metrics, 1) if metric.get("1") == "iteration"]
+    [everything] = [metric for metric in metrics if metric.get("2") == "*"]
+    assert everything["5"] == axis
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "code"), [("failed", "failed", 1), ("preempted", "failed", 1)]
+)
+def test_a_run_that_did_not_finish_is_not_marked_finished(server, logged_out, status, state, code):
+    train(logged_out, range(1, 3), status=status)
+    run = only_run(server)
+    assert (run["state"], run["exitcode"]) == (state, code)
+    assert run["summary"]["status"] == status
+
+
+def test_a_resumed_run_sends_what_the_server_lacks_and_nothing_twice(server, logged_out):
+    train(logged_out, range(1, 11), status="preempted")
+    record = JsonLines(logged_out, resume_step=10)
+    for step in range(11, 16):  # seen by the disk, lost on the way to the server
+        record.log({"kl": step / 10}, step)
+    train(logged_out, range(14, 21), resume_step=13)
+    run = only_run(server)
+    assert arrived(run) == list(range(1, 21))
+    assert [row["step"] for row in read_json_lines(logged_out / "metrics.jsonl")] == list(
+        range(1, 21)
+    )
+
+
+def test_a_checkpoint_older_than_the_server_doubles_no_row(server, logged_out):
+    train(logged_out, range(1, 11), status="preempted")
+    train(logged_out, range(6, 16), resume_step=5)
+    assert arrived(only_run(server)) == list(range(1, 16))
+
+
+def test_inside_a_sweep_the_agent_names_the_run_and_the_group_is_the_sweeps(
+    server, logged_out, monkeypatch
+):
+    server.fake.graphql  # noqa: B018
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sw33p")
+    monkeypatch.setenv("WANDB_RUN_ID", "byagent1")
+    monkeypatch.setenv("WANDB_PROJECT", "sweeps")
+    train(logged_out, range(1, 4), status="preempted")
+    run = only_run(server)
+    assert (run["id"], run["project"], run["group"]) == ("byagent1", "sweeps", "sweep-sw33p")
+    assert (run["state"], run["exitcode"]) == ("finished", 0)
+    assert (logged_out / "wandb_run_id").read_text() == "byagent1\n"
+
+
+def test_the_trained_adapter_goes_up_when_asked_for(server, logged_out):
+    (logged_out / "model").mkdir(parents=True)
+    (logged_out / "model" / "adapter_model.safetensors").write_bytes(b"weights")
+    train(logged_out, range(1, 3), log_model=True)
+    names = [str(artifact) for artifact in server.recorded()["artifacts"].values()]
+    assert any("model-" in name for name in names), names
+
+
+def test_nobody_logged_in_means_offline_in_one_line_without_a_question(logged_out, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked a question"))
+    said, _, _ = train(logged_out, range(1, 6), mode="auto")
+    assert len(said) == 1
+    assert said[0].startswith("W&B: offline, since nobody is logged in; upload: wandb sync ")
+    [run] = (logged_out / "wandb").glob("offline-run-*")
+    assert list(run.glob("run-*.wandb"))
+    assert list((logged_out / "wandb" / "artifacts" / "staging").iterdir())
+    assert "WANDB_DATA_DIR" not in os.environ
+
+
+def test_online_asked_for_without_a_key_is_offline(logged_out):
+    said, _, _ = train(logged_out, range(1, 3), mode="online")
+    assert said[0].startswith("W&B: offline, since nobody is logged in")
+
+
+def test_wandb_mode_of_the_environment_is_respected(logged_out, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    said, _, _ = train(logged_out, range(1, 3))
+    assert said == ["W&B: none, by WANDB_MODE=disabled"]
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    said, _, _ = train(logged_out, range(1, 3))
+    assert said[0].startswith("W&B: offline, by WANDB_MODE=offline")
+
+
+@pytest.mark.parametrize("key", ["1" * 40, "short"])
+def test_a_wrong_key_means_offline_and_training_goes_on(server, logged_out, monkeypatch, key):
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    said, _, _ = train(logged_out, range(1, 6))
+    assert len(said) == 1
+    assert said[0].startswith("W&B: offline, since the ")
+    assert len(read_json_lines(logged_out / "metrics.jsonl")) == 5
+    assert not server.recorded()["runs"]
+
+
+def test_a_server_that_cannot_be_reached_costs_training_nothing(logged_out, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    said, longest, end = train(logged_out, range(1, 6))
+    assert longest < 1.0
+    assert end < INIT_TIMEOUT + FINISH_TIMEOUT + 5
+    assert len(said) == 1
+    assert said[0].startswith("W&B: offline, since the server cannot be had")
+    assert len(read_json_lines(logged_out / "metrics.jsonl")) == 5
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"kind": "http", "status": 500, "seconds": 6},
+        {"kind": "drop", "seconds": 6},
+        {"kind": "lose", "count": 1, "match": "file_stream"},
+    ],
+)
+@pytest.mark.slow
+def test_a_server_that_fails_for_a_while_gets_every_row_in_the_end(server, logged_out, fault):
+    def break_down() -> None:
+        server.control({"fault": fault})
+
+    said, longest, _ = train_with(logged_out, break_down)
+    run = only_run(server)
+    assert longest < 1.0
+    assert arrived(run) == list(range(1, 101))
+    assert run["conflicting_lines"] == 0
+    assert said[0].startswith("W&B: online")
+
+
+@pytest.mark.parametrize("fault", ["gone", "hang"])
+@pytest.mark.slow
+def test_a_server_that_never_comes_back_holds_up_the_end_for_seconds_alone(
+    server, logged_out, fault
+):
+    def break_down() -> None:
+        server.control(
+            {"down_seconds": 200}
+            if fault == "gone"
+            else {"fault": {"kind": "hang", "seconds": 200}}
+        )
+
+    _, longest, end = train_with(logged_out, break_down)
+    assert longest < 1.0
+    assert end < FINISH_TIMEOUT + 8
+    assert len(read_json_lines(logged_out / "metrics.jsonl")) == 100
+
+
+def train_with(folder: Path, break_down: Any) -> tuple[list[str], float, float]:
+    """A hundred iterations in about five seconds, the trouble beginning after the twentieth."""
+
+    def steps() -> Iterator[int]:
+        for step in range(1, 101):
+            if step == 20:
+                break_down()
+            yield step
+
+    return train(folder, steps(), pause=0.05)
+
+
+def test_a_tracker_that_fails_is_said_once_and_stops_no_other(tmp_path):
+    class Broken:
+        def log(self, *_):
+            raise RuntimeError("no such thing")
+
+        log_samples = finish = log
+
+    said: list[str] = []
+    trackers = Composite([Broken(), JsonLines(tmp_path)], say=said.append)
+    trackers.log({"kl": 1.0}, 1)
+    trackers.log_samples(SAMPLES, 1)
+    trackers.finish("finished", {})
+    assert said == ["Broken failed (RuntimeError: no such thing); training goes on"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "metrics.jsonl",
+        "samples.jsonl",
+        "summary.json",
+    ]
+
+
+def test_without_wandb_a_run_leaves_its_record_and_no_wandb_folder(tmp_path, capsys):
+    trackers = open_trackers(TrackingSection(type="none"), tmp_path, CONFIG, total_steps=2)
+    trackers.log({"kl": 1.0}, 1)
+    trackers.finish("finished", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "summary.json"]
+    assert "iteration 1/2  kl 1" in capsys.readouterr().out
+
+
+def test_names_tell_runs_apart():
+    overrides = [
+        "model=tiny",
+        "ppo.init_kl_coef=0.1",
+        "+ppo.cliprange=0.2",
+        "lora=r8",
+        "ppo.steps=5",
+        "tracking.mode=offline",
+        "hydra.run.dir=x",
+        "seed=4",
+    ]
+    assert run_name("a", overrides, seed=4) == "a-kl0.1-clip0.2-r8-steps5-s4"
+
+
+def test_the_config_goes_up_nested_with_its_aliases():
+    config = {"ppo": {"init_kl_coef": 0.0, "cliprange": 0.3}, "seed": 1}
+    assert uploaded_config(config) == {**config, "beta": 0.0, "epsilon": 0.3}
+    assert uploaded_config({"seed": 1}) == {"seed": 1}
+
+
+def test_the_run_id_is_made_once_and_the_agents_own_wins(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    first = run_id(tmp_path)
+    assert run_id(tmp_path) == first != run_id(tmp_path / "another")
+    assert run_id(tmp_path, "chosen") == "chosen"
+    monkeypatch.setenv("WANDB_RUN_ID", "agents")
+    assert run_id(tmp_path, "chosen") == "agents"
