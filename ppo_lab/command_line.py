@@ -55,7 +55,7 @@ ALIASES = {
 
 
 def launch(job: Job, *, check: Check, config_name: str = "config") -> None:
-    """Run `job(config, folder, overrides)` as the command line says, or say all that is wrong with it.
+    """Run `job(config, folder, overrides)` as the command line says, or say what is wrong with it.
 
     `check(config, stated)` gives the problems of a composed configuration; `stated` are the keys
     that the command line sets. A wrong command ends with exit code 1 and a message, no traceback;
@@ -201,7 +201,7 @@ class _Reader:
         if override.is_delete():
             return
         value, options = override.value(), self.loader.get_group_options(override.key_or_group)
-        if value not in options:
+        if not isinstance(value, str) or value not in options:
             near = suggestion(str(value), options)
             listed = ", ".join(options)
             yield f"{override.input_line}: no such option; must be one of {listed}{near}"
@@ -230,7 +230,11 @@ class _Reader:
         for group, types in (("reward", REWARDS), ("data", SOURCES)):
             having = [name for name, kind in types.items() if last in _names(kind)]
             if section == group and having:
-                return f" in this {group}; {group}={' and '.join(having)} have it"
+                return (
+                    f" in this {group}; "
+                    + ", ".join(f"{group}={name}" for name in having)
+                    + " has it"
+                )
         keys = list(_keys(config))
         groups = [g for g in self.loader.list_groups("") if g not in ("hydra", "schema")]
         same = [valid for valid in keys if valid.rpartition(".")[2] == last]

@@ -376,9 +376,6 @@ class FileData(DataSection):
     path: str = knob("", "the file: .jsonl, .json, .csv or .parquet")
     prompt_column: str = knob("prompt", "column that holds the prompts, texts or chat messages")
     messages_column: str = knob(
-        "", "column of whole chats, whose last answer is left out; empty = prompt_column"
-    )
-    messages_column: str = knob(
         "", "column of chats to use instead, their last answer left out; empty = prompt_column"
     )
     limit: int = knob(0, "rows read, from the first; 0 = all", at_least=0)
