@@ -26,7 +26,7 @@ def prompts(split: str) -> list[str]:
 
 def gold(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
     """The gold score of each completion, about -3 to 3.3: rules that neither policy nor reward model has seen."""
-    from ppo_lab.embedded.gold import gold_score
+    from ppo_lab.embedded.rules import gold_score
 
     return [gold_score(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 

@@ -8,7 +8,7 @@ optimised without restraint it fills them with thanks.
 
 from __future__ import annotations
 
-from ppo_lab.embedded.gold import ENDS, RUDE, courtesies, words_of
+from ppo_lab.embedded.rules import ENDS, RUDE, courtesies, words_of
 from ppo_lab.embedded.grammar import TOPICS
 from ppo_lab.embedded.questions import Question
 

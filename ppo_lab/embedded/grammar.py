@@ -1,6 +1,6 @@
 """The words of the help desk: what customers ask for, what its clerks say, and the slots that vary both.
 
-Everything here is data. `questions` and `answers` put it together; `gold` judges by the keys of the topics.
+Everything here is data. `questions` and `answers` put it together; `rules` judges by the keys of the topics.
 """
 
 from __future__ import annotations
