@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +14,15 @@ from typing import Any
 from ppo_lab.config import Config, EvaluationSection, GenerationSection, PPOConfig
 from ppo_lab.errors import ConfigError
 from ppo_lab.evaluation import Evaluation, Evaluator, Gold
-from ppo_lab.models.loading import eos_ids, load_causal_lm, load_tokenizer, max_context, resolved_revision
+from ppo_lab.models.loading import (
+    check_vocabulary,
+    eos_ids,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    max_context,
+    resolved_revision,
+)
 from ppo_lab.models.lora import wrap_lora
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.rewards import build_reward
@@ -41,17 +49,16 @@ class Lab:
     evaluations: list[Evaluation] = field(default_factory=list)
 
 
-def run(config: Config, folder: Path, composed: Mapping[str, Any], overrides: Sequence[str] = ()) -> float:
+def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
     """Train as `config` says, leave everything in `folder`, and return the objective.
 
-    `composed` is the whole configuration as plain dictionaries, for the trackers; `overrides` is what the command line
-    changed, for the run's name.
+    `overrides` is what the command line changed, for the run's name.
 
     Raises:
         ConfigError: what only models and data could show to be wrong.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lab = build(config, folder, composed, overrides)
+    lab = build(resolve(config), folder, overrides)
     try:
         train(lab)
         lab.trainer.save_pretrained(str(folder / "model"))
@@ -64,22 +71,26 @@ def run(config: Config, folder: Path, composed: Mapping[str, Any], overrides: Se
     return summary["objective"]
 
 
-def build(config: Config, folder: Path, composed: Mapping[str, Any], overrides: Sequence[str]) -> Lab:
+def resolve(config: Config) -> Config:
+    """The configuration with the embedded policy's folder, built on its first use, where it asks for that policy."""
+    if config.model.path != "embedded":
+        return config
+    from ppo_lab import embedded
+
+    return replace(config, model=replace(config.model, path=str(embedded.policy_path())))
+
+
+def build(config: Config, folder: Path, overrides: Sequence[str] = ()) -> Lab:
     """Everything that a run needs, loaded in the order in which mistakes are cheapest to find."""
     from ppo_lab.data import PromptStream, load_prompts
 
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.model)
-    context = max_context_of(config)
-    longest = config.data.max_prompt_tokens if context is None else context - config.generation.max_new_tokens
     prompts = load_prompts(
-        config.data,
-        tokenizer,
-        max_prompt_tokens=min(config.data.max_prompt_tokens, longest),
-        seed=config.seed,
+        config.data, tokenizer, max_prompt_tokens=longest_prompt(config), seed=config.seed
     )
     reward = build_reward(config.reward, device=device)
-    policy = load_policy(config, device)
+    policy = load_policy(config, tokenizer, device)
     trainer = PPOTrainer(
         PPOConfig(**asdict(config.ppo), seed=config.seed, model_name=config.model.name),
         policy,
@@ -98,7 +109,7 @@ def build(config: Config, folder: Path, composed: Mapping[str, Any], overrides: 
     )
     stream = PromptStream(prompts.train, batch_size=config.ppo.batch_size, seed=config.seed)
     trackers = open_trackers(
-        config.tracking, folder, composed, total_steps=config.ppo.steps, overrides=overrides
+        config.tracking, folder, asdict(config), total_steps=config.ppo.steps, overrides=overrides
     )
     return Lab(config, folder, trainer, stream, evaluator, trackers)
 
@@ -118,12 +129,13 @@ def train(lab: Lab) -> None:
         lab.trackers.log(metrics, step)
 
 
-def load_policy(config: Config, device: str) -> AutoModelForCausalLMWithValueHead:
+def load_policy(config: Config, tokenizer: Any, device: str) -> AutoModelForCausalLMWithValueHead:
     """The trunk with its adapter, if there is one, and its value head."""
     import torch
 
     torch.manual_seed(config.seed)
     model = load_causal_lm(config.model, device=device)
+    check_vocabulary(tokenizer, model)
     if config.lora.r:
         model = wrap_lora(model, config.lora)
     policy = AutoModelForCausalLMWithValueHead(
@@ -163,8 +175,6 @@ def sampling(section: GenerationSection, policy: AutoModelForCausalLMWithValueHe
 
 def evaluation_sampling(section: EvaluationSection, training: Sampling) -> Sampling:
     """Sampling for evaluations: what `evaluation` sets, over what training uses."""
-    from dataclasses import replace
-
     return replace(
         training,
         max_new_tokens=section.max_new_tokens or training.max_new_tokens,
@@ -193,9 +203,22 @@ def pick_device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def max_context_of(config: Config) -> int | None:
-    """The longest sequence that the model takes, None where there is no limit."""
-    return max_context(config.model)
+def longest_prompt(config: Config) -> int:
+    """The most tokens that a prompt may have, so that the longest response still fits into the model's context.
+
+    Raises:
+        ConfigError: no prompt does.
+    """
+    context = max_context(load_config(config.model))
+    new = max(config.generation.max_new_tokens, config.evaluation.max_new_tokens)
+    if context is None:
+        return config.data.max_prompt_tokens
+    if context <= new:
+        raise ConfigError(
+            f"generation.max_new_tokens={new}: must be below the {context} tokens that model.path={config.model.path} "
+            "reads, prompt included"
+        )
+    return min(config.data.max_prompt_tokens, context - new)
 
 
 # ---- The summary -----------------------------------------------------------------------------------------------
