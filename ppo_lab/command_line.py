@@ -348,7 +348,7 @@ def _hydra_job(job: Job, check: Check) -> Callable[[DictConfig], float | None]:
             )
             if found := check(config, stated):
                 raise ConfigError(found)
-            return job(config, Path(settings.runtime.output_dir))
+            return job(config, Path(settings.runtime.output_dir), list(settings.overrides.task))
         except ConfigError as error:
             if settings.mode == RunMode.MULTIRUN:
                 raise CompactHydraException(_message(error)) from None
