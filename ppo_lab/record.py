@@ -11,9 +11,10 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ppo_lab.types import Sample
+if TYPE_CHECKING:  # torch comes with it, and reading a record needs none
+    from ppo_lab.types import Sample
 
 Say = Callable[[str], None]
 
