@@ -15,6 +15,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -423,6 +424,11 @@ def _reading(setting: str, what: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
         raise ConfigError(f"{setting}: the {what} cannot be read: {_sentence(error)}") from error
+    except UnpicklingError as error:
+        raise ConfigError(
+            f"{setting}: the {what} holds more than tensors, or is damaged; such a file could run "
+            "code and is not read: convert it to safetensors"
+        ) from error
     except (SafetensorError, AttributeError) as error:
         raise ConfigError(f"{setting}: the {what} is damaged: {_sentence(error)}") from error
 

@@ -7,6 +7,7 @@ three quarters of a minute on a machine without a network.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import threading
@@ -110,6 +111,7 @@ def _in_folder(folder: Path, entries: tuple[str, ...], setting: str, wanted: str
     raise ConfigError(f"{setting}: this folder holds no {wanted}")
 
 
+@functools.cache  # a hub that was silent once is not waited for again
 def _on_hub(path: str, revision: str, entries: tuple[str, ...], key: str, wanted: str) -> Source:
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -1,0 +1,637 @@
+"""Tokenizers, weights, packaged configs and LoRA settings, with tiny models made on the spot."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from ppo_lab.config import LoraSection, ModelSection
+from ppo_lab.errors import ConfigError
+from ppo_lab.models import sources
+from ppo_lab.models.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
+from ppo_lab.models.loading import (
+    ModelUnavailable,
+    check_vocabulary,
+    choose_dtype,
+    disable_dropout,
+    eos_ids,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    max_context,
+    parameter_bytes,
+    resolved_revision,
+)
+from ppo_lab.models.lora import lora_config, wrap_lora
+
+CPU = torch.device("cpu")
+IDS = torch.arange(12).reshape(2, 6) + 3
+
+
+def tiny_config(kind: str, **changes):
+    """A config of two layers, all of its dropout at 0.4."""
+    vocabulary, size = BYTE_VOCABULARY, 16
+    llama = {
+        "vocab_size": vocabulary,
+        "hidden_size": size,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "attention_dropout": 0.4,
+    }
+    gpt2 = {"vocab_size": vocabulary, "n_embd": size, "n_layer": 2, "n_head": 2}
+    gpt2 |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.4)
+    bloom = {"vocab_size": vocabulary, "hidden_size": size, "n_layer": 2, "n_head": 2}
+    bloom |= dict.fromkeys(("hidden_dropout", "attention_dropout"), 0.4)
+    makers = {
+        "bloom": (transformers.BloomConfig, bloom),
+        "gpt2": (transformers.GPT2Config, gpt2),
+        "gpt_neox": (transformers.GPTNeoXConfig, llama | {"hidden_dropout": 0.4}),
+        "llama": (transformers.LlamaConfig, llama | {"num_key_value_heads": 1}),
+        "qwen2": (transformers.Qwen2Config, llama | {"num_key_value_heads": 1}),
+    }
+    maker, settings = makers[kind]
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return maker(**(settings | special | changes))
+
+
+def tiny_model(kind: str = "bloom", **changes):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(kind, **changes))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny BLOOM model with the tokenizer of bytes."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def section(path: object, **settings) -> ModelSection:
+    return ModelSection(path=str(path), **settings)
+
+
+def bare_tokenizer() -> PreTrainedTokenizerFast:
+    """Three words and no special token at all."""
+    backend = Tokenizer(models.WordLevel({"yes": 0, "no": 1, "!": 2}, unk_token="no"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_a_folder_gives_its_own_weights_in_evaluation_mode(folder):
+    model = load_causal_lm(section(folder), device="cpu")
+    saved = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert not model.training
+    assert next(model.parameters()).dtype == torch.float32
+    torch.testing.assert_close(model(IDS).logits, saved(IDS).logits, rtol=0, atol=0)
+
+
+def test_dtype_is_as_asked_and_auto_is_float32_without_a_gpu(folder):
+    half = load_causal_lm(section(folder, dtype="bfloat16"), device="cpu")
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    full = load_causal_lm(section(folder, dtype="bfloat16"), device="cpu", dtype=torch.float32)
+    assert {p.dtype for p in full.parameters()} == {torch.float32}
+    assert choose_dtype("auto", CPU) == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gpt2", "gpt_neox", "llama", "qwen2"])
+def test_two_train_mode_forwards_are_equal_once_dropout_is_off(kind):  # ledger N-09
+    model = tiny_model(kind, attn_implementation="eager").train()
+    assert not torch.equal(model(IDS).logits, model(IDS).logits), "the test could not fail"
+    disable_dropout(model)
+    assert torch.equal(model(IDS).logits, model(IDS).logits)
+    assert torch.equal(model(IDS).logits, model.eval()(IDS).logits)
+
+
+def test_dropout_in_an_adapter_goes_off_as_well():
+    wrapped = wrap_lora(tiny_model("llama"), LoraSection(r=4, dropout=0.5)).train()
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    assert not torch.equal(wrapped(IDS).logits, wrapped(IDS).logits)
+    disable_dropout(wrapped)
+    assert torch.equal(wrapped(IDS).logits, wrapped(IDS).logits)
+
+
+def test_a_loaded_model_has_no_dropout_left(folder):
+    model = load_causal_lm(section(folder), device="cpu").train()
+    assert torch.equal(model(IDS).logits, model(IDS).logits)
+    assert model.config.hidden_dropout == 0.0
+
+
+def test_tokenizers_pad_left_with_their_own_pad_token_or_another(folder, tmp_path, assets):
+    own = load_tokenizer(section(folder))
+    assert (own.padding_side, own.pad_token) == ("left", "<pad>")
+    assert load_tokenizer(section(folder, pad_token="<s>")).pad_token_id == 1
+    assert load_tokenizer(section(assets / "stories260K")).pad_token == "<unk>"
+    padless = byte_tokenizer()
+    padless.pad_token = None
+    padless.save_pretrained(tmp_path / "padless")
+    assert load_tokenizer(section(folder, tokenizer=str(tmp_path / "padless"))).pad_token == "</s>"
+
+
+def test_a_tokenizer_without_special_tokens_pads_and_never_ends(tmp_path):
+    bare_tokenizer().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(section(tmp_path))
+    assert (tokenizer.pad_token_id, len(tokenizer)) == (0, 3)
+    assert tokenizer.decode(tokenizer("yes !")["input_ids"], skip_special_tokens=True) == "yes !"
+    model = tiny_model(eos_token_id=None)
+    assert eos_ids(tokenizer, model) == ()
+
+
+def test_a_token_that_the_tokenizer_lacks_is_refused_with_the_nearest(folder):
+    for key in ("pad_token", "eos_token"):
+        with pytest.raises(ConfigError, match=rf"model\.{key}=<pat>: .*'<pad>'.*<s>"):
+            load_tokenizer(section(folder, **{key: "<pat>"}))
+
+
+def test_ends_are_those_of_the_generation_config_and_of_the_tokenizer(folder):  # ledger G-04
+    tokenizer, model = load_tokenizer(section(folder)), tiny_model()
+    model.generation_config.eos_token_id = [7, 9]
+    assert eos_ids(tokenizer, model) == (7, 9, 2)
+    model.generation_config.eos_token_id = [2, 100_000]
+    assert eos_ids(tokenizer, model) == (2,)
+    assert eos_ids(tokenizer, model, eos_token="<s>") == (1,)
+    chosen = load_tokenizer(section(folder, eos_token="<s>"))
+    assert chosen.eos_token_id == 1
+
+
+def test_bos_may_be_eos_and_unk_may_pad(assets):
+    story = section(assets / "stories260K")
+    tokenizer, model = load_tokenizer(story), load_causal_lm(story, device="cpu")
+    assert eos_ids(tokenizer, model) == (1,)
+    check_vocabulary(tokenizer, model)
+    assert max_context(model) == 512
+    assert resolved_revision(model) == ""
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused():  # ledger T-06
+    check_vocabulary(byte_tokenizer(), tiny_model())
+    with pytest.raises(ConfigError, match=r"259 tokens.*258 rows"):
+        check_vocabulary(byte_tokenizer(), tiny_model(vocab_size=258))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "bound"),
+    [
+        ("bloom", {"seq_length": 2048}, None),
+        ("gpt2", {"n_positions": 64}, 64),
+        ("llama", {"max_position_embeddings": 128}, 128),
+    ],
+)
+def test_context_is_bounded_but_for_alibi(kind, changes, bound):
+    config = tiny_config(kind, **changes)
+    assert max_context(config) == bound
+    assert max_context(AutoModelForCausalLM.from_config(config)) == bound
+
+
+def test_falcon_with_alibi_has_no_bound():
+    assert max_context(transformers.FalconConfig(alibi=True)) is None
+    assert max_context(transformers.FalconConfig(alibi=False)) == 2048
+
+
+# Parameters as the authors count them; a wrong width, depth or vocabulary changes the sum.
+PARAMETERS = {
+    "bigscience/bloom-560m": 559_214_592,
+    "bigscience/bloom-1b1": 1_065_314_304,
+    "gpt2": 124_439_808,
+    "lvwerra/gpt2-imdb": 124_439_808,
+    "EleutherAI/pythia-160m": 162_322_944,
+    "cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr": 1_011_781_632,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+}
+
+
+@pytest.mark.parametrize("path", PARAMETERS)
+def test_packaged_configs_have_the_published_number_of_parameters(path):
+    config = load_config(section(path, weights="random"))
+    assert parameter_bytes(config, torch.float32) == 4 * PARAMETERS[path]
+    assert parameter_bytes(config, torch.bfloat16) == 2 * PARAMETERS[path]
+
+
+def test_random_weights_keep_the_shape_and_speak_bytes(folder):
+    random = section(folder, weights="random", dtype="bfloat16")
+    model = load_causal_lm(random, device="cpu", seed=3)
+    tokenizer = load_tokenizer(random)
+    check_vocabulary(tokenizer, model)
+    saved = AutoModelForCausalLM.from_pretrained(folder)
+    assert [p.shape for p in model.parameters()] == [p.shape for p in saved.parameters()]
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert not torch.equal(model.lm_head.weight.float(), saved.lm_head.weight)
+    assert eos_ids(tokenizer, model) == (tokenizer.eos_token_id,)
+    assert model(IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gpt2", "gpt_neox", "llama", "qwen2"])
+def test_random_weights_are_those_of_a_model_made_the_usual_way(tmp_path, kind):
+    tiny_config(kind, initializer_range=0.3).save_pretrained(tmp_path)
+    model = load_causal_lm(section(tmp_path, weights="random"), device="cpu")
+    usual = AutoModelForCausalLM.from_config(tiny_config(kind, initializer_range=0.3))
+    for (name, buffer), (_, expected) in zip(
+        model.named_buffers(), usual.named_buffers(), strict=True
+    ):
+        torch.testing.assert_close(buffer, expected, msg=name)
+    for (name, weight), (_, expected) in zip(
+        model.named_parameters(), usual.named_parameters(), strict=True
+    ):
+        same = weight.std().item() == pytest.approx(expected.std().item(), rel=0.35, abs=1e-6)
+        assert same, name
+
+
+def test_random_weights_follow_their_seed_and_leave_the_generators_alone(folder):
+    random = section(folder, weights="random")
+    before = torch.get_rng_state()
+    first, again, other = (
+        load_causal_lm(random, device="cpu", seed=seed).lm_head.weight for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_random_weights_take_another_tokenizer_where_one_is_named(tmp_path, assets):
+    story = str(assets / "stories260K")
+    random = section(story, weights="random", tokenizer=story)
+    assert load_tokenizer(random).eos_token == "<s>"
+    assert load_causal_lm(random, device="cpu").config.eos_token_id == 1
+
+
+def test_a_vocabulary_too_small_for_bytes_is_refused(tmp_path):
+    tiny_config("llama", vocab_size=100).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="vocabulary of 100 is too small"):
+        load_causal_lm(section(tmp_path, weights="random"), device="cpu")
+
+
+def test_random_weights_of_an_unknown_hub_model_say_that_its_config_is_missing():
+    with pytest.raises(ModelUnavailable, match=r"no-such/model.*HF_HOME") as caught:
+        load_config(section("no-such/model", weights="random"))
+    assert "model.weights=random" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_exact_shape_of_bloom_560m_runs_on_random_weights():
+    random = section("bigscience/bloom-560m", weights="random", dtype="bfloat16")
+    model, tokenizer = load_causal_lm(random, device="cpu"), load_tokenizer(random)
+    ids = tokenizer("How do I reset my password?", return_tensors="pt")["input_ids"]
+    assert model(ids).logits.shape == (1, 27, 250_880)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "How do I reset my password?",
+        "  two  spaces,\ttabs\r\nand lines \n\n",
+        "naïve 日本語 \U0001f600 e\u0301 \u200d \x00\x7f",
+        "<s>specials</s> <pad> are only text",
+        "it 's , a test . n't",
+    ],
+)
+def test_bytes_are_lossless_on_any_text(text):
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    assert ids == [byte + 3 for byte in text.encode()]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_bytes_survive_saving(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(section(tmp_path))
+    assert tokenizer("</s>é")["input_ids"] == [byte + 3 for byte in "</s>é".encode()]
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    assert len(tokenizer) == BYTE_VOCABULARY
+
+
+def test_an_adapter_folder_gives_its_base_and_trains_its_adapter(folder, tmp_path):  # ledger P-08
+    base = load_causal_lm(section(folder), device="cpu")
+    wrapped = wrap_lora(base, LoraSection(r=4, alpha=8.0))
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    adapter = section(tmp_path / "adapter")
+    loaded = load_causal_lm(adapter, device="cpu")
+    assert isinstance(loaded, PeftModel)
+    torch.testing.assert_close(loaded(IDS).logits, wrapped.eval()(IDS).logits)
+    trained = {name for name, weight in loaded.named_parameters() if weight.requires_grad}
+    assert trained == {name for name, _ in loaded.named_parameters() if "lora_" in name}
+    assert load_tokenizer(adapter).eos_token == "</s>"
+    assert load_config(adapter).model_type == "bloom"
+    assert wrap_lora(loaded, LoraSection(r=4, alpha=8.0)) is loaded
+    with pytest.raises(ConfigError, match=r"lora.r=16: .* has 4; set lora.r=4"):
+        wrap_lora(loaded, LoraSection(r=16, alpha=8.0))
+
+
+def test_the_base_of_an_adapter_may_lie_beside_it(folder, tmp_path):
+    wrap_lora(tiny_model(), LoraSection(r=4)).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    for base, error in (("../model", None), (str(tmp_path / "gone"), "gone: no such folder")):
+        file.write_text(json.dumps(settings | {"base_model_name_or_path": base}))
+        if error is None:
+            assert load_causal_lm(section(tmp_path / "adapter"), device="cpu").config.n_layer == 2
+        else:
+            with pytest.raises(ConfigError, match=error):
+                load_causal_lm(section(tmp_path / "adapter"), device="cpu")
+    file.write_text(json.dumps(settings | {"base_model_name_or_path": "", "task_type": "SEQ_CLS"}))
+    with pytest.raises(ConfigError, match="SEQ_CLS, not for CAUSAL_LM"):
+        load_causal_lm(section(tmp_path / "adapter"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "modules"),
+    [
+        ("bloom", {"query_key_value"}),
+        ("gpt2", {"c_attn"}),
+        ("gpt_neox", {"query_key_value"}),
+        ("llama", {"q_proj", "v_proj"}),
+        ("qwen2", {"q_proj", "v_proj"}),
+    ],
+)
+def test_lora_adapts_the_attention_where_no_module_is_named(kind, modules):
+    wrapped = wrap_lora(tiny_model(kind), LoraSection(r=4))
+    adapted = {n.split(".lora_A")[0].rpartition(".")[2] for n in trained_names(wrapped, "lora_A")}
+    assert adapted == modules
+    assert len(trained_names(wrapped, "lora_A")) == 2 * len(modules)
+
+
+def trained_names(model, part: str = "") -> list[str]:
+    return [n for n, p in model.named_parameters() if p.requires_grad and part in n]
+
+
+def test_an_architecture_unknown_to_peft_is_adapted_everywhere_but_at_its_head():
+    model = tiny_model("llama")
+    model.config.model_type = "brand_new"
+    wrapped = wrap_lora(model, LoraSection(r=2))
+    assert len(trained_names(wrapped, "lora_A")) == 2 * 7
+    assert not trained_names(wrapped, "lm_head")
+
+
+def test_lora_is_float32_on_a_bfloat16_trunk_and_only_it_is_trained():
+    model = tiny_model("llama").to(torch.bfloat16)
+    wrapped = wrap_lora(model, LoraSection(r=4, alpha=8.0))
+    kinds = {(p.requires_grad, p.dtype) for p in wrapped.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    assert all("lora_" in name for name in trained_names(wrapped))
+    with wrapped.disable_adapter():
+        assert wrapped(IDS).logits.dtype == torch.bfloat16
+
+
+def test_every_lora_setting_reaches_peft():
+    model = tiny_model("gpt2")
+    chosen = LoraSection(
+        r=3, alpha=7.0, dropout=0.1, target_modules=["c_fc"], use_rslora=True, use_dora=True
+    )
+    config = lora_config(chosen, model)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 7.0, 0.1)
+    assert (config.target_modules, config.use_rslora, config.use_dora) == ({"c_fc"}, True, True)
+    assert config.fan_in_fan_out, "GPT-2 keeps its weights transposed"
+    assert trained_names(wrap_lora(model, chosen), "lora_magnitude")
+
+
+def test_lora_targets_that_the_model_lacks_are_refused_all_at_once():
+    wrong = LoraSection(r=4, target_modules=["q_prj", "lm_head", "mlp", "v_proj"])
+    with pytest.raises(ConfigError) as caught:
+        wrap_lora(tiny_model("llama"), wrong)
+    unknown, head, container = caught.value.problems
+    assert "q_prj" in unknown
+    assert "did you mean q_proj?" in unknown
+    assert "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in unknown
+    assert "lm_head is the output head" in head
+    assert "mlp is no linear layer" in container
+
+
+def test_a_full_module_name_is_a_target_too():
+    wrapped = wrap_lora(
+        tiny_model("llama"), LoraSection(r=4, target_modules=["layers.1.mlp.up_proj"])
+    )
+    assert len(trained_names(wrapped)) == 2
+
+
+def broken(folder: Path, what: str) -> Path:
+    """The folder with one thing wrong."""
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    settings = json.loads(config.read_text())
+    if what == "no config":
+        config.unlink()
+    elif what == "config not json":
+        config.write_text("{bad")
+    elif what == "unknown architecture":
+        config.write_text(json.dumps({"model_type": "nonesuch"}))
+    elif what == "no weights":
+        weights.unlink()
+    elif what == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif what == "too few layers":
+        config.write_text(json.dumps(settings | {"n_layer": 3}))
+    elif what == "other shape":
+        config.write_text(json.dumps(settings | {"vocab_size": 300}))
+    elif what == "classifier":
+        config.write_text(json.dumps(settings | {"architectures": ["XForSequenceClassification"]}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no config", "holds no config.json"),
+        ("config not json", "config cannot be read.*JSON"),
+        ("unknown architecture", "config cannot be read.*nonesuch"),
+        ("no weights", "model cannot be read.*no file named model.safetensors"),
+        ("cut weights", "model is damaged"),
+        ("too few layers", r"lack 12 weights of BloomForCausalLM; transformer\.h\.2\."),
+        ("other shape", "in another shape; .*word_embeddings.weight is one"),
+        ("classifier", "XForSequenceClassification is not a causal language model.*reward.path"),
+    ],
+)
+def test_a_damaged_folder_is_said_to_be_so(folder, what, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_causal_lm(section(broken(folder, what)), device="cpu")
+    assert str(caught.value).startswith(f"model.path={folder}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_tokenizer_says_which_key_names_one(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"holds no tokenizer.*model\.tokenizer"):
+        load_tokenizer(section(folder))
+
+
+def test_paths_that_can_be_no_model_are_refused_without_asking_the_hub(folder):
+    for path, message in (
+        ("", "model.path: empty"),
+        ("some/where/else", "no such folder"),
+        ("/nowhere", "no such folder"),
+        (str(folder / "config.json"), "a file; give the folder"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_causal_lm(section(path), device="cpu")
+
+
+def test_four_bits_need_a_gpu_and_real_weights(folder):
+    quantised = section(folder, load_in_4bit=True)
+    with pytest.raises(ConfigError, match=r"model\.load_in_4bit=true: needs a CUDA GPU"):
+        load_causal_lm(quantised, device="cpu")
+    with pytest.raises(ConfigError, match="only pretrained weights"):
+        load_causal_lm(replace(quantised, weights="random"), device="cpu")
+
+
+def test_weights_in_pytorch_format_load_and_a_pickle_that_runs_code_does_not(folder):
+    model = tiny_model()
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    loaded = load_causal_lm(section(folder), device="cpu")
+    torch.testing.assert_close(loaded.lm_head.weight, model.lm_head.weight)
+    marker = folder / "ran"
+    torch.save({"lm_head.weight": _Touch(str(marker))}, folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"holds more than tensors.*safetensors"):
+        load_causal_lm(section(folder), device="cpu")
+    assert not marker.exists()
+
+
+class _Touch:
+    """What makes a file when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_hub_model_without_hub_and_cache_names_the_ways_out():
+    for loads in (load_tokenizer, lambda s: load_causal_lm(s, device="cpu")):
+        with pytest.raises(ModelUnavailable) as caught:
+            loads(section("bigscience/bloom-560m"))
+        message = str(caught.value)
+        assert message.startswith("model.path=bigscience/bloom-560m: ")
+        assert "\n" not in message
+        for way in ("model=local model.path=FOLDER", "model.weights=random", "HF_HOME"):
+            assert way in message
+
+
+def test_a_hub_that_cannot_be_reached_is_given_up_in_seconds():
+    asked = (
+        "from ppo_lab.models.sources import locate, ModelUnavailable\n"
+        "import sys\n"
+        "try: locate('bigscience/bloom-560m')\n"
+        "except ModelUnavailable as error: print(error)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    settings = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", asked],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert time.monotonic() - start < 15
+    assert "the hub cannot be reached" in done.stdout, done.stderr
+    assert done.stderr == ""
+
+
+def test_a_silent_hub_is_waited_for_no_longer_than_the_deadline(monkeypatch, hub):
+    monkeypatch.setattr(sources, "DEADLINE", 0.3)
+    start = time.monotonic()
+    with pytest.raises(ModelUnavailable, match="cannot be reached"):
+        sources.locate("slow/model")
+    assert time.monotonic() - start < 5
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on this machine that answers as the real one does."""
+    import huggingface_hub.constants
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            code, headers = answer(self.path)
+            self.send_response(code)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def answer(path: str) -> tuple[int, dict[str, str]]:
+    commit = {"X-Repo-Commit": "c0ffee"}
+    if path.startswith("/slow/"):
+        time.sleep(2)
+    if path.startswith("/gated/"):
+        return 403, {"X-Error-Code": "GatedRepo"}
+    if path.startswith("/bigscience/"):
+        return 401, {"X-Error-Code": "RepoNotFound"}
+    if "/missing/" in path:
+        return 404, {"X-Error-Code": "RevisionNotFound"}
+    if path.endswith("/config.json") and path.startswith("/some/model/"):
+        return 307, commit | {"Location": "/api/resolve-cache/config"}
+    if path.startswith("/api/"):
+        return 200, {}
+    return 404, commit | {"X-Error-Code": "EntryNotFound"}
+
+
+def test_a_cached_model_is_taken_from_the_cache_where_the_hub_is_silent(monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    cache = tmp_path / "hub" / "models--my--cached"
+    (cache / "snapshots" / "abc").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    tiny_model().save_pretrained(cache / "snapshots" / "abc")
+    byte_tokenizer().save_pretrained(cache / "snapshots" / "abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = sources.locate("my/cached")
+    assert (found.entry, found.local_files_only) == ("config.json", True)
+    model = load_causal_lm(section("my/cached"), device="cpu")
+    assert resolved_revision(model) == "abc"
+    assert load_tokenizer(section("my/cached")).eos_token == "</s>"
+
+
+def test_a_model_on_the_hub_is_pinned_to_its_commit(hub):
+    found = sources.locate("some/model", revision="main")
+    assert (found.entry, found.revision, found.local_files_only) == ("config.json", "c0ffee", False)
+
+
+@pytest.mark.parametrize(
+    ("path", "revision", "message"),
+    [
+        ("gated/model", "", r"agreement.*hf auth login.*model=local"),
+        ("bigscience/blom-560m", "", r"no public model.*did you mean bigscience/bloom-560m\?"),
+        ("some/model", "missing", "no revision 'missing'"),
+        ("other/data", "", r"repository on the hub holds no config\.json"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_apart(hub, path, revision, message):
+    with pytest.raises(ConfigError, match=message):
+        sources.locate(path, revision=revision)
