@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,15 +38,16 @@ class PromptSets:
 
 
 class PromptStream:
-    """Endless batches of prompts; every epoch holds each prompt once, in an order that (seed, epoch) fixes.
+    """Endless batches of prompts.
 
-    A batch may hold the end of one epoch and the beginning of the next. The state is the place in the stream.
+    Every epoch holds each prompt once, in an order that (seed, epoch) fixes. A batch may hold the
+    end of one epoch and the beginning of the next. The state is the place in the stream.
     """
 
     def __init__(
         self, prompts: Prompts, *, batch_size: int, seed: int, shuffle: bool = True
     ) -> None:
-        """The stream from its beginning; without `shuffle` every epoch has the order of `prompts`."""
+        """The stream from its beginning; without `shuffle` in the order of `prompts`."""
         if not len(prompts):
             raise ValueError("prompts: a stream needs at least one prompt.")
         if batch_size < 1:
@@ -86,8 +88,8 @@ class PromptStream:
         for name, ours in (("prompts", len(self.prompts)), ("seed", self.seed)):
             if state[name] != ours:
                 raise ValueError(
-                    f"the stream of prompts was saved with {name}={state[name]}, now it has {ours}: "
-                    "its order cannot be continued."
+                    f"the stream of prompts was saved with {name}={state[name]}, now it has "
+                    f"{ours}: its order cannot be continued."
                 )
         self.epoch, self.position = state["epoch"], state["position"]
 
@@ -99,7 +101,7 @@ class PromptStream:
 
 
 def load_prompts(
-    section: DataSection,
+    section: EmbeddedData | FileData,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_tokens: int = 0,
@@ -107,9 +109,9 @@ def load_prompts(
 ) -> PromptSets:
     """The prompts that a `data` section describes, tokenized, bounded in length, cut and split.
 
-    `max_prompt_tokens` is what the model's context leaves for a prompt, 0 = no limit; the section's own bound holds
-    as well. Lengths count every token of the prompt, those that the tokenizer or the chat template adds included.
-    Every other column of the data stands in `Prompts.columns`.
+    `max_prompt_tokens` is what the model's context leaves for a prompt, 0 = no limit; the section's
+    own bound holds as well. Lengths count every token of the prompt, those that the tokenizer or
+    the chat template adds included. Every other column of the data stands in `Prompts.columns`.
 
     Raises:
         ConfigError: the data cannot be read or no prompt is left; the message says why.
@@ -125,9 +127,9 @@ def load_prompts(
     if isinstance(section, EmbeddedData):
         from ppo_lab import embedded
 
-        train, held_out = (embedded.prompts(split) for split in ("train", "held_out"))
-        return PromptSets(encoder.encode(train, {}), encoder.encode(held_out, {}))
-    assert isinstance(section, FileData), f"no such source of prompts: {type(section).__name__}"
+        train, kept = (embedded.prompts(split) for split in ("train", "held_out"))
+        kept = kept[: _wanted(section.held_out, len(train) + len(kept))]
+        return PromptSets(encoder.encode(train, {}), encoder.encode(kept, {}))
     columns = _limited(_read(section), section.limit)
     texts = _take_prompts(columns, section)
     prompts = encoder.encode(texts, columns, cuts=_cuts(section, len(texts), seed))
@@ -135,22 +137,22 @@ def load_prompts(
 
 
 def split_prompts(prompts: Prompts, *, held_out: float, seed: int) -> PromptSets:
-    """The prompts in two parts, drawn by `seed`; `held_out` is a share below 1, a number from 1 on, 0 = none.
+    """The prompts in two parts, drawn by `seed`.
 
-    Held-out prompts are distinct, and whatever repeats one of them is left out of training: a prompt is never in
-    both parts.
+    `held_out` is a share below 1, a number from 1 on, 0 = none. Held-out prompts are distinct, and
+    whatever repeats one of them is left out of training: a prompt is never in both parts.
 
     Raises:
         ConfigError: there are not enough distinct prompts.
     """
-    wanted = int(held_out) if held_out >= 1 else int(np.ceil(held_out * len(prompts)))
+    wanted = _wanted(held_out, len(prompts))
     first_rows: dict[tuple[int, ...], int] = {}
     for row, ids in enumerate(prompts.ids):
         first_rows.setdefault(tuple(ids), row)
     if wanted >= len(first_rows):
         raise ConfigError(
-            f"data.held_out={held_out:g}: {wanted} of {len(first_rows)} distinct prompts would leave none to train on; "
-            "lower it (0 = none) or use more prompts."
+            f"data.held_out={held_out:g}: {wanted} of {len(first_rows)} distinct prompts would "
+            "leave none to train on; lower it (0 = none) or use more prompts."
         )
     order = _generator(seed, _SPLIT).permutation(len(first_rows))[:wanted]
     keys = list(first_rows)
@@ -160,7 +162,7 @@ def split_prompts(prompts: Prompts, *, held_out: float, seed: int) -> PromptSets
 
 
 def problems(section: DataSection, *, key: str = "data") -> list[str]:
-    """Everything that can be said against a data set before it is read: one sentence each, none if all is well."""
+    """What can be said against a data set before it is read, one sentence each."""
     if isinstance(section, HubData):
         return [] if section.path else [f"{key}.path: name the data set on the hub, as owner/name."]
     if not isinstance(section, FileData):
@@ -176,7 +178,11 @@ def problems(section: DataSection, *, key: str = "data") -> list[str]:
 def _read(section: FileData) -> Columns:
     if isinstance(section, HubData):
         return read_hub(
-            section.path, name=section.subset, split=section.split, revision=section.revision
+            section.path,
+            name=section.subset,
+            split=section.split,
+            revision=section.revision,
+            limit=section.limit,
         )
     file = find_file(section.path)
     return read_file(file, text_columns=(section.prompt_column,))
@@ -188,7 +194,7 @@ def _limited(columns: Columns, limit: int) -> Columns:
 
 
 def _take_prompts(columns: Columns, section: FileData) -> list[Any]:
-    """The prompts, taken out of the columns; those that a reward could not be given are left out."""
+    """The prompts, taken out of the columns; so are columns that no reward could be given."""
     if not any(columns.values()):
         raise ConfigError(f"data.path={section.path}: the data set has no rows.")
     _refuse_unknown_column(list(columns), section)
@@ -223,6 +229,11 @@ def _refuse_unknown_column(names: Sequence[str], section: FileData) -> None:
     raise ConfigError(
         f"data.{key}={wanted}: {section.path} has no such column; it has {', '.join(names)}.{hint}"
     )
+
+
+def _wanted(held_out: float, count: int) -> int:
+    """How many of `count` prompts are held out."""
+    return int(held_out) if held_out >= 1 else math.ceil(held_out * count)
 
 
 def _cuts(section: FileData, count: int, seed: int) -> list[int]:

@@ -19,10 +19,11 @@ log = logging.getLogger(__name__)
 class PromptEncoder:
     """Tokenizes prompts for a policy that is to continue them.
 
-    What the tokenizer puts before a text (BOS) stays, what it puts after one (EOS) does not. A chat goes through the
-    chat template, up to where the assistant begins; with `chat` a plain text counts as a user's message. `shortest`
-    and `longest` (0 = no limit) bound the length in tokens. Longer ones are dropped or, with `truncate`, keep their
-    beginning; a chat is dropped in any case, since its template would lose its end.
+    What the tokenizer puts before a text (BOS) stays, what it puts after one (EOS) does not. A chat
+    goes through the chat template, up to where the assistant begins; with `chat` a plain text
+    counts as a user's message. `shortest` and `longest` (0 = no limit) bound the length in tokens.
+    Longer ones are dropped or, with `truncate`, keep their beginning; a chat is dropped in any
+    case, since its template would lose its end.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class PromptEncoder:
     ) -> Prompts:
         """The prompts within the bounds, their rows kept in `indices`.
 
-        `cuts`, if any, says how many first tokens of each text are kept, the tokenizer's own prefix not counted.
-        `texts` then holds what is left of it; a chat is shown as its messages.
+        `cuts`, if any, says how many first tokens of each text are kept, the tokenizer's own prefix
+        not counted. `texts` then holds what is left of it; a chat is shown as its messages.
 
         Raises:
-            ConfigError: a prompt is neither text nor chat (the message names its row), there is no chat template, or
+            ConfigError: a prompt is neither text nor chat (the message names its row), there is no
+            chat template, or
                 no prompt is left.
         """
         from ppo_lab.types import Prompts
@@ -82,7 +84,8 @@ class PromptEncoder:
             return [{k: v for k, v in message.items() if v is not None} for message in prompt]
         what = "missing" if prompt is None else f"{type(prompt).__name__} ({str(prompt)[:60]!r})"
         raise ConfigError(
-            f"data: the prompt of row {row} is {what}; it must be text, or a list of messages with role and content."
+            f"data: the prompt of row {row} is {what}; it must be text, or a list of "
+            "messages with role and content."
         )
 
     def _tokens(self, prompts: list[Any]) -> list[list[int]]:
@@ -99,13 +102,15 @@ class PromptEncoder:
         ]
 
     def _templated(self, messages: list[dict[str, Any]]) -> str:
+        """A chat as the model reads it, up to where the assistant begins."""
         if not self.tokenizer.chat_template:
             raise ConfigError(
-                "data: the prompts are chats, but the model's tokenizer has no chat template; use a model with one "
-                "(an instruct or chat model), or a column of plain text."
+                "data: the prompts are chats, but the model's tokenizer has no chat "
+                "template; use a model with one (an instruct or chat model), or a column of "
+                "plain text."
             )
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+        return str(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         )
 
     def _most(self, cut: int, prompt: Any) -> int:
@@ -128,7 +133,7 @@ class PromptEncoder:
         if length < self.shortest:
             return f"shorter than {self.shortest} tokens (data.min_prompt_tokens)"
         if self.longest and length > self.longest:
-            return f"longer than {self.longest} tokens (data.max_prompt_tokens, or the model's context)"
+            return f"longer than {self.longest} tokens (data.max_prompt_tokens or the context)"
         return ""
 
     def _tell(self, dropped: Counter[str], lengths: list[int]) -> None:

@@ -1,4 +1,6 @@
-"""Tables of prompts: JSON lines, JSON, CSV and Parquet files, and data sets of the hub, as columns of Python values."""
+"""Tables of prompts: JSON lines, JSON, CSV and Parquet files, and data sets of the hub, as columns
+of Python values.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ def find_file(path: str) -> Path:
     """The file of a data set.
 
     Raises:
-        ConfigError: no path is given, there is no such file, or its name does not end like one of a table.
+        ConfigError: no path is given, there is no such file, or its name does not end like one of a
+        table.
     """
     if not path:
         raise ConfigError(f"data.path: name the file of prompts ({', '.join(SUFFIXES)}).")
@@ -41,8 +44,9 @@ def find_file(path: str) -> Path:
 def read_file(file: Path, *, text_columns: tuple[str, ...] = ()) -> Columns:
     """Every column of a file, one value a row; a value that a row does not have is None.
 
-    JSON is read as it stands: Arrow, underneath `datasets`, would make dates of strings that look like them. The
-    values of `text_columns` of a CSV file stay texts, even where they look like numbers or like "null".
+    JSON is read as it stands: Arrow, underneath `datasets`, would make dates of strings that look
+    like them. The values of `text_columns` of a CSV file stay texts, even where they look like
+    numbers or like "null".
 
     Raises:
         ConfigError: the content is broken; the message names the row.
@@ -82,8 +86,10 @@ def column_names(file: Path) -> list[str]:
     return list(first)
 
 
-def read_hub(path: str, *, name: str, split: str, revision: str) -> Columns:
-    """Every column of one split of a data set on the hub, through the usual cache.
+def read_hub(
+    path: str, *, name: str = "", split: str = "train", revision: str = "", limit: int = 0
+) -> Columns:
+    """Every column of one split of a data set on the hub, through the usual cache; `limit` rows.
 
     Raises:
         ConfigError: it cannot be had, or has no such configuration or split.
@@ -100,11 +106,12 @@ def read_hub(path: str, *, name: str, split: str, revision: str) -> Columns:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"data.path={path}: the data set cannot be had from the hub ({reason}). Check data.path, data.subset, "
-            "data.split and data.revision; where the hub cannot be reached, set HF_HOME to a cache that holds it, or "
-            "use a file of your own: data=file data.path=FILE."
+            f"data.path={path}: the data set cannot be had from the hub ({reason}). "
+            "Check data.path, data.subset, data.split and data.revision; where the hub cannot be "
+            "reached, set HF_HOME to a cache that holds it, or use a file of your own: data=file "
+            "data.path=FILE."
         ) from error
-    return table.to_dict()
+    return table.select(range(min(limit or len(table), len(table)))).to_dict()
 
 
 def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -119,7 +126,8 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
             for number, row in rows:
                 if not isinstance(row, dict):
                     raise ConfigError(
-                        f"data.path={file}: row {number} is {type(row).__name__}, not an object with columns."
+                        f"data.path={file}: row {number} is {type(row).__name__}, "
+                        "not an object with columns."
                     )
                 yield row
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -17,7 +17,7 @@ from tokenizers import decoders as token_decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ppo_lab import data
-from ppo_lab.config import FileData, HubData
+from ppo_lab.config import EmbeddedData, FileData, HubData
 from ppo_lab.data import PromptStream, load_prompts, split_prompts
 from ppo_lab.errors import ConfigError
 from ppo_lab.prompt_tokens import PromptEncoder
@@ -30,7 +30,7 @@ TEMPLATE = (
 
 
 def byte_tokenizer(*, wrap: bool = False, template: str = "") -> PreTrainedTokenizerFast:
-    """A tokenizer with an id for each byte; with `wrap` it puts <s> before a text and </s> after it."""
+    """An id for each byte; with `wrap` the tokenizer puts <s> before a text and </s> after it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {char: i for i, char in enumerate([*alphabet, "<s>", "</s>"])}
     backend = Tokenizer(models.BPE(vocab, []))
@@ -264,8 +264,10 @@ def test_chats_go_through_the_template_and_are_shown_as_messages(assets: Path) -
     )
     tokenizer = byte_tokenizer(wrap=True, template=TEMPLATE)
     train = load_prompts(section, tokenizer).train
-    assert train.texts[0][0]["role"] == "user"
-    assert tokenizer.decode(train.ids[0]) == f"[user]{train.texts[0][0]['content']}[assistant]"
+    chat = train.texts[0]
+    shown = "".join(f"[{message['role']}]{message['content']}" for message in chat)
+    assert tokenizer.decode(train.ids[0]) == f"{shown}[assistant]"
+    assert chat[-1]["role"] == "user"
     assert set(train.columns) == {"chosen", "rejected"}
 
 
@@ -359,6 +361,13 @@ def test_prompts_all_filtered_away_say_why(tmp_path: Path, tokenizer: Any) -> No
         ConfigError, match=r"none of 2 prompts is left: 2 shorter than 5 tokens .* 2 to 3 tokens"
     ):
         load_prompts(section, tokenizer)
+
+
+def test_embedded_questions_come_with_their_own_held_out_part(tokenizer: Any) -> None:
+    sets = load_prompts(EmbeddedData(held_out=5), tokenizer)
+    assert len(sets.held_out) == 5
+    assert len(sets.train) > 100
+    assert set(sets.train.texts).isdisjoint(sets.held_out.texts)
 
 
 # ---- what is refused

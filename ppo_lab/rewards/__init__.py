@@ -1,7 +1,8 @@
-"""What scores responses: a reward model, a Python function, a lexicon, a length, a constant, a weighted mixture.
+"""What scores responses: a reward model, a Python function, a lexicon, a length, a constant, a
+weighted mixture.
 
-`build_reward` makes one from its section of the configuration; `problems` says beforehand, without loading any
-weight, what would keep it from being made.
+`build_reward` makes one from its section of the configuration; `problems` says beforehand, without
+loading any weight, what would keep it from being made.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ __all__ = ["Reward", "RewardError", "build_reward", "problems"]
 class Reward(Protocol):
     """Scores of responses, as the trainer asks for them.
 
-    `prompts` are texts or lists of chat messages, `completions` texts; every column of the data set comes under its
-    own name. The scores are float32 on the CPU, one a sample, all finite.
+    `prompts` are texts or lists of chat messages, `completions` texts; every column of the data set
+    comes under its own name. The scores are float32 on the CPU, one a sample, all finite.
 
     Raises:
         RewardError: naming the reward and the sample, whenever that cannot be had.
@@ -37,7 +38,8 @@ class Reward(Protocol):
 
 
 def build_reward(section: Any, *, device: str) -> Reward:
-    """The reward that a section of the configuration describes; `device` is where a reward model lives.
+    """The reward that a section of the configuration describes; `device` is where a reward model
+    lives.
 
     Raises:
         RewardError: the reward cannot be made: no such model or function, a missing extra, ...

@@ -1,4 +1,4 @@
-"""What would keep a reward from being made, said before any weight is loaded. Imports nothing heavy."""
+"""What would keep a reward from being made: found without importing anything heavy."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from ppo_lab.rewards.targets import TargetError, find_target
 
 
 def problems(section: Any, *, key: str = "reward") -> list[str]:
-    """Everything that is wrong between this reward's section and the machine: one sentence each, none if all is well.
+    """What this machine lacks to make the reward, one sentence each.
 
     `key` is the dotted key of the section, for the messages.
     """
     check = {"model": _model, "function": _function, "vader": _vader, "weighted": _weighted}
     name = kind(section)
+    if not name:
+        return [f"{key}: choose a kind of reward: {', '.join(REWARDS)}."]
     return check[name](section, key) if name in check else []
 
 
 def kind(section: Any) -> str:
-    """The kind of reward that a section describes: `model` for a ModelReward, and so on."""
-    return next(name for name, section_type in REWARDS.items() if type(section) is section_type)
+    """The kind of reward that a section describes: `model` for a ModelReward; empty for none."""
+    return next((name for name, known in REWARDS.items() if type(section) is known), "")
 
 
 def _model(section: Any, key: str) -> list[str]:
@@ -40,6 +42,7 @@ def _model(section: Any, key: str) -> list[str]:
 
 
 def _folder(folder: Path, key: str, *, model: bool) -> list[str]:
+    """A folder that should hold a model, and does not."""
     if not model or (folder / "config.json").is_file():
         return []
     if (folder / "adapter_config.json").is_file():
@@ -48,7 +51,7 @@ def _folder(folder: Path, key: str, *, model: bool) -> list[str]:
 
 
 def _looks_like_folder(path: str) -> bool:
-    """Whether a name cannot be a hub id: those are `name` or `owner/name`, and start with neither `.`, `/` nor `~`."""
+    """Whether a name is no hub id; those have the form `name` or `owner/name`."""
     return path[0] in "./~" or path.count("/") > 1
 
 

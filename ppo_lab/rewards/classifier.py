@@ -1,15 +1,15 @@
-"""A sequence classifier as a reward: it reads prompt and response as text, with its own tokenizer."""
+"""A sequence classifier as a reward: it reads texts with its own tokenizer."""
 
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppo_lab.rewards.conversation import as_chat, is_chat, joined
+from ppo_lab.rewards.loading import load_classifier, load_reward_tokenizer
 from ppo_lab.rewards.scoring import RewardError, Scorer
 
 
@@ -17,8 +17,8 @@ def model_scorer(section: Any, *, device: str) -> Scorer:
     """The classifier that `reward=model` names.
 
     Raises:
-        RewardError: it cannot be had, has no trained head, does not fit its tokenizer, or `label` is not among its
-            labels.
+        RewardError: it cannot be had, has no trained head, does not fit its tokenizer, or
+            `label` is not among its labels.
     """
     place = device if section.device in ("", "auto") else section.device
     model = load_classifier(
@@ -56,16 +56,17 @@ def embedded_scorer(section: Any, *, device: str) -> Scorer:
 
 
 class Classifier:
-    """Scores by one output of a sequence classifier: in evaluation mode, without gradients, as float32.
+    """Scores by one output of a sequence classifier, as float32 numbers.
 
-    A sample's score depends on its own text alone, whatever stands beside it in the batch: texts are padded with an
-    attention mask and the padding is never taken for the text's end. Texts over `max_length` tokens lose their
+    The model is in evaluation mode and records no gradient. A sample's score depends on its own
+    text alone, whatever stands beside it in the batch: texts are padded with an attention mask and
+    the padding is never taken for the text's end. Texts over `max_length` tokens lose their
     beginning, so that the response stays.
 
-    `chat_template`: `auto` uses the tokenizer's template where the prompt is a chat and there is a template.
-    `append_eos`: `auto` appends the end-of-sequence token to plain texts of decoders, the form in which TRL's
-    RewardTrainer shows them in training; not to a chat template's text, nor for an encoder, nor where the tokenizer
-    closes its texts itself.
+    `chat_template`: `auto` uses the tokenizer's template where the prompt is a chat and there is a
+    template. `append_eos`: `auto` appends the end-of-sequence token to plain texts of decoders, the
+    form in which TRL's RewardTrainer shows them in training; not to a chat template's text, nor for
+    an encoder, nor where the tokenizer closes its texts itself.
     """
 
     def __init__(
@@ -96,8 +97,7 @@ class Classifier:
                 "reward.chat_template=always: the reward model's tokenizer has no chat template."
             )
         self.pad_token_id = _pad_token_id(model, tokenizer)
-        no_pad = model.config.get_text_config().pad_token_id is None
-        self._unpadded_head = _is_decoder(model) and no_pad
+        self._unpadded_head = _is_decoder(model) and _lacks_pad_id(model)
         if self._unpadded_head:
             _read_last_position(model)
         self.append_eos = _appends_eos(model, tokenizer, append_eos)
@@ -125,21 +125,24 @@ class Classifier:
         return self._shortened(ids, keep_first=not chat) or [self.pad_token_id]
 
     def _as_chat(self, prompt: Any) -> bool:
+        """Whether a sample goes through the chat template."""
         has_template = bool(self.tokenizer.chat_template)
         auto = self.chat_template == "auto" and has_template and is_chat(prompt)
         return self.chat_template == "always" or auto
 
     def _chat_text(self, prompt: Any, completion: str) -> str:
+        """What is read of a sample through the chat template."""
         messages = as_chat(prompt, completion)
         if self.text == "completion":
             messages = messages[-1:]
         return self.tokenizer.apply_chat_template(messages, tokenize=False)
 
     def _plain_text(self, prompt: Any, completion: str) -> str:
+        """What is read of a sample without a chat template."""
         return completion if self.text == "completion" else joined(prompt, completion)
 
     def _shortened(self, ids: list[int], *, keep_first: bool) -> list[int]:
-        """At most `max_length` ids, cut at the beginning; a special token that opens the text stays."""
+        """At most `max_length` ids, cut at the beginning after an opening special token."""
         if not self.max_length or len(ids) <= self.max_length:
             return ids
         special = keep_first and ids[0] in self.tokenizer.all_special_ids and self.max_length > 1
@@ -159,8 +162,9 @@ class Classifier:
     def _padded(self, ids: list[list[int]]) -> dict[str, Tensor]:
         """The rectangle that the model reads.
 
-        Right-padded: absolute positions then need no care, and the head finds the last token by the pad id. A head
-        without a pad id reads the last column, so its texts are left-padded with positions of their own.
+        Right-padded: absolute positions then need no care, and the head finds the last token by the
+        pad id. A head without a pad id reads the last column, so its texts are left-padded with
+        positions of their own.
         """
         width = max(map(len, ids))
         left = self._unpadded_head
@@ -179,59 +183,10 @@ class Classifier:
         return inputs
 
 
-def load_classifier(
-    path: str,
-    *,
-    revision: str = "",
-    trust_remote_code: bool = False,
-    dtype: str = "float32",
-    device: str = "cpu",
-) -> Any:
-    """A sequence classifier from a folder or the hub, on its device.
-
-    Raises:
-        RewardError: it cannot be had, or its classification head was never trained.
-    """
-    from transformers import AutoModelForSequenceClassification
-
-    name = str(Path(path).expanduser()) if path.startswith("~") else path
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            revision=revision or None,
-            trust_remote_code=trust_remote_code,
-            dtype=_dtype(dtype, device),
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise RewardError(_unavailable("the reward model", path, error)) from error
-    if new := sorted(report["missing_keys"]):
-        raise RewardError(
-            f"reward.path={path}: this is no trained sequence classifier; its weights lack {', '.join(new[:3])}. "
-            "Train one with `python -m ppo_lab.reward_model`, or name another."
-        )
-    return model.to(device)
-
-
-def load_reward_tokenizer(path: str, *, revision: str = "", trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a reward model.
-
-    Raises:
-        RewardError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    name = str(Path(path).expanduser()) if path.startswith("~") else path
-    try:
-        return AutoTokenizer.from_pretrained(
-            name, revision=revision or None, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise RewardError(_unavailable("the tokenizer of the reward model", path, error)) from error
-
-
 def label_index(config: Any, label: str) -> int:
-    """The column of the logits that `label`, a name or a number, stands for; the only one if it is empty.
+    """The column of the logits that `label` stands for.
+
+    It is a name or a number; empty stands for the only one.
 
     Raises:
         RewardError: there are several and none is named, or there is no such label.
@@ -262,18 +217,8 @@ def longest_text(model: Any, tokenizer: Any) -> int:
     return min((limit for limit in limits if 0 < limit < 10**9), default=0)
 
 
-def _dtype(name: str, device: str) -> torch.dtype:
-    """A number format by name; `auto` is bfloat16 on a GPU that computes in it, else float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    on_gpu = str(device).startswith("cuda") and torch.cuda.is_bf16_supported(
-        including_emulation=False
-    )
-    return torch.bfloat16 if on_gpu else torch.float32
-
-
 def _is_decoder(model: Any) -> bool:
-    """Whether the head reads the last token; transformers calls such heads `score`, all others otherwise."""
+    """Whether the head reads the last token; transformers calls those heads alone `score`."""
     return hasattr(model, "score")
 
 
@@ -293,20 +238,25 @@ def _appends_eos(model: Any, tokenizer: Any, choice: str) -> bool:
 
 
 def _pad_token_id(model: Any, tokenizer: Any) -> int:
-    """The id that fills short rows: the model's own if it has one, since its head may look for it."""
-    known = (
-        model.config.get_text_config().pad_token_id,
-        tokenizer.pad_token_id,
-        tokenizer.eos_token_id,
-    )
+    """The id that fills short rows: the model's own if it has one, for its head looks for it."""
+    if not _lacks_pad_id(model):
+        return model.config.get_text_config().pad_token_id
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((i for i in known if i is not None), 0)
+
+
+def _lacks_pad_id(model: Any) -> bool:
+    """Whether the model names no pad token; old Llama configurations say -1 for none."""
+    known = model.config.get_text_config().pad_token_id
+    return known is None or known < 0
 
 
 def _read_last_position(model: Any) -> None:
     """Make a decoder's head without a pad id read the last column of every row.
 
-    Such a head refuses batches, because it could not tell padding from text. With an id that no token has it finds
-    every column to be text, and left padding puts the text's end into the last one.
+    Such a head refuses batches, because it could not tell padding from text. With an id that no
+    token has it finds every column to be text, and left padding puts the text's end into the last
+    one.
     """
     model.config.get_text_config().pad_token_id = -1
 
@@ -316,19 +266,11 @@ def _refuse_foreign_tokenizer(model: Any, tokenizer: Any) -> None:
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise RewardError(
-            f"reward.tokenizer: the tokenizer has {len(tokenizer)} tokens, the reward model {rows}; "
-            "they do not belong together."
+            f"reward.tokenizer: the tokenizer has {len(tokenizer)} tokens, the reward model "
+            f"{rows}; they do not belong together."
         )
 
 
 def _takes(model: Any, argument: str) -> bool:
     """Whether the model's forward has this argument."""
     return argument in inspect.signature(model.forward).parameters
-
-
-def _unavailable(what: str, path: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"reward.path={path}: {what} cannot be loaded ({reason}). Give the folder of a saved model, or, where the hub "
-        "cannot be reached, set HF_HOME to a cache that holds it; reward=embedded needs neither."
-    )

@@ -11,7 +11,7 @@ def is_chat(prompt: Any) -> bool:
 
 
 def answer(completion: str) -> list[dict[str, Any]]:
-    """A response as the assistant's message, which is how TRL shows it to a reward beside a chat."""
+    """A response as the assistant's message: TRL shows it so to a reward, beside a chat."""
     return [{"role": "assistant", "content": completion}]
 
 
@@ -34,7 +34,7 @@ def joined(prompt: Any, completion: str) -> str:
 
 
 def _content(message: Any) -> str:
-    """The text of a message; of a content made of several parts, the text of those that have one."""
+    """The text of a message, its parts joined where it has several."""
     content = message.get("content", "") if isinstance(message, dict) else message
     if isinstance(content, list):
         return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))

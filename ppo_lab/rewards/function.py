@@ -15,7 +15,8 @@ from ppo_lab.rewards.targets import TargetError, find_target
 
 
 def function_scorer(section: Any, *, device: str) -> Scorer:
-    """The function at `target`, with the section's keyword arguments, time limit and further attempts.
+    """The function at `target`, with the section's keyword arguments, time limit and further
+    attempts.
 
     Raises:
         RewardError: there is no such function.
@@ -38,12 +39,13 @@ def function_scorer(section: Any, *, device: str) -> Scorer:
 class FunctionScorer:
     """Scores by a function of keywords: `prompts`, `completions` and every column of the data set.
 
-    Where a prompt is a chat, its completion is shown as a list with the assistant's message. A function that does not
-    take arbitrary keywords (`**kwargs`) is given only those it names. None among its scores means "not applicable"
-    and becomes `none_score`. It is called without gradients, once a batch.
+    Where a prompt is a chat, its completion is shown as a list with the assistant's message. A
+    function that does not take arbitrary keywords (`**kwargs`) is given only those it names. None
+    among its scores means "not applicable" and becomes `none_score`. It is called without
+    gradients, once a batch.
 
-    `retries` further attempts follow when it raises; `timeout` seconds (0 = no limit) hold for each attempt, and one
-    that exceeds them is left behind in its thread, since Python cannot stop it.
+    `retries` further attempts follow when it raises; `timeout` seconds (0 = no limit) hold for each
+    attempt, and one that exceeds them is left behind in its thread, since Python cannot stop it.
     """
 
     def __init__(
@@ -117,13 +119,14 @@ class FunctionScorer:
     def _refuse_missing(self, arguments: dict[str, Any]) -> None:
         """Say which argument of the function the data set cannot give."""
         given = {**arguments, **self.kwargs}
-        positional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         for parameter in _parameters(self.function):
-            needed = parameter.default is parameter.empty and parameter.kind not in positional
+            needed = parameter.default is parameter.empty and parameter.kind not in variadic
             if needed and parameter.name not in given:
                 raise RewardError(
-                    f"reward function {self.name} needs the argument {parameter.name!r}, which is no column of the "
-                    f"data (there are: {', '.join(sorted(given))}) and not in reward.kwargs."
+                    f"reward function {self.name} needs the argument {parameter.name!r}, "
+                    f"which is no column of the data (there are: {', '.join(sorted(given))}) "
+                    "and not in reward.kwargs."
                 )
 
     def _culprit(
@@ -148,7 +151,8 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
     """What `call` returns, if it does so in time.
 
     Raises:
-        TimeoutError: it did not; its thread is left behind and does not keep the program from ending.
+        TimeoutError: it did not; its thread is left behind and does not keep the program from
+        ending.
     """
     outcome: dict[str, Any] = {}
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ppo_lab.rewards.conversation import as_text
 from ppo_lab.errors import ConfigError
+from ppo_lab.rewards.conversation import as_text
 from ppo_lab.types import Scores
 
 Scorer = Callable[..., Any]
-"""Called as `scorer(prompts, completions, **columns)`; one raw number a sample, in a list, a tensor or an array."""
+"""`scorer(prompts, completions, **columns)` gives one raw number a sample."""
 
 
 class RewardError(ConfigError):
@@ -23,7 +23,8 @@ class RewardError(ConfigError):
 class WeightedSum:
     """A reward made of named raw scorers: total = weight * (w_1 s_1 + w_2 s_2 + ...).
 
-    A reward of a single kind is the sum of one part. `Scores.parts` holds s_1, s_2, ... before any weight.
+    A reward of a single kind is the sum of one part. `Scores.parts` holds s_1, s_2, ... before any
+    weight.
     """
 
     def __init__(
@@ -55,8 +56,8 @@ def checked_scores(
     """What a scorer returned as a float32 tensor of shape (batch,).
 
     Raises:
-        RewardError: it is no list (nor tensor, nor array), has not one item a sample, or an item is not a finite
-            number; the message names the reward and the first sample at fault.
+        RewardError: it is no list (nor tensor, nor array), has not one item a sample, or an
+            item is not a finite number; the message names the reward and the first such sample.
     """
     items = _as_list(name, scores)
     if len(items) != len(completions):

@@ -19,7 +19,8 @@ def find_target(target: str) -> Callable[..., Any]:
     """The function that `package.module:callable` names; the working folder is searched as well.
 
     Raises:
-        TargetError: the form is wrong, the module cannot be imported, it has no such name, or that is not a plain
+        TargetError: the form is wrong, the module cannot be imported, it has no such name, or that
+        is not a plain
             callable.
     """
     module_name, colon, path = target.partition(":")
@@ -48,7 +49,8 @@ def _imported(module_name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise TargetError(
-                f"there is no module {error.name!r} in the working folder ({here}) or among the installed packages."
+                f"there is no module {error.name!r} in the working folder ({here}) or among the "
+                "installed packages."
             ) from error
         raise TargetError(f"{module_name} cannot be imported: {error}.") from error
     except Exception as error:

@@ -1,0 +1,584 @@
+"""What scores responses."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as token_models
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from ppo_lab.config import (
+    ConstantReward,
+    FunctionReward,
+    LengthReward,
+    ModelReward,
+    VaderReward,
+    WeightedReward,
+)
+from ppo_lab.errors import ConfigError
+from ppo_lab.rewards import RewardError, build_reward, problems
+from ppo_lab.rewards.classifier import Classifier
+from ppo_lab.rewards.conversation import joined
+from ppo_lab.rewards.function import within
+from ppo_lab.rewards.loading import load_classifier, load_reward_tokenizer
+from ppo_lab.rewards.scoring import checked_scores
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def functions(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """An importable module, empty, to put reward functions into."""
+    module = ModuleType("rewards_of_the_test")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def function_reward(functions: ModuleType, function: Any, **settings: Any) -> Any:
+    functions.reward = function
+    section = FunctionReward(name="mine", target="rewards_of_the_test:reward", **settings)
+    return build_reward(section, device="cpu")
+
+
+# ---- weights, parts, checks
+
+
+def test_the_weight_is_in_the_total_and_not_in_the_part() -> None:
+    scores = build_reward(ConstantReward(name="c", value=2.0, weight=-1.5), device="cpu")(
+        ["p"], ["r"]
+    )
+    assert (scores.total.tolist(), scores.parts["c"].tolist()) == ([-3.0], [2.0])
+    assert scores.total.dtype == torch.float32
+
+
+def test_a_weighted_sum_logs_its_parts_by_their_keys() -> None:
+    inner = WeightedReward(weight=10.0, parts={"one": ConstantReward(value=1.0, weight=2.0)})
+    section = WeightedReward(
+        name="mix",
+        weight=0.5,
+        parts={"words": LengthReward(weight=3.0), "low": ConstantReward(value=-1.0), "deep": inner},
+    )
+    scores = build_reward(section, device="cpu")(["p", "p"], ["a b", "a"])
+    assert scores.total.tolist() == [0.5 * (6 - 1 + 20), 0.5 * (3 - 1 + 20)]
+    assert {name: part.tolist() for name, part in scores.parts.items()} == {
+        "words": [2.0, 1.0],
+        "low": [-1.0, -1.0],
+        "deep/one": [1.0, 1.0],
+    }
+
+
+def test_a_reward_without_a_name_is_called_by_its_kind() -> None:
+    assert build_reward(LengthReward(), device="cpu").name == "length"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        [1, 2.5],
+        (1.0, 2.5),
+        torch.tensor([1.0, 2.5], requires_grad=True),
+        torch.tensor([[1.0], [2.5]], dtype=torch.bfloat16),
+        np.array([1.0, 2.5]),
+        [torch.tensor(1.0), np.float64(2.5)],
+        [True, torch.tensor([2.5])],
+    ],
+)
+def test_lists_tensors_and_arrays_of_numbers_are_scores(raw: Any) -> None:
+    scores = checked_scores("r", raw, ["p", "p"], ["a", "b"])
+    assert (scores.tolist(), scores.requires_grad) == ([1.0, 2.5], False)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ([1.0], "1 scores came back for 2 samples"),
+        ([1.0, 2.0, 3.0], "3 scores came back for 2 samples"),
+        (1.0, "it returned float"),
+        ("ab", "it returned str"),
+        (None, "it returned NoneType"),
+        ({0: 1.0, 1: 2.0}, "it returned dict"),
+        (torch.tensor(1.0), "it returned float"),
+        ([1.0, math.nan], r"sample 1 of the batch \(prompt 'q', completion 'b'\) is nan"),
+        ([math.inf, 1.0], r"sample 0 .*completion 'a'\) is inf"),
+        ([1.0, 1e39], "sample 1 .* is 1e\\+39, not a finite number"),
+        ([1.0, "2"], r"sample 1 .* is \"'2'\" \(str\), not a number"),
+        ([1.0, None], r"sample 1 .* \(NoneType\), not a number"),
+        ([1.0, [2.0, 3.0]], r"sample 1 .* \(list\), not a number"),
+        (torch.zeros(2, 3), r"sample 0 .* \(list\), not a number"),
+        ([1j, 1.0], r"sample 0 .* \(complex\), not a number"),
+    ],
+)
+def test_anything_but_one_finite_number_a_sample_is_refused(raw: Any, message: str) -> None:
+    with pytest.raises(RewardError, match=f"^reward 'r': .*{message}"):
+        checked_scores("r", raw, ["p", "q"], ["a", "b"])
+
+
+def test_a_reward_error_is_a_users_error_with_shortened_texts() -> None:
+    with pytest.raises(ConfigError) as error:
+        checked_scores("r", [math.nan], ["x" * 10_000], ["y"])
+    assert len(str(error.value)) < 250
+    assert isinstance(error.value, ValueError)
+
+
+# ---- length, constant, vader
+
+
+def test_length_counts_words_or_characters_or_the_distance_from_an_ideal() -> None:
+    texts = ["", "one two  three"]
+    sections = [LengthReward(), LengthReward(unit="characters"), LengthReward(ideal=4)]
+    totals = [build_reward(s, device="cpu")(["", ""], texts).total.tolist() for s in sections]
+    assert totals == [[0.0, 3.0], [0.0, 14.0], [-1.0, -0.25]]
+
+
+def test_vader_scores_the_response_as_the_shared_preferences_were_scored(assets: Path) -> None:
+    lines = (assets / "data" / "story_preferences.jsonl").read_text().splitlines()[:100]
+    rows = [json.loads(line) for line in lines]
+    reward = build_reward(VaderReward(), device="cpu")
+    scores = reward([r["prompt"] for r in rows], [r["chosen"] for r in rows])
+    torch.testing.assert_close(scores.total, torch.tensor([r["score_chosen"] for r in rows]))
+
+
+def test_vader_can_read_the_prompt_as_well() -> None:
+    reward = build_reward(VaderReward(text="prompt_and_completion"), device="cpu")
+    happy, sad, chat = reward(
+        ["Great joy. ", "Awful pain. ", [{"role": "user", "content": "Great joy."}]], ["ok"] * 3
+    ).total.tolist()
+    assert happy > 0 > sad
+    assert chat > 0
+
+
+def test_a_missing_vader_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    with pytest.raises(RewardError, match=r"pip install 'ppo_lab\[vader\]'"):
+        build_reward(VaderReward(), device="cpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "ppo_lab[vader]" in problems(VaderReward())[0]
+
+
+# ---- functions (ledger R-01, R-05, R-06)
+
+
+def test_a_function_is_called_as_trl_calls_it(functions: ModuleType) -> None:
+    seen: dict[str, Any] = {}
+
+    def reward(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
+        seen.update(kwargs, prompts=prompts, completions=completions)
+        return [len(c) * f for c, f in zip(completions, kwargs["factor"], strict=True)]
+
+    scorer = function_reward(functions, reward, kwargs={"bonus": 7})
+    scores = scorer(["p", "q"], ["a", "bb"], factor=[1, 10], completion_ids=[[1], [2]])
+    assert scores.total.tolist() == [1.0, 20.0]
+    assert seen == {
+        "prompts": ["p", "q"],
+        "completions": ["a", "bb"],
+        "factor": [1, 10],
+        "completion_ids": [[1], [2]],
+        "bonus": 7,
+    }
+
+
+def test_trls_own_reward_functions_work_as_they_are() -> None:
+    section = FunctionReward(target="trl.rewards:think_format_reward")
+    reward = build_reward(section, device="cpu")
+    assert reward([CHAT, CHAT], ["<think>\nwhy\n</think>\nyes", "yes"]).total.tolist() == [1.0, 0.0]
+
+
+def test_beside_a_chat_the_function_is_shown_a_message(functions: ModuleType) -> None:
+    def reward(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
+        assert completions[0] == [{"role": "assistant", "content": "yo"}]
+        assert completions[1] == "plain"
+        return [1.0, 2.0]
+
+    scores = function_reward(functions, reward)([CHAT, "text"], ["yo", "plain"])
+    assert scores.total.tolist() == [1.0, 2.0]
+
+
+def test_a_function_is_given_only_what_it_names(functions: ModuleType) -> None:
+    scorer = function_reward(functions, lambda completions, level: level)
+    assert scorer(["p"], ["a"], level=[5], other=[1]).parts["mine"].tolist() == [5.0]
+
+
+def test_a_needed_argument_that_is_no_column_is_named(functions: ModuleType) -> None:
+    scorer = function_reward(functions, lambda completions, answer: [1.0])
+    with pytest.raises(
+        RewardError, match=r"needs the argument 'answer'.*completions, label, prompts"
+    ):
+        scorer(["p"], ["a"], label=[1])
+
+
+def test_none_means_not_applicable(functions: ModuleType) -> None:
+    def reward(completions: list[str], **kwargs: Any) -> list[float | None]:
+        return [None if c == "skip" else 1.0 for c in completions]
+
+    assert function_reward(functions, reward)(["p"] * 2, ["skip", "x"]).total.tolist() == [0.0, 1.0]
+    scorer = function_reward(functions, reward, none_score=-2.0)
+    assert scorer(["p"] * 2, ["skip", "x"]).total.tolist() == [-2.0, 1.0]
+
+
+def test_an_error_names_the_sample_on_which_the_function_raises(functions: ModuleType) -> None:
+    def reward(completions: list[str], **kwargs: Any) -> list[float]:
+        return [1 / len(c) for c in completions]
+
+    scorer = function_reward(functions, reward)
+    with pytest.raises(
+        RewardError, match=r"sample 2 .*completion ''\).*ZeroDivisionError: division"
+    ) as error:
+        scorer(["p"] * 4, ["a", "b", "", "d"])
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+
+
+def test_an_error_of_the_batch_alone_is_told_as_such(functions: ModuleType) -> None:
+    def reward(completions: list[str], **kwargs: Any) -> list[float]:
+        if len(completions) > 1:
+            raise KeyError("too many")
+        return [1.0]
+
+    with pytest.raises(RewardError, match=r"on none of them alone\): KeyError: 'too many'"):
+        function_reward(functions, reward)(["p"] * 2, ["a", "b"])
+
+
+def test_a_function_that_hangs_is_given_up(functions: ModuleType) -> None:
+    def reward(completions: list[str], **kwargs: Any) -> list[float]:
+        time.sleep(3)
+        return [1.0]
+
+    start = time.perf_counter()
+    with pytest.raises(RewardError, match=r"no answer within 0\.1 s \(reward\.timeout\)"):
+        function_reward(functions, reward, timeout=0.1)(["p"], ["a"])
+    assert time.perf_counter() - start < 2
+
+
+def test_a_time_limit_hands_on_results_and_errors() -> None:
+    assert within(5, lambda: 3) == 3
+    with pytest.raises(KeyError):
+        within(5, lambda: {}["x"])
+
+
+def test_a_failing_function_is_tried_again(functions: ModuleType) -> None:
+    calls: list[float] = []
+
+    def reward(completions: list[str], **kwargs: Any) -> list[float]:
+        calls.append(time.perf_counter())
+        if len(calls) < 3:
+            raise ConnectionError("busy")
+        return [4.0]
+
+    scorer = function_reward(functions, reward, retries=2, retry_wait=0.02)
+    assert scorer(["p"], ["a"]).total.tolist() == [4.0]
+    assert calls[2] - calls[1] > calls[1] - calls[0] > 0.015
+    calls.clear()
+    with pytest.raises(RewardError, match="ConnectionError: busy"):
+        function_reward(functions, reward, retries=1, retry_wait=0.0)(["p"], ["a"])
+
+
+def test_no_gradient_is_recorded_in_a_function(functions: ModuleType) -> None:
+    weight = torch.ones((), requires_grad=True)
+
+    def reward(completions: list[str], **kwargs: Any) -> torch.Tensor:
+        assert not (weight * 2).requires_grad
+        return weight.expand(len(completions))
+
+    assert function_reward(functions, reward, timeout=5)(["p"], ["a"]).total.tolist() == [1.0]
+
+
+def test_a_wrong_return_of_a_function_names_the_reward(functions: ModuleType) -> None:
+    scorer = function_reward(functions, lambda completions: ["good"] * len(completions))
+    with pytest.raises(RewardError, match=r"^reward 'mine': the score of sample 0"):
+        scorer(["p"], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("", r"name the function, as package\.module:callable"),
+        ("math.sqrt", r"name a function as package\.module:callable"),
+        ("no_such_module:f", "no module 'no_such_module'"),
+        ("math:squirt", r"math has no 'squirt'\. Did you mean 'sqrt'"),
+        ("math:pi", "it is float, not a function"),
+        ("asyncio:sleep", "async function"),
+    ],
+)
+def test_a_target_that_is_no_function_is_refused_before_anything_runs(
+    target: str, message: str
+) -> None:
+    (problem,) = problems(FunctionReward(target=target))
+    assert problem.startswith("reward.target")
+    assert re.search(message, problem)
+    if target:
+        with pytest.raises(RewardError, match=message):
+            build_reward(FunctionReward(target=target), device="cpu")
+
+
+def test_a_module_that_breaks_on_import_is_told_with_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "breaks_on_import.py").write_text("import a_missing_friend\n")
+    (tmp_path / "raises_on_import.py").write_text("raise RuntimeError('boom')\n")
+    (tmp_path / "fine_in_cwd.py").write_text("def f(completions):\n    return [1.0]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert (
+        "No module named 'a_missing_friend'"
+        in problems(FunctionReward(target="breaks_on_import:f"))[0]
+    )
+    assert "RuntimeError: boom" in problems(FunctionReward(target="raises_on_import:f"))[0]
+    assert problems(FunctionReward(target="fine_in_cwd:f")) == []
+
+
+def test_checking_a_reward_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from ppo_lab.rewards import problems; from ppo_lab.config import *\n"
+        "import ppo_lab.config as c\n"
+        "print(problems(c.WeightedReward(parts={'a': c.FunctionReward(target='math:sqr')})))\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'heavy'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "reward.parts.a.target=math:sqr" in done.stdout
+
+
+# ---- reward models (ledger R-02, R-04, N-30)
+
+
+def byte_tokenizer(*, pad: bool = True, template: str = "") -> PreTrainedTokenizerFast:
+    vocab = {
+        c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "<pad>"])
+    }
+    backend = Tokenizer(token_models.BPE(vocab, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    special = {"eos_token": "<s>", **({"pad_token": "<pad>"} if pad else {})}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = template or None
+    return tokenizer
+
+
+def tiny_classifier(kind: str, *, pad: int | None = 257, labels: int = 1) -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 258, "pad_token_id": pad, "num_labels": labels, "eos_token_id": 256}
+    config = {
+        "llama": lambda: LlamaConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            **sizes,
+        ),
+        "bloom": lambda: BloomConfig(hidden_size=16, n_layer=2, n_head=2, **sizes),
+        "gpt2": lambda: GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **sizes),
+        "bert": lambda: BertConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            **sizes,
+        ),
+    }[kind]()
+    model = AutoModelForSequenceClassification.from_config(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    return model
+
+
+PROMPTS = ["a", "a longer prompt", "mid", "x"]
+COMPLETIONS = ["b", " and a far longer completion", "", "yz"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2", "bert"])
+@pytest.mark.parametrize("pad", [257, 256, None, -1], ids=["pad", "pad=eos", "none", "-1"])
+def test_a_score_depends_on_its_own_text_alone(kind: str, pad: int | None) -> None:
+    scorer = Classifier(
+        tiny_classifier(kind, pad=pad), byte_tokenizer(pad=pad == 257), batch_size=3
+    )
+    together = scorer(PROMPTS, COMPLETIONS)
+    alone = torch.cat([scorer([p], [c]) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
+    torch.testing.assert_close(together, alone)
+    assert together.unique().numel() == len(PROMPTS)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2"])
+def test_the_score_is_read_at_the_last_token(kind: str) -> None:
+    model, tokenizer = tiny_classifier(kind, pad=None), byte_tokenizer(pad=False)
+    ids = torch.tensor(
+        [tokenizer("a longer prompt and a far longer completion")["input_ids"] + [256]]
+    )
+    expected = model.eval()(ids).logits[0, 0]
+    torch.testing.assert_close(Classifier(model, tokenizer)(PROMPTS, COMPLETIONS)[1], expected)
+
+
+def test_the_last_tokens_are_the_ones_that_a_long_text_keeps() -> None:
+    scorer = Classifier(tiny_classifier("llama"), byte_tokenizer(), max_length=8)
+    first, second = scorer(["a quite different one", "some prompt"], ["the same", "the same"])
+    assert first == second != scorer(["a"], ["the sane"])[0]
+
+
+def test_the_models_own_limit_holds_where_none_is_set() -> None:
+    scorer = Classifier(tiny_classifier("gpt2"), byte_tokenizer())
+    assert scorer.max_length == 64
+    assert scorer(["x" * 500], ["y"]).isfinite().all()
+
+
+def test_the_real_reward_model_ranks_held_stories(assets: Path) -> None:
+    section = ModelReward(path=str(assets / "stories260K-vader-rm"))
+    lines = (assets / "data" / "story_preferences.jsonl").read_text().splitlines()[-200:]
+    rows = [json.loads(line) for line in lines]
+    prompts = [row["prompt"] for row in rows]
+    reward = build_reward(section, device="cpu")
+    chosen = reward(prompts, [row["chosen"] for row in rows]).total
+    rejected = reward(prompts, [row["rejected"] for row in rows]).total
+    assert (chosen > rejected).float().mean() > 0.95
+
+
+def test_eos_is_appended_as_in_training_unless_told_otherwise(assets: Path) -> None:
+    folder = str(assets / "stories260K-vader-rm")
+    model, tokenizer = load_classifier(folder), load_reward_tokenizer(folder)
+    scores = {
+        choice: Classifier(model, tokenizer, append_eos=choice)(["Once"], [" there was a cat."])
+        for choice in ("auto", "always", "never")
+    }
+    ids = [*tokenizer("Once there was a cat.")["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        torch.testing.assert_close(scores["auto"], model(torch.tensor([ids])).logits[0])
+    assert scores["auto"] == scores["always"] != scores["never"]
+
+
+def test_an_encoder_gets_no_eos_of_ours() -> None:
+    assert not Classifier(tiny_classifier("bert"), byte_tokenizer()).append_eos
+
+
+def test_a_label_is_found_by_name_or_number() -> None:
+    model = tiny_classifier("llama", labels=2)
+    model.config.id2label = {0: "NEGATIVE", 1: "POSITIVE"}
+    by_name, by_number, other = (
+        Classifier(model, byte_tokenizer(), label=label)(PROMPTS, COMPLETIONS)
+        for label in ("positive", "1", "0")
+    )
+    assert torch.equal(by_name, by_number)
+    assert not torch.equal(by_name, other)
+    with pytest.raises(
+        RewardError, match=r"several outputs; name one of 0 \(NEGATIVE\), 1 \(POSITIVE\)"
+    ):
+        Classifier(model, byte_tokenizer())
+    with pytest.raises(RewardError, match=r"reward\.label=good: .* no such output"):
+        Classifier(model, byte_tokenizer(), label="good")
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_probabilities_can_be_read_instead_of_logits(labels: int) -> None:
+    def scores(output: str) -> torch.Tensor:
+        model = tiny_classifier("llama", labels=labels)
+        return Classifier(model, byte_tokenizer(), label="0", output=output)(PROMPTS, COMPLETIONS)
+
+    torch.testing.assert_close(scores("log_probability").exp(), scores("probability"))
+    if labels == 1:
+        torch.testing.assert_close(scores("logit").sigmoid(), scores("probability"))
+    else:
+        assert ((scores("probability") > 0) & (scores("probability") < 1)).all()
+
+
+def test_dropout_is_off_and_nothing_is_trained() -> None:
+    model = tiny_classifier("bloom").train()
+    model.config.hidden_dropout = 0.5
+    scorer = Classifier(model, byte_tokenizer())
+    assert torch.equal(scorer(["a"], ["b"]), scorer(["a"], ["b"]))
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def test_chats_are_scored_through_the_reward_models_own_template() -> None:
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    model = tiny_classifier("llama")
+    text = torch.tensor([tokenizer("<user>hi<assistant>yo")["input_ids"]])
+    expected = model.eval()(text).logits[0]
+    torch.testing.assert_close(Classifier(model, tokenizer)([CHAT], ["yo"]), expected)
+    always = Classifier(model, tokenizer, chat_template="always")
+    torch.testing.assert_close(always(["hi"], ["yo"]), expected)
+
+
+def test_a_reward_model_without_template_reads_a_chat_as_plain_text() -> None:
+    scorer = Classifier(tiny_classifier("llama"), byte_tokenizer())
+    torch.testing.assert_close(scorer([CHAT], ["yo"]), scorer(["hi\n"], ["yo"]))
+    with pytest.raises(RewardError, match="chat_template=always"):
+        Classifier(tiny_classifier("llama"), byte_tokenizer(), chat_template="always")
+
+
+def test_only_the_completion_is_read_on_request() -> None:
+    scorer = Classifier(tiny_classifier("llama"), byte_tokenizer(), text="completion")
+    assert torch.equal(scorer(["one"], ["yo"]), scorer(["another"], ["yo"]))
+
+
+def test_empty_texts_have_a_score() -> None:
+    scorer = Classifier(tiny_classifier("llama"), byte_tokenizer(), append_eos="never")
+    assert scorer(["", "a"], ["", "b"]).isfinite().all()
+
+
+def test_a_tokenizer_of_another_model_is_refused(assets: Path) -> None:
+    model = load_classifier(str(assets / "stories260K-vader-rm"))
+    with pytest.raises(RewardError, match="the tokenizer has 600 tokens, the reward model 512"):
+        tokenizer = load_reward_tokenizer(str(assets / "stories260K-vader-rm"))
+        tokenizer.add_tokens([f"<x{i}>" for i in range(88)])
+        Classifier(model, tokenizer)
+
+
+def test_a_model_without_a_trained_head_is_refused(assets: Path) -> None:
+    with pytest.raises(
+        RewardError, match=r"no trained sequence classifier; its weights lack score\.weight"
+    ):
+        load_classifier(str(assets / "stories260K"))
+
+
+@pytest.mark.parametrize("path", ["nobody/nothing", "./no_such_folder", "/tmp"])
+def test_a_reward_model_that_cannot_be_had_says_so_in_one_paragraph(path: str) -> None:
+    with pytest.raises(RewardError, match=rf"^reward\.path={path}: .*HF_HOME") as error:
+        build_reward(ModelReward(path=path), device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_folders_are_checked_before_any_weight_is_loaded(tmp_path: Path, assets: Path) -> None:
+    def found(path: str) -> list[str]:
+        return problems(ModelReward(path=path))
+
+    assert found(str(assets / "stories260K-vader-rm")) == []
+    assert found("lvwerra/distilbert-imdb") == []
+    assert "name the reward model" in found("")[0]
+    assert "no such folder" in found("./nowhere")[0]
+    assert "no config.json" in found(str(tmp_path))[0]
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "this is an adapter" in found(str(tmp_path))[0]
+
+
+def test_a_saved_classifier_loads_from_its_folder(tmp_path: Path) -> None:
+    model, tokenizer = tiny_classifier("gpt2"), byte_tokenizer()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    expected = Classifier(model, tokenizer)(PROMPTS, COMPLETIONS)
+    reward = build_reward(ModelReward(path=str(tmp_path), weight=2.0), device="cpu")
+    torch.testing.assert_close(reward(PROMPTS, COMPLETIONS).total, 2 * expected)
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "<s>"
+
+
+def test_prompt_and_response_stand_side_by_side() -> None:
+    assert joined("Once", " upon") == "Once upon"
+    assert joined(CHAT, "yo") == "hi\nyo"
