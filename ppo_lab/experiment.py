@@ -134,7 +134,7 @@ def load_policy(config: Config, tokenizer: Any, device: str) -> AutoModelForCaus
     import torch
 
     torch.manual_seed(config.seed)
-    model = load_causal_lm(config.model, device=device)
+    model = load_causal_lm(config.model, device=device, seed=config.seed)
     check_vocabulary(tokenizer, model)
     if config.lora.r:
         model = wrap_lora(model, config.lora)
@@ -241,7 +241,7 @@ def summarise(lab: Lab) -> dict[str, Any]:
         "seed": lab.config.seed,
         "versions": versions(),
         "git_commit": git_commit(),
-        "revisions": {"model": resolved_revision(lab.trainer.policy.trunk.model)},
+        "revisions": {"model": resolved_revision(lab.config.model)},
     }
     if tail:
         summary["train"] = {

@@ -208,9 +208,9 @@ def max_context(config: Any) -> int | None:
     return next((bound for bound in bounds if bound), None)
 
 
-def resolved_revision(model: Any) -> str:
-    """The commit on the hub that the weights are of; empty for a folder."""
-    return getattr(model.config, "_commit_hash", None) or ""
+def resolved_revision(section: ModelSection) -> str:
+    """The commit on the hub that the weights are of; empty for a folder and for random weights."""
+    return "" if section.weights == "random" else _locate_model(section).revision
 
 
 def parameter_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:

@@ -48,7 +48,8 @@ class ModelUnavailable(ConfigError):  # noqa: N818 (a name of the interface)
 class Source:
     """A model that is there: folder or hub id, and how transformers is to ask for it.
 
-    `entry` is the file that was found, by which an adapter is told from a model.
+    `entry` is the file that was found, by which an adapter is told from a model; `revision` is the
+    commit of a hub model.
     """
 
     path: str
@@ -134,8 +135,8 @@ def _on_hub(path: str, revision: str, entries: tuple[str, ...], key: str, wanted
             raise ConfigError(f"{key}={path}: the repository on the hub holds no {wanted}")
         return found
     for entry in entries:
-        if _in_cache(path, revision, entry):
-            return Source(path, entry, revision)
+        if commit := _cached_commit(path, revision, entry):
+            return Source(path, entry, commit)
     raise ModelUnavailable(_unavailable(path, why, key))
 
 
@@ -152,10 +153,12 @@ def _online(path: str, revision: str, entries: tuple[str, ...]) -> Source | None
     return None
 
 
-def _in_cache(path: str, revision: str, entry: str) -> bool:
+def _cached_commit(path: str, revision: str, entry: str) -> str:
+    """The commit under which the cache has this file, which lies in a folder of that name."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(path, entry, revision=revision or None), str)
+    file = try_to_load_from_cache(path, entry, revision=revision or None)
+    return Path(file).parent.name if isinstance(file, str) else ""
 
 
 def _ask_hub(path: str, revision: str, entry: str) -> str:
