@@ -232,4 +232,4 @@ def explained_variance(
 ) -> Float[Tensor, ""]:
     """The share of the returns' variance that the values explain: 1 - Var(R - V) / Var(R); 0 when R does not vary."""
     var = masked_var(returns, mask)
-    return torch.where(var > 0, 1.0 - masked_var(returns - values, mask) / var.clamp(min=1e-12), 0.0)
+    return torch.where(var > 0, 1.0 - masked_var(returns - values, mask) / var, 0.0)
