@@ -1,0 +1,154 @@
+"""All that is known of several runs together: what differs, groups of seeds, fits, and remarks in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas
+
+from ppo_lab.compare.groups import FIRST, Group, differing_keys, grouped, short, shown
+from ppo_lab.compare.outcomes import outcomes
+from ppo_lab.compare.overoptimisation import Overoptimisation, fit_overoptimisation
+from ppo_lab.compare.runs import Run
+from ppo_lab.compare.statistics import rank_correlation, t_interval
+
+BINDS_FROM = 0.01  # share of tokens; a smaller clip fraction means that epsilon changes next to nothing
+TASK = ("model.", "reward.", "data.")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs with the keys in which they differ, in groups of seeds, the best first.
+
+    `fits` holds the over-optimisation of each task (model, reward, data) among the runs, or a
+    sentence that says why it cannot be had.
+    """
+
+    runs: list[Run]
+    keys: list[str]
+    groups: list[Group]
+    fits: dict[str, Overoptimisation | str]
+
+
+def compare(runs: Sequence[Run]) -> Comparison:
+    """What these runs say together."""
+    keys = differing_keys(runs)
+    return Comparison(list(runs), keys, grouped(runs, keys), _fits(runs, keys))
+
+
+def _fits(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, Overoptimisation | str]:
+    tasks = grouped([run for run in runs if run.config], [key for key in keys if key.startswith(TASK)])
+    return {task.label if task.settings else "": fit_overoptimisation(task.runs) for task in tasks}
+
+
+def frame(comparison: Comparison) -> pandas.DataFrame:
+    """One row a run: where it is, what became of it, the keys that differ, what it came to."""
+    number = {id(run): i for i, group in enumerate(comparison.groups) for run in group.runs}
+    rows = [
+        {
+            "run": run.name,
+            "path": run.path,
+            "status": run.status,
+            "reason": run.reason,
+            "group": number[id(run)],
+            "seed": run.config.get("seed"),
+            "steps": run.steps,
+            **{key: run.config.get(key) for key in comparison.keys},
+            **outcomes(run),
+        }
+        for run in comparison.runs
+    ]
+    table = pandas.DataFrame(rows)
+    for key in comparison.keys:  # a column of several types has no place in Parquet
+        if table[key].map(type).nunique() > 1 and not _all_numbers(table[key]):
+            table[key] = table[key].map(str)
+    return table
+
+
+def _all_numbers(column: pandas.Series) -> bool:
+    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in column.dropna())
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """What stands out, a sentence each."""
+    return [
+        *_unfinished(comparison),
+        *_rank_correlations(comparison),
+        *_epsilon_that_never_binds(comparison),
+        *(describe(fit, task) for task, fit in comparison.fits.items()),
+    ]
+
+
+def _unfinished(comparison: Comparison) -> Iterator[str]:
+    counts = Counter(run.status for run in comparison.runs)
+    if set(counts) - {"finished"}:
+        yield ", ".join(f"{n} {status}" for status, n in counts.most_common()) + " runs"
+    yield from (
+        f"{run.name} {run.status}: {run.reason}"
+        for run in comparison.runs
+        if run.reason and run.status != "running"
+    )
+
+
+def _rank_correlations(comparison: Comparison) -> Iterator[str]:
+    """How monotonically the two headline metrics answer to the two knobs they are about."""
+    for key, metric, what in zip(FIRST, ("kl", "clip_fraction"), ("final kl", "clip_fraction"), strict=True):
+        pairs = _finished_pairs(comparison, key, metric)
+        rho = rank_correlation([x for x, _ in pairs], [y for _, y in pairs])
+        if not np.isnan(rho):
+            levels = _level_means(pairs)
+            way = "falls" if np.all(np.diff(levels) < 0) else "does not fall"
+            yield (
+                f"{what} {way} monotonically with {short(key)} (means over {len(levels)} values; "
+                f"Spearman's rho over {len(pairs)} runs: {rho:.2f})"
+            )
+
+
+def _finished_pairs(comparison: Comparison, key: str, metric: str) -> list[tuple[float, float]]:
+    finished = [run for run in comparison.runs if run.status == "finished"]
+    found = [(run.config.get(key), outcomes(run)[metric]) for run in finished]
+    return [(float(x), y) for x, y in found if isinstance(x, int | float) and np.isfinite(y)]
+
+
+def _level_means(pairs: Sequence[tuple[float, float]]) -> list[float]:
+    levels = sorted({x for x, _ in pairs})
+    return [float(np.mean([y for x, y in pairs if x == level])) for level in levels]
+
+
+def clip_fraction_by_epsilon(comparison: Comparison) -> dict[float, list[float]]:
+    """The mean clip fraction of every run, by its epsilon, rising."""
+    pairs = [(run.config.get(FIRST[1]), outcomes(run)["clip_fraction"]) for run in comparison.runs]
+    known = [(float(x), y) for x, y in pairs if isinstance(x, int | float) and np.isfinite(y)]
+    return {x: [y for other, y in known if other == x] for x in sorted({x for x, _ in known})}
+
+
+def _epsilon_that_never_binds(comparison: Comparison) -> Iterator[str]:
+    for epsilon, fractions in clip_fraction_by_epsilon(comparison).items():
+        mean = t_interval(fractions).mean
+        if mean < BINDS_FROM:
+            yield (
+                f"cliprange={shown(epsilon)} hardly ever binds: it clips {mean:.2%} of the tokens, so that "
+                "a sweep over it shows next to nothing (more ppo_epochs or a higher learning_rate would)"
+            )
+
+
+def describe(fit: Overoptimisation | str, task: str = "") -> str:
+    """The over-optimisation fit in a sentence."""
+    where = f"{task}: " if task else ""
+    if isinstance(fit, str):
+        return where + fit
+    gold = fit.gold
+    curve = f"gold gain R(d) = d ({gold.alpha:.3g} - {gold.beta:.3g} log d), d = sqrt(KL)"
+    ranges = f"95 %: alpha {_range(gold.alpha_interval)}, beta {_range(gold.beta_interval)}"
+    if np.isnan(gold.peak):
+        return f"{where}{curve} ({ranges}); it does not peak"
+    kl = f"KL = {gold.kl_at_peak:.3g} nats (95 %: {_range([d**2 for d in gold.peak_interval])})"
+    seen = "" if fit.peak_is_seen else f", beyond the largest KL measured, {fit.d.max() ** 2:.3g}"
+    return f"{where}{curve} ({ranges}); it peaks at d* = {gold.peak:.3g}, {kl}{seen}"
+
+
+def _range(ends: Sequence[float]) -> str:
+    return f"{ends[0]:.3g} to {ends[1]:.3g}"

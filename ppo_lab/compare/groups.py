@@ -1,0 +1,122 @@
+"""Runs that differ in the seed alone, as one; and the keys in which runs differ at all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ppo_lab.compare.outcomes import OUTCOMES, outcomes
+from ppo_lab.compare.runs import Run
+from ppo_lab.compare.statistics import Interval, t_interval
+
+# What tells nothing of the experiment: repetition, names, and where things go.
+NOT_THE_EXPERIMENT = ("seed", "name", "resume", "device", "tracking.", "checkpoint.")
+FIRST = ("ppo.init_kl_coef", "ppo.cliprange")
+ABSENT = "-"
+
+
+@dataclass
+class Group:
+    """Runs of one setting; `settings` holds the keys that tell it from the other groups."""
+
+    settings: dict[str, Any]
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """The settings on one line, keys without their sections."""
+        return " ".join(f"{short(key)}={shown(value)}" for key, value in self.settings.items()) or (
+            self.runs[0].name
+        )
+
+    @property
+    def status(self) -> str:
+        """How many runs ended how: `2 finished, 1 failed`."""
+        counts = Counter(run.status for run in self.runs).most_common()
+        return ", ".join(f"{count} {status}" for status, count in counts)
+
+    @cached_property
+    def results(self) -> dict[str, Interval]:
+        """The interval of each outcome, over the finished runs, or over all while there are none."""
+        finished = [run for run in self.runs if run.status == "finished"]
+        found = [outcomes(run) for run in finished or self.runs]
+        return {name: t_interval([one[name] for one in found]) for name in OUTCOMES}
+
+
+def differing_keys(runs: Sequence[Run]) -> list[str]:
+    """The keys of the experiment whose values differ between runs, beta and epsilon first."""
+    configs = [run.config for run in runs if run.config]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    differing = [key for key in keys if _is_experiment(key) and _differs(key, configs)]
+    return sorted(differing, key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))
+
+
+def _is_experiment(key: str) -> bool:
+    return not any(key == name or (name[-1] == "." and key.startswith(name)) for name in NOT_THE_EXPERIMENT)
+
+
+def _differs(key: str, configs: Sequence[dict[str, Any]]) -> bool:
+    first = comparable(configs[0].get(key, ABSENT))
+    return any(comparable(config.get(key, ABSENT)) != first for config in configs)
+
+
+def grouped(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
+    """Runs with the same values of these keys together, the highest objective first; strays last."""
+    groups: dict[Any, Group] = {}
+    for run in runs:
+        settings = {key: run.config.get(key, ABSENT) for key in keys} if run.config else {}
+        identity = tuple(map(comparable, settings.values())) if run.config else run.path
+        groups.setdefault(identity, Group(settings)).runs.append(run)
+    return sorted(groups.values(), key=_rank)
+
+
+def _rank(group: Group) -> float:
+    objective = group.results["objective"].mean
+    return np.inf if np.isnan(objective) else -objective
+
+
+def unusual(run: Run, runs: Sequence[Run]) -> dict[str, tuple[Any, Any]]:
+    """The keys in which a run departs from what most runs have: key -> (its value, the usual one)."""
+    return departures(run, usual_values(runs))
+
+
+def usual_values(runs: Sequence[Run]) -> dict[str, Any]:
+    """What most runs have, for each key that any has; of equals, the first."""
+    configs = [run.config for run in runs if run.config]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    return {key: _most_common([config.get(key, ABSENT) for config in configs]) for key in keys}
+
+
+def _most_common(values: Sequence[Any]) -> Any:
+    winner = Counter(map(comparable, values)).most_common(1)[0][0]
+    return next(value for value in values if comparable(value) == winner)
+
+
+def departures(run: Run, usual: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys in which a run departs from the usual values: key -> (its value, the usual one)."""
+    if not run.config:
+        return {}
+    pairs = {key: (run.config.get(key, ABSENT), value) for key, value in usual.items()}
+    return {key: pair for key, pair in pairs.items() if comparable(pair[0]) != comparable(pair[1])}
+
+
+def comparable(value: Any) -> Any:
+    """A value that can be hashed and is equal for equal settings: 1 and 1.0, but not 1 and true."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return repr(value)
+
+
+def short(key: str) -> str:
+    """A key without its section."""
+    return key.rpartition(".")[2]
+
+
+def shown(value: Any) -> str:
+    """A setting as people write it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
