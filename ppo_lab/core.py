@@ -1,10 +1,11 @@
 """The mathematics of PPO for language models: pure functions of tensors and keyword numbers.
 
-Every (batch, time) tensor is aligned on response tokens; `mask` is True on real ones. What stands on padding is never
-read, not even NaN, and every result holds zeros there. Inputs are never changed.
+Every (batch, time) tensor is aligned on response tokens; `mask` is True on real ones. What stands
+on padding is never read, not even NaN, and every result holds zeros there (a ratio 1). Inputs are
+never changed.
 
-Notation: pi the policy, pi_old the policy that sampled, pi_ref the reference (SFT) policy, beta the KL coefficient,
-epsilon the clip range, A advantages, V values, R returns.
+Notation: pi the policy, pi_old the policy that sampled, pi_ref the reference (SFT) policy, beta the
+KL coefficient, epsilon the clip range, A advantages, V values, R returns.
 """
 
 from __future__ import annotations
@@ -18,19 +19,26 @@ from torch import Tensor
 KL_PENALTIES = ("kl", "abs", "mse", "k3", "full")
 
 
-def masked_sum(x: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> Float[Tensor, ""]:
+def masked_sum(
+    x: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
+) -> Float[Tensor, ""]:
     """The sum of `x` over the real tokens."""
     return x.masked_fill(~mask, 0.0).sum()
 
 
-def masked_mean(x: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> Float[Tensor, ""]:
+def masked_mean(
+    x: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
+) -> Float[Tensor, ""]:
     """The mean of `x` over the real tokens of the whole batch; 0 when there is none."""
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
-def masked_var(x: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> Float[Tensor, ""]:
+def masked_var(
+    x: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
+) -> Float[Tensor, ""]:
     """The unbiased variance of `x` over the real tokens; 0 when there are fewer than two."""
-    centred = (x - masked_mean(x, mask)).masked_fill(~mask, 0.0)  # before the square: NaN times 0 is NaN in a gradient
+    # Filled before the square, whose gradient would be NaN times 0 on padding.
+    centred = (x - masked_mean(x, mask)).masked_fill(~mask, 0.0)
     return masked_sum(centred**2, mask) / (mask.sum() - 1).clamp(min=1)
 
 
@@ -42,12 +50,13 @@ def whiten(
     mean: Float[Tensor, ""] | None = None,
     var: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, "batch time"]:
-    """`x` scaled to unit variance over the real tokens, with its mean removed unless `shift_mean` is False.
+    """`x` scaled to unit variance over the real tokens, less its mean unless `shift_mean` is False.
 
         (x - mean) / sqrt(var + 1e-8)
 
-    `mean` and `var` are those of `x` unless given, as they are when the rollout spans several processes. Advantages
-    lose their mean; per-token rewards keep it (`shift_mean=False`), since their sign is what they say.
+    `mean` and `var` are those of `x` unless given, as they are when the rollout spans several
+    processes. Advantages lose their mean; per-token rewards keep it (`shift_mean=False`), since
+    their sign is what they say.
 
     Source: Ziegler et al. 2019's released code, by the masked, unbiased variance of TRL.
     """
@@ -97,7 +106,7 @@ def full_kl(
 ) -> Float[Tensor, "*tokens"]:
     """The exact KL(pi || pi_ref) of each next-token distribution, in nats.
 
-        sum_v pi(v) (log pi(v) - log pi_ref(v))
+    sum_v pi(v) (log pi(v) - log pi_ref(v))
     """
     logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     return (logp.exp() * (logp - ref_logp)).sum(-1)
@@ -118,10 +127,12 @@ def shape_rewards(
 ) -> Float[Tensor, "batch time"]:
     """The reward of each token: -beta * kl_t, plus the sample's score on its last real token.
 
-    Source: Ziegler et al. 2019, arXiv:1909.08593, equation 2; Stiennon et al. 2020, arXiv:2009.01325, section 3.4.
+    Source: Ziegler et al. 2019, arXiv:1909.08593, equation 2; Stiennon et al. 2020,
+    arXiv:2009.01325, section 3.4.
     """
     penalty = (-kl_coef * kl).masked_fill(~mask, 0.0)
-    return penalty + scores[:, None].to(penalty).expand_as(penalty).masked_fill(~last_token(mask), 0.0)
+    score = scores[:, None].to(penalty).expand_as(penalty)
+    return penalty + score.masked_fill(~last_token(mask), 0.0)
 
 
 class Advantages(NamedTuple):
@@ -144,8 +155,8 @@ def gae(
         delta_t = r_t + gamma V_{t+1} - V_t
         A_t     = delta_t + gamma lam A_{t+1}
 
-    t + 1 is the next *real* token: masked positions inside a response (the words of a tool, say) are passed over. After
-    the last real token both V and A are 0: nothing is bootstrapped.
+    t + 1 is the next *real* token: masked positions inside a response (the words of a tool, say)
+    are passed over. After the last real token both V and A are 0: nothing is bootstrapped.
 
     Source: Schulman et al. 2015, arXiv:1506.02438, equations 11-16.
     """
@@ -183,8 +194,9 @@ def policy_loss(
         ratio = exp(log pi - log pi_old)
         loss  = max(-A ratio, -A clip(ratio, 1 - epsilon, 1 + epsilon_high))
 
-    epsilon_high is epsilon unless `cliprange_high` is given. A token counts as clipped where the clipped branch is the
-    larger loss: below 1 - epsilon with A < 0 (`clipped_low`), above 1 + epsilon_high with A > 0 (`clipped_high`).
+    epsilon_high is epsilon unless `cliprange_high` is given. A token counts as clipped where the
+    clipped branch is the larger loss: below 1 - epsilon with A < 0 (`clipped_low`), above 1 +
+    epsilon_high with A > 0 (`clipped_high`).
 
     Source: Schulman et al. 2017, arXiv:1707.06347, equation 7.
     """
@@ -193,12 +205,12 @@ def policy_loss(
     gain = advantages.masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
     unclipped, clipped = -gain * ratio, -gain * ratio.clamp(1.0 - cliprange, 1.0 + high)
-    bound = clipped > unclipped
-    return PolicyLoss(torch.maximum(unclipped, clipped), ratio, bound & (ratio < 1.0), bound & (ratio > 1.0))
+    loss, bound = torch.maximum(unclipped, clipped), clipped > unclipped
+    return PolicyLoss(loss, ratio, bound & (ratio < 1.0), bound & (ratio > 1.0))
 
 
 class ValueLoss(NamedTuple):
-    """The clipped squared error of the value head, token by token, and where the clipped branch is the larger."""
+    """The clipped squared error of the value head, and where the clipped branch is the larger."""
 
     loss: Float[Tensor, "batch time"]
     clipped: Bool[Tensor, "batch time"]
@@ -212,9 +224,11 @@ def value_loss(
     *,
     cliprange_value: float = 0.2,
 ) -> ValueLoss:
-    """Half the squared error of each value, pessimistic about moves beyond `cliprange_value` (0 = never clipped).
+    """Half the squared error of each value, pessimistic about moves beyond `cliprange_value`.
 
         loss = max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2
+
+    A range of 0 is off: nothing is clipped.
 
     Source: Schulman et al.'s baselines implementation, as in Ziegler et al. 2019.
     """
@@ -228,8 +242,13 @@ def value_loss(
 
 
 def explained_variance(
-    values: Float[Tensor, "batch time"], returns: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
+    values: Float[Tensor, "batch time"],
+    returns: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
 ) -> Float[Tensor, ""]:
-    """The share of the returns' variance that the values explain: 1 - Var(R - V) / Var(R); 0 when R does not vary."""
+    """The share of the returns' variance that the values explain; 0 when the returns do not vary.
+
+    1 - Var(R - V) / Var(R)
+    """
     var = masked_var(returns, mask)
     return torch.where(var > 0, 1.0 - masked_var(returns - values, mask) / var, 0.0)

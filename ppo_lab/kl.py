@@ -22,7 +22,7 @@ class FixedKLController:
 
 
 class AdaptiveKLController(FixedKLController):
-    """A coefficient beta that is raised while KL lies above its target and lowered while it lies below.
+    """A coefficient beta that rises while KL lies above its target and falls while it lies below.
 
         e = clip(KL / target - 1, -0.2, 0.2)
         beta <- beta * (1 + e * n_samples / horizon)
@@ -38,7 +38,7 @@ class AdaptiveKLController(FixedKLController):
         self.horizon = horizon
 
     def update(self, kl: float, *, n_samples: int) -> None:
-        """Move beta by one iteration's KL (nats per sequence, mean over its `n_samples` samples)."""
+        """Move beta by one iteration's KL: nats per sequence, mean over its `n_samples` samples."""
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.value *= 1.0 + error * n_samples / self.horizon
 

@@ -41,8 +41,8 @@ MISTAKES = {
     "mean added back to advantages": ("if shift_mean else", "if not shift_mean else"),
     "padding whitened": ("whitened + mean).masked_fill(~mask, 0.0)", "whitened + mean)"),
     "optimistic clip": (
-        "torch.maximum(unclipped, clipped), r",
-        "torch.minimum(unclipped, clipped), r",
+        "torch.maximum(unclipped, clipped), c",
+        "torch.minimum(unclipped, clipped), c",
     ),
     "one range for both sides": ("1.0 + high", "1.0 + cliprange"),
     "two-sided clip fraction": ("bound & (ratio > 1.0)", "ratio > 1.0 + high"),
