@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +66,8 @@ def verdict(
     """
     status, steps = summary.get("status", "finished"), summary.get("steps")
     if status != "finished":
-        reason = visible(str(summary.get("error") or ""))
-        return [(f"the run was {status} after {steps} iterations {reason}".rstrip(), "bold red")]
+        reason = f": {visible(str(summary['error']))}" if summary.get("error") else ""
+        return [(f"the run was {status} after {steps or 0} iterations{reason}", "bold red")]
     first, last = _evaluations(summary)
     remarks = [*_about_score(first, last), *_about_gold(first, last, gold_history)]
     clipped = (summary.get("train") or {}).get("clip_fraction")
@@ -81,7 +83,7 @@ def _about_score(first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[
         last.get("mean_reward"),
         first.get("std_reward"),
     )
-    if before is None or after is None:
+    if before is None or after is None or math.isnan(after - before):
         return
     rise = after - before
     text = f"the held-out score {'rose' if rise > 0 else 'fell'} by {number(abs(rise))}"
@@ -128,9 +130,8 @@ def summary_page(
 
     `summary` is what summary.json holds; `commands` are shown as worth trying next.
     """
-    parts: list[RenderableType] = [
-        Rule(f"{summary.get('status', 'finished')}: {short_path(folder)}")
-    ]
+    status = summary.get("status", "finished")
+    parts: list[RenderableType] = [Rule(Text(f"{status}: {short_path(folder)}"))]
     if _evaluations(summary)[0]:
         parts += [_before_and_after(summary), Text(_costs(summary), style="dim"), ""]
     parts.append(_remarks(verdict(summary, gold_history)))
@@ -138,7 +139,7 @@ def summary_page(
     parts += ["", _places(folder), "", Text("try next", style="bold")]
     parts += [
         Text(f"  {command}", no_wrap=True, overflow="ignore")
-        for command in commands or next_commands(folder)
+        for command in commands or next_commands(folder, status)
     ]
     return Group(*parts)
 
@@ -257,18 +258,16 @@ def _places(folder: Path) -> RenderableType:
     return Group(where, table)
 
 
-def next_commands(folder: Path) -> list[str]:
+def next_commands(folder: Path, status: str = "finished") -> list[str]:
     """Commands worth trying after this run."""
-    here = shlex.quote(short_path(folder))
-    return [
-        f"python -m ppo_lab.compare {here}",
-        "python -m ppo_lab -m ppo.init_kl_coef=0.05,0.2 ppo.cliprange=0.1,0.2",
-        *(
-            [f"wandb leet {shlex.quote(short_path(folder / 'wandb'))}"]
-            if (folder / "wandb").is_dir()
-            else []
-        ),
-    ]
+    here, wandb = shlex.quote(short_path(folder)), folder / "wandb"
+    commands = [] if status == "finished" else [f"python -m ppo_lab resume={here}"]
+    if find_spec("ppo_lab.compare"):
+        commands.append(f"python -m ppo_lab.compare {here}")
+    commands.append("python -m ppo_lab -m ppo.init_kl_coef=0.05,0.2 ppo.cliprange=0.1,0.2")
+    if wandb.is_dir():
+        commands.append(f"wandb leet {shlex.quote(short_path(wandb))}")
+    return commands
 
 
 def short_path(path: Path) -> str:

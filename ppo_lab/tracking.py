@@ -7,6 +7,7 @@ and at the end it is waited for during a bounded time alone.
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import secrets
@@ -15,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, Literal, Protocol
@@ -23,8 +25,9 @@ from ppo_lab.record import JsonLines, Say, brief, read_json_lines, to_stderr, wr
 from ppo_lab.types import Sample
 
 X_AXIS = "iteration"
-INIT_TIMEOUT = 10.0
+INIT_TIMEOUT = 10.0  # seconds, as all of these
 FINISH_TIMEOUT = 10.0
+TABLE_TIMEOUT = 5.0
 ARTIFACT_TIMEOUT = 120.0
 THREAD_NAME = "ppo_lab-wandb"
 
@@ -157,9 +160,11 @@ class WandbTracker:
         self._earlier = read_json_lines(folder / "metrics.jsonl") if resumed else []
         self._console = "auto" if capture_console else "off"
         self._finish_timeout = ARTIFACT_TIMEOUT if section.log_model else FINISH_TIMEOUT
+        self._aside_timeout = ARTIFACT_TIMEOUT if section.log_model else TABLE_TIMEOUT
+        self._aside: threading.Thread | None = None
         self._sent_through = -1
-        self._last_table: int | None = None
-        self._late_samples: tuple[list[Sample], int] | None = None
+        self._last_table = -math.inf
+        self._samples: tuple[list[Sample], int] | None = None
         self._troubled = False
         self._jobs: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
         busy = any(thread.name == THREAD_NAME for thread in threading.enumerate())
@@ -176,25 +181,17 @@ class WandbTracker:
 
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
         """A table, at most every `samples_every` iterations; the last one is sent in any case."""
-        every = self.section.samples_every
-        if not every:
-            return
-        if self._last_table is not None and step - self._last_table < every:
-            self._late_samples = (list(samples), step)
-            return
-        self._late_samples, self._last_table = None, step
-        self._do(lambda run: _send_table(run, samples, step))
+        if self.section.samples_every:
+            shown = list(samples), step
+            self._do(lambda run: self._take_samples(run, shown))
 
     def finish(self, status: str, summary: Mapping[str, Any]) -> None:
         """The summary, the adapter where asked for, the state; back in seconds, come what may."""
         if not self._thread.is_alive():
             return
-        if self._late_samples:
-            samples, step = self._late_samples
-            self._do(lambda run: _send_table(run, samples, step))
         self._do(lambda run: self._end(run, status, summary))
         self._jobs.put(None)
-        self._thread.join(INIT_TIMEOUT + self._finish_timeout)
+        self._thread.join(INIT_TIMEOUT + 2 * self._aside_timeout + self._finish_timeout)
         if self._thread.is_alive():
             self._tell(
                 f"W&B: still not done, left behind; what it holds is in {self.folder / 'wandb'}"
@@ -219,11 +216,14 @@ class WandbTracker:
 
     def _mirror(self, run: Any) -> None:
         while run and (job := self._jobs.get()):
-            try:
-                job(run)
-            except Exception as error:
-                self._tell(f"W&B: {type(error).__name__}: {brief(error)}; training goes on")
-                self._troubled = True
+            self._try(partial(job, run))
+
+    def _try(self, job: Callable[[], Any]) -> None:
+        try:
+            job()
+        except Exception as error:
+            self._tell(f"W&B: {type(error).__name__}: {brief(error)}; training goes on")
+            self._troubled = True
 
     def _begin(self) -> Any:
         mode, why = _mode(self.section.mode)
@@ -290,14 +290,36 @@ class WandbTracker:
         if row[X_AXIS] > self._sent_through:
             run.log(row)
 
+    def _take_samples(self, run: Any, samples: tuple[list[Sample], int]) -> None:
+        self._samples = samples
+        if samples[1] - self._last_table >= self.section.samples_every:
+            self._send_samples(run)
+
+    def _send_samples(self, run: Any) -> None:
+        """Send the samples at hand; where an earlier table is still under way, they wait."""
+        if self._samples and self._is_free(0.0):
+            (samples, step), self._samples = self._samples, None
+            self._last_table = step
+            self._go_aside(lambda: _send_table(run, samples, step))
+
+    def _go_aside(self, job: Callable[[], Any]) -> None:
+        """Do what the client waits for the server with, so that no row stands behind it."""
+        self._aside = threading.Thread(target=lambda: self._try(job), daemon=True)
+        self._aside.start()
+
+    def _is_free(self, timeout: float) -> bool:
+        if self._aside:
+            self._aside.join(timeout)
+        return not (self._aside and self._aside.is_alive())
+
     def _end(self, run: Any, status: str, summary: Mapping[str, Any]) -> None:
         run.summary.update(_flat({**summary, "status": status}))
-        if self.section.log_model and (self.folder / "model").is_dir():
-            import wandb
-
-            artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata={"status": status})
-            artifact.add_dir(str(self.folder / "model"))
-            run.log_artifact(artifact)
+        model = self.folder / "model"
+        if self._is_free(self._aside_timeout):
+            self._send_samples(run)
+            if self._is_free(self._aside_timeout) and self.section.log_model and model.is_dir():
+                self._go_aside(lambda: _send_model(run, model, status))
+                self._is_free(self._aside_timeout)
         # A run that a sweep ends early is done; elsewhere a preempted run waits to be resumed.
         stopped = status == "preempted" and not os.environ.get("WANDB_SWEEP_ID")
         if stopped:
@@ -421,7 +443,15 @@ def _send_table(run: Any, samples: Sequence[Sample], step: int) -> None:
 
     columns: list[Any] = ["iteration", *Sample.__dataclass_fields__]
     rows = [[step, *(_encodable(value) for value in asdict(sample).values())] for sample in samples]
-    run.log({X_AXIS: step, "samples": wandb.Table(columns=columns, data=rows)})
+    run.log({"samples": wandb.Table(columns=columns, data=rows)})
+
+
+def _send_model(run: Any, folder: Path, status: str) -> None:
+    import wandb
+
+    artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata={"status": status})
+    artifact.add_dir(str(folder))
+    run.log_artifact(artifact)
 
 
 def _encodable(value: Any) -> Any:

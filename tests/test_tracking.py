@@ -4,7 +4,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,7 @@ from ppo_lab.record import JsonLines, read_json_lines
 from ppo_lab.tracking import (
     FINISH_TIMEOUT,
     INIT_TIMEOUT,
+    TABLE_TIMEOUT,
     Composite,
     WandbTracker,
     open_trackers,
@@ -77,7 +78,7 @@ def server(fake_wandb: ModuleType, logged_out: Path, monkeypatch: pytest.MonkeyP
 
 def train(
     folder: Path,
-    steps: range,
+    steps: Iterable[int],
     *,
     status: str = "finished",
     config: dict = CONFIG,
@@ -121,7 +122,9 @@ def arrived(run: dict[str, Any]) -> list[int]:
 
 def test_online_every_row_the_config_and_the_summary_arrive(server, logged_out):
     overrides = ("ppo.init_kl_coef=0.1", "model=tiny", "seed=3")
-    said, _, _ = train(logged_out, range(1, 41), overrides=overrides, tags=["a"], notes="why")
+    said, _, _ = train(
+        logged_out, range(1, 41), pause=0.05, overrides=overrides, tags=["a"], notes="why"
+    )
     run = only_run(server)
     assert said == [f"W&B: online, {server.url}/fake-entity/ppo_lab/runs/{run['id']}"]
     assert arrived(run) == list(range(1, 41))
@@ -133,7 +136,8 @@ def test_online_every_row_the_config_and_the_summary_arrive(server, logged_out):
     assert (summary["eval/last/mean_reward"], summary["objective"]) == (1.25, 1.2)
     assert (summary["kl"], summary["status"]) == (4.0, "finished")
     tables = [row["iteration"] for row in run["history"] if "samples" in row]
-    assert tables == [1, 11, 21, 31, 40]
+    assert 3 <= len(tables) <= 5
+    assert tables[-1] == 40
 
 
 def test_the_iteration_is_the_x_axis_of_every_metric(server, logged_out):
@@ -176,7 +180,6 @@ def test_a_checkpoint_older_than_the_server_doubles_no_row(server, logged_out):
 def test_inside_a_sweep_the_agent_names_the_run_and_the_group_is_the_sweeps(
     server, logged_out, monkeypatch
 ):
-    server.fake.graphql  # noqa: B018
     monkeypatch.setenv("WANDB_SWEEP_ID", "sw33p")
     monkeypatch.setenv("WANDB_RUN_ID", "byagent1")
     monkeypatch.setenv("WANDB_PROJECT", "sweeps")
@@ -231,6 +234,7 @@ def test_a_wrong_key_means_offline_and_training_goes_on(server, logged_out, monk
     assert not server.recorded()["runs"]
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_be_reached_costs_training_nothing(logged_out, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
@@ -277,7 +281,7 @@ def test_a_server_that_never_comes_back_holds_up_the_end_for_seconds_alone(
 
     _, longest, end = train_with(logged_out, break_down)
     assert longest < 1.0
-    assert end < FINISH_TIMEOUT + 8
+    assert end < TABLE_TIMEOUT + FINISH_TIMEOUT + 3
     assert len(read_json_lines(logged_out / "metrics.jsonl")) == 100
 
 
@@ -287,6 +291,7 @@ def train_with(folder: Path, break_down: Any) -> tuple[list[str], float, float]:
     def steps() -> Iterator[int]:
         for step in range(1, 101):
             if step == 20:
+                time.sleep(3.0)  # the run is known to the server by now
                 break_down()
             yield step
 

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from ppo_lab.display import TerminalTracker, has_terminal
+from ppo_lab.summary import (
+    duration,
+    next_commands,
+    number,
+    percent,
+    print_summary,
+    short_path,
+    verdict,
+    visible,
+)
+from ppo_lab.types import Sample
+
+METRICS = {"kl": 3.2, "mean_reward": 0.51, "clip_fraction": 0.123, "tokens_per_second": 2345.6}
+SAMPLES = [
+    Sample(f"Question {i}?", "Of course. Thank you!", 2.0, "No.", -1.0, 0.9, 0.1) for i in range(5)
+]
+
+
+def run(**changes: Any) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "status": "finished",
+        "steps": 20,
+        "eval": {
+            "first": {"mean_reward": -0.5, "std_reward": 0.8, "kl": 0.0, "gold": 0.2},
+            "last": {"mean_reward": 1.5, "std_reward": 0.4, "kl": 4.2, "gold": 0.9},
+        },
+        "train": {"clip_fraction": 0.08},
+        "wall_s": 161.0,
+    }
+    for path, value in changes.items():
+        *groups, name = path.split("__")
+        place = summary
+        for group in groups:
+            place = place[group]
+        place[name] = value
+    return summary
+
+
+def page(summary: dict, samples: list[Sample] = SAMPLES, *, width: int = 80, **kwargs: Any) -> str:
+    out = io.StringIO()
+    folder = kwargs.pop("folder", Path("outputs/now"))
+    console = Console(file=out, width=width)
+    print_summary(summary, samples, folder, console=console, **kwargs)
+    return out.getvalue()
+
+
+def remarks(summary: dict, gold: tuple[float, ...] = ()) -> str:
+    return "\n".join(text for text, _ in verdict(summary, gold))
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
+    for name in ("CI", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    return Console(file=io.StringIO(), force_terminal=True, width=80)
+
+
+def tracker(tmp_path: Path, console: Console, steps: int = 10) -> TerminalTracker:
+    return TerminalTracker(total_steps=steps, folder=tmp_path, console=console)
+
+
+def test_without_a_terminal_progress_is_plain_lines(tmp_path):
+    out = io.StringIO()
+    shown = tracker(tmp_path, Console(file=out, width=80), steps=2)
+    shown.log(METRICS, 1)
+    shown.log({**METRICS, "eval/mean_reward": 0.9, "eval/gold": 0.5}, 2)
+    lines = out.getvalue().splitlines()
+    first = "kl 3.2  mean_reward 0.51  clip_fraction 12.3 %  tokens/s 2,346"
+    assert lines[0].startswith(f"iteration 1/2  {first}  0:00 left")
+    assert lines[1] == "iteration 2, held-out prompts:  mean_reward 0.9  gold 0.5"
+    assert lines[2].startswith("iteration 2/2")
+    assert "\x1b" not in out.getvalue()
+
+
+def test_fast_iterations_do_not_flood_a_log_and_the_last_is_always_shown(tmp_path):
+    out = io.StringIO()
+    shown = tracker(tmp_path, Console(file=out, width=80), steps=300)
+    for step in range(1, 301):
+        shown.log(METRICS, step)
+    steps = [int(step) for step in re.findall(r"^iteration (\d+)/", out.getvalue(), re.MULTILINE)]
+    assert steps == [1, 300]
+
+
+def test_slow_iterations_have_a_line_each(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("ppo_lab.display.time.monotonic", lambda: now[0])
+    out = io.StringIO()
+    shown = tracker(tmp_path, Console(file=out, width=80), steps=5)
+    for step in range(1, 6):
+        now[0] += 3.0
+        shown.log(METRICS, step)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 5
+    assert lines[0].endswith("0:12 left")
+    assert lines[-1].endswith("0:00 left")
+
+
+def test_in_a_terminal_the_display_is_redrawn_in_place_and_leaves_the_page(tmp_path, terminal):
+    shown = tracker(tmp_path, terminal)
+    for step in range(1, 11):
+        shown.log(METRICS, step)
+    shown.say("W&B: offline [not markup]")
+    shown.log_samples(SAMPLES, 10)
+    shown.finish("finished", run())
+    text = terminal.file.getvalue()
+    assert "10/10" in text
+    assert "\x1b[?25l" in text
+    assert text.rindex("\x1b[?25h") < text.index("Question 0?")
+    assert "W&B: offline [not markup]" in text
+    assert "rose by 2" in text
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb"), ("CI", "true")])
+def test_what_cannot_or_will_not_redraw_gets_plain_lines(terminal, monkeypatch, name, value):
+    assert has_terminal(terminal)
+    monkeypatch.setenv(name, value)
+    assert not has_terminal(Console(file=io.StringIO(), force_terminal=True))
+
+
+def test_a_closed_pipe_stops_nothing(tmp_path):
+    out = io.StringIO()
+    shown = tracker(tmp_path, Console(file=out, width=80))
+    out.close()
+    shown.say("nobody hears this")
+
+
+def test_a_resumed_run_counts_from_where_it_was(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("ppo_lab.display.time.monotonic", lambda: now[0])
+    out = io.StringIO()
+    console = Console(file=out, width=80)
+    shown = TerminalTracker(total_steps=100, folder=tmp_path, first_step=90, console=console)
+    now[0] = 4.0
+    shown.log(METRICS, 91)
+    assert out.getvalue().endswith("0:36 left\n")
+
+
+def test_the_page_tells_before_and_after_and_three_answers():
+    text = page(run())
+    assert re.search(r"mean_reward +-0.5 ± 0.8 +1.5 ± 0.4 +\+2", text)
+    assert re.search(r"kl +0 +4.2 +\+4.2", text)
+    assert "Question 2?" in text
+    assert "Question 3?" not in text
+    assert "reference (score -1, gold 0.1): No." in text
+    assert "policy (score 2, gold 0.9): Of course. Thank you!" in text
+    assert "python -m ppo_lab -m ppo.init_kl_coef=" in text
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_the_page_fits_the_terminal(width):
+    long = Sample("Why? " * 40, "Because. " * 60, 1.0, "No. " * 50, 0.0)
+    text = page(run(), [long], width=width)
+    commands = text.index("try next")
+    assert max(len(line) for line in text[:commands].splitlines()) <= width
+
+
+def test_what_a_model_writes_cannot_command_the_terminal_or_the_markup():
+    evil = "[bold]hi[/bold] \x1b[2J\x00\x07\r\n\u202e[/] :smile:"
+    text = page(run(), [Sample(evil, evil, 1.0, evil, 0.0)])
+    assert "[bold]hi[/bold] \\x1b[2J\\x00\\x07\\r⏎\\u202e[/] :smile:" in text
+    assert not set(text) & set("\x1b\x00\x07\r\u202e")
+
+
+def test_text_on_a_page_is_one_line_and_not_endless():
+    assert visible("a\tb\u00a0c") == "a b c"
+    assert visible("x" * 500, limit=10) == "x" * 10 + "…"
+    assert visible("\ud800é🙂") == "\\ud800é🙂"
+
+
+def test_letters_that_the_output_lacks_are_spelt_out():
+    raw = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(raw, encoding="ascii"), width=80)
+    print_summary(run(), [Sample("é?", "♥", 1.0)], Path("outputs/now"), console=console)
+    console.file.flush()
+    assert b"\\xe9?" in raw.getvalue()
+
+
+def test_a_rise_is_measured_in_standard_deviations_of_the_scores_before():
+    assert "rose by 2, 2.5 standard deviations" in remarks(run())
+    assert "fell by 0.4" in remarks(run(eval__last__mean_reward=-0.9))
+
+
+def test_proxy_up_and_gold_down_is_called_reward_hacking():
+    assert "reward hacking" in remarks(run(eval__last__gold=0.1))
+    assert "reward hacking" not in remarks(run())
+    assert "reward hacking" not in remarks(run(eval__last__gold=0.1, eval__last__mean_reward=-1.0))
+
+
+def test_gold_below_its_own_peak_is_said():
+    assert "below its own peak, 1.4 to 0.9" in remarks(run(), (0.2, 1.4, 1.0))
+    assert "peak" not in remarks(run(), (0.2, 0.92, 0.9))
+
+
+def test_an_epsilon_that_never_binds_is_said():
+    assert "never binds" in remarks(run(train__clip_fraction=0.009))
+    assert "never binds" not in remarks(run(train__clip_fraction=0.011))
+
+
+@pytest.mark.parametrize("status", ["failed", "preempted"])
+def test_a_run_that_did_not_finish_has_no_verdict(status):
+    text = remarks(run(status=status, error="loss is NaN"))
+    assert text == f"the run was {status} after 20 iterations: loss is NaN"
+
+
+@pytest.mark.parametrize("summary", [{}, {"status": "failed"}, run(eval={}), run(train={})])
+def test_a_summary_with_gaps_still_has_a_page(summary):
+    assert "try next" in page(summary, [])
+
+
+def test_missing_and_not_a_number_are_dashes():
+    assert (number(None), number(float("nan")), percent(None)) == ("-", "-", "-")
+    text = page(run(eval__last__mean_reward=None, eval__last__gold=float("nan")))
+    assert re.search(r"mean_reward +-0.5 ± 0.8 +- ± 0.4", text)
+
+
+def test_durations_read_like_a_clock():
+    assert [duration(s) for s in (0, 59.6, 3600, 100000)] == ["0:00", "1:00", "1:00:00", "27:46:40"]
+
+
+def test_paths_are_from_here_where_that_is_shorter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert short_path(tmp_path / "outputs" / "a") == "outputs/a"
+    assert short_path(Path("/x")) == "/x"
+
+
+def test_a_run_that_was_interrupted_is_told_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert next_commands(tmp_path / "a b", "preempted")[0] == "python -m ppo_lab resume='a b'"
+    assert not any("resume" in command for command in next_commands(tmp_path / "a b"))
+
+
+def test_the_page_names_what_lies_in_the_folder(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    text = page(run(), folder=tmp_path)
+    assert "metrics.jsonl" in text
+    assert "checkpoints" not in text
