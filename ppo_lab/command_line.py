@@ -7,6 +7,7 @@ against the rules. Only a command without fault reaches Hydra and makes a folder
 
 from __future__ import annotations
 
+import copy
 import sys
 import tempfile
 from argparse import Namespace
@@ -86,10 +87,9 @@ def command_problems(argv: list[str], *, check: Check, config_name: str = "confi
     shows_only = arguments.cfg or arguments.info or arguments.hydra_help
     if shows_only or arguments.shell_completion or arguments.config_path:
         return []
-    with _hydra(arguments.config_dir) as composer:
-        reader = _Reader(composer, arguments.config_name or config_name, check)
-        found = reader.problems(arguments.overrides, multirun=arguments.multirun)
-    return list(dict.fromkeys(found))
+    with a_hydra(arguments.config_dir) as composer:
+        reader = CommandReader(composer, arguments.config_name or config_name, check)
+        return reader.problems(arguments.overrides, multirun=arguments.multirun)
 
 
 def _arguments(argv: list[str]) -> Namespace:
@@ -106,7 +106,7 @@ def _arguments(argv: list[str]) -> Namespace:
 
 
 @contextmanager
-def _hydra(config_dir: str | None) -> Iterator[Hydra]:
+def a_hydra(config_dir: str | None = None) -> Iterator[Hydra]:
     """A Hydra that composes from `conf`, and from one more folder where there is one."""
     search_path = create_config_search_path(str(conf_folder()))
     if config_dir is not None:
@@ -123,16 +123,18 @@ def _hydra(config_dir: str | None) -> Iterator[Hydra]:
         GlobalHydra.instance().clear()
 
 
-class _Reader:
+class CommandReader:
     """Reads overrides against the groups of `conf` and the schema."""
 
     def __init__(self, composer: Hydra, config_name: str, check: Check) -> None:
+        """A reader for one primary config; `check` gives the problems of a composed one."""
         self.composer, self.config_name, self.check = composer, config_name, check
         self.loader = composer.config_loader
         self.parser = OverridesParser.create(config_loader=self.loader)
+        self.composed: dict[tuple[str, ...], DictConfig] = {}
 
-    def problems(self, texts: list[str], *, multirun: bool) -> list[str]:
-        """Everything wrong with these overrides, over all runs of a sweep."""
+    def problems(self, texts: list[str], *, multirun: bool = False) -> list[str]:
+        """Everything wrong with these overrides, over all runs of a sweep, each said once."""
         found: list[str] = []
         overrides = self._parsed(texts, found)
         multirun = multirun or "hydra.mode=MULTIRUN" in texts
@@ -140,9 +142,10 @@ class _Reader:
             swept = [o for o in overrides if o.is_sweep_override()]
             found += [f"{o.input_line}: several values need -m: ppo_lab -m ..." for o in swept]
             overrides = [o for o in overrides if o not in swept]
-        for run in self._runs(overrides, found) if multirun else [overrides]:
-            found += self._run_problems(run, multirun=multirun)
-        return found
+        runs = list(self._runs(overrides, found)) if multirun else [overrides]
+        for run in runs:
+            found += self._run_problems(run)
+        return list(dict.fromkeys(found)) or self._final_problems(runs, multirun)
 
     def _parsed(self, texts: list[str], found: list[str]) -> list[Override]:
         overrides = []
@@ -157,6 +160,7 @@ class _Reader:
         return overrides
 
     def _runs(self, overrides: list[Override], found: list[str]) -> Iterator[list[Override]]:
+        """The overrides of each run of a sweep."""
         try:
             batches = BasicSweeper.split_arguments(overrides, max_batch_size=None)
         except Exception as error:
@@ -165,33 +169,40 @@ class _Reader:
         for texts in batches[0][:MOST_RUNS_CHECKED]:
             yield self._parsed(texts, found)
 
-    def _run_problems(self, overrides: list[Override], *, multirun: bool) -> list[str]:
+    def _run_problems(self, overrides: list[Override]) -> list[str]:
         chosen = [o for o in overrides if self._is_group(o)]
         found = [line for o in chosen for line in self._option_problems(o)]
-        options = [o.input_line for o in chosen if not any(self._option_problems(o))]
+        options = tuple(o.input_line for o in chosen if not any(self._option_problems(o)))
         try:
-            config = self._compose(options)
+            if options not in self.composed:
+                self.composed[options] = self._compose(options)
         except Exception as error:
             return [*found, _first_line(error)]
+        config = copy.deepcopy(self.composed[options])
         settings = [o for o in overrides if o not in chosen]
         found += [line for o in settings for line in self._setting_problems(config, o)]
         stated = frozenset(o.key_or_group for o in settings)
-        found += _composed_problems(config, self.check, stated)
-        return found or self._final_problems([o.input_line for o in overrides], multirun)
+        return found + _composed_problems(config, self.check, stated)
 
-    def _compose(self, texts: list[str]) -> DictConfig:
-        return self.composer.compose_config(
-            self.config_name, texts, RunMode.RUN, with_log_configuration=False, from_shell=False
-        )
-
-    def _final_problems(self, texts: list[str], multirun: bool) -> list[str]:
-        """What Hydra itself says of the whole command, and whether its folder can be written."""
+    def _final_problems(self, runs: list[list[Override]], multirun: bool) -> list[str]:
+        """What Hydra itself says of a whole command, and whether its folder can be written."""
+        key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
         try:
-            config = self._compose(texts)
-            key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
-            return list(_folder_problems(key, str(OmegaConf.select(config, key))))
+            for run in runs[:1]:
+                config = self._compose(tuple(o.input_line for o in run))
+                return list(_folder_problems(key, str(OmegaConf.select(config, key))))
         except Exception as error:
             return [_first_line(error)]
+        return []
+
+    def _compose(self, texts: tuple[str, ...]) -> DictConfig:
+        return self.composer.compose_config(
+            self.config_name,
+            list(texts),
+            RunMode.RUN,
+            with_log_configuration=False,
+            from_shell=False,
+        )
 
     def _is_group(self, override: Override) -> bool:
         return self.loader.repository.group_exists(override.key_or_group)  # type: ignore[attr-defined]

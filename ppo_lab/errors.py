@@ -12,5 +12,6 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
+        """One problem, or several."""
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))

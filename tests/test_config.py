@@ -1,0 +1,329 @@
+"""The schema, `conf` and the rules: what composes, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ppo_lab import config as schema
+from ppo_lab.command_line import CommandReader, a_hydra
+from ppo_lab.config import Config, ConfigError, PPOConfig, conf_folder, register_schema
+from ppo_lab.rules import illegal_values, is_legal, problems
+
+SECTIONS = [
+    section
+    for section in vars(schema).values()
+    if dataclasses.is_dataclass(section) and section is not Config
+] + [Config]
+KNOBS = [(section, knob) for section in SECTIONS for knob in dataclasses.fields(section)]
+NUMERIC = [(s, k) for s, k in KNOBS if get_type_hints(s)[k.name] in (int, float)]
+CHOICES = [(s, k) for s, k in KNOBS if "choices" in k.metadata]
+PLAIN = [(s, k) for s, k in KNOBS if not dataclasses.is_dataclass(get_type_hints(s)[k.name])]
+ANY_NUMBER = {"weight", "value", "none_score"}
+OPTIONS = [
+    f"{file.parent.name}={file.stem}"
+    for file in sorted(conf_folder().glob("*/*.yaml"))
+    if file.parent.name != "schema"
+]
+MODELS = [option for option in OPTIONS if option.startswith("model=") and option != "model=local"]
+
+
+def name_of(case: Any) -> str:
+    """How a test of a section and its field is called."""
+    return getattr(case, "__name__", None) or case.name
+
+
+def composed(*overrides: str) -> Config:
+    """The configuration that these overrides compose."""
+    register_schema()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config: Any = OmegaConf.to_object(compose("config", list(overrides)))
+    return config
+
+
+@cache
+def reader() -> CommandReader:
+    """One reader for many commands: it composes each choice of options once."""
+    register_schema()
+    with a_hydra() as composer:
+        return CommandReader(composer, "config", problems)
+
+
+def refused(*overrides: str) -> list[str]:
+    """What is said against a command."""
+    return reader().problems(list(overrides))
+
+
+def test_no_argument_is_a_valid_run():
+    assert refused() == []
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_against_the_schema(option):
+    assert isinstance(composed(option), Config)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_says_in_its_first_comment_what_it_is(option):
+    group, name = option.split("=")
+    lines = (conf_folder() / group / f"{name}.yaml").read_text().splitlines()
+    comments = [line for line in lines[:2] if line.startswith("# ") and "@package" not in line]
+    assert comments
+    assert len(comments[0]) < 90
+
+
+@pytest.mark.parametrize("option", MODELS)
+def test_every_model_preset_runs_with_the_embedded_prompts_and_reward(option):
+    assert refused(option) == []
+
+
+@pytest.mark.parametrize("name", ["smoke", "reward_hacking", "sentiment_gpt2", "bloom560m_hh"])
+def test_presets_that_need_no_path_are_valid_as_they_are(name):
+    assert refused(f"experiment={name}") == []
+
+
+def test_another_model_keeps_the_embedded_prompts_and_reward():
+    config = composed("model=bloom560m", "ppo.init_kl_coef=0.1")
+    assert config.model.path == "bigscience/bloom-560m"
+    assert config.lora.target_modules == ["query_key_value"]
+    assert config.ppo.init_kl_coef == 0.1
+    assert type(config.reward) is schema.EmbeddedReward
+    assert type(config.data) is schema.EmbeddedData
+
+
+def test_sad_stories_stands_for_its_groups_and_gives_way_to_the_command_line():
+    config = composed("experiment=sad_stories", "model.path=a", "data.path=b")
+    assert config.model.name == "local"
+    assert type(config.data) is schema.FileData
+    assert type(config.reward) is schema.VaderReward
+    assert config.reward.weight == -1.0
+    other = composed("experiment=sad_stories", "reward=model", "reward.path=rm", "lora=r8")
+    assert isinstance(other.reward, schema.ModelReward)
+    assert (other.reward.path, other.lora.r) == ("rm", 8)
+
+
+def test_the_command_line_wins_over_model_and_experiment():
+    config = composed("experiment=sentiment_gpt2", "model=gpt2", "ppo.batch_size=32", "lora=r8")
+    assert config.model.path == "openai-community/gpt2"
+    assert (config.ppo.batch_size, config.lora.r) == (32, 8)
+
+
+def test_evaluation_samples_as_training_does_unless_told():
+    config = composed("generation.temperature=0.7", "generation.max_new_tokens=9")
+    assert (config.evaluation.temperature, config.evaluation.max_new_tokens) == (0.7, 9)
+    assert composed("evaluation.temperature=0").generation.temperature == 1.0
+
+
+def test_a_weighted_reward_takes_parts_of_any_type_each_with_its_weight():
+    config = composed(
+        "reward=weighted",
+        "+reward@reward.parts.sad=vader",
+        "reward.parts.sad.weight=-2",
+        "reward@reward.parts.length=constant",
+    )
+    assert isinstance(config.reward, schema.WeightedReward)
+    kinds = {name: type(part) for name, part in config.reward.parts.items()}
+    assert kinds == {
+        "embedded": schema.EmbeddedReward,
+        "length": schema.ConstantReward,
+        "sad": schema.VaderReward,
+    }
+    assert config.reward.parts["sad"].weight == -2
+
+
+def test_a_key_of_another_reward_is_refused():
+    with pytest.raises(Exception, match="path"):
+        composed("reward=length", "reward.path=x")
+
+
+@pytest.mark.parametrize(("section", "knob"), PLAIN, ids=name_of)
+def test_every_knob_has_a_meaning_and_a_value_that_is_never_none(section, knob):
+    assert knob.metadata["meaning"]
+    made = section()
+    assert getattr(made, knob.name) is not None
+
+
+@pytest.mark.parametrize(("section", "knob"), NUMERIC, ids=name_of)
+def test_every_numeric_knob_has_a_legal_range_that_is_checked(section, knob):
+    legal = knob.metadata
+    bounds = {"at_least", "at_most", "above", "below"} & set(legal)
+    assert bounds or knob.name in ANY_NUMBER
+    assert is_legal(knob, knob.default)
+    wrong = [float("nan"), float("inf")]
+    wrong += [legal["at_least"] - 1] if "at_least" in legal else []
+    wrong += [legal["at_most"] + 1] if "at_most" in legal else []
+    wrong += [legal[name] for name in ("above", "below") if name in legal]
+    for value in wrong:
+        instance = section()
+        setattr(instance, knob.name, value)
+        assert [line for line in illegal_values(instance) if line.startswith(f"{knob.name}=")]
+
+
+@pytest.mark.parametrize(("section", "knob"), CHOICES, ids=name_of)
+def test_every_choice_is_checked_with_the_nearest_name(section, knob):
+    choice = max(knob.metadata["choices"], key=len)
+    instance = section()
+    setattr(instance, knob.name, choice + "x")
+    (line,) = (line for line in illegal_values(instance) if line.startswith(f"{knob.name}="))
+    assert f"did you mean {choice}?" in line
+
+
+RULES = [
+    # the algorithm
+    (["ppo.batch_size=10", "ppo.mini_batch_size=4"], "multiple of ppo.mini_batch_size"),
+    (["ppo.batch_size=10", "ppo.mini_batch_size=4"], "4 x 1 = 4; 10 = 2 x 4 + 2"),
+    (["ppo.batch_size=8", "ppo.mini_batch_size=4", "ppo.gradient_accumulation_steps=3"], "= 12"),
+    (["ppo.mini_batch_size=0", "ppo.gradient_accumulation_steps=2"], "the whole batch"),
+    (["ppo.use_score_norm=true"], "needs ppo.use_score_scaling=true"),
+    (["ppo.adap_kl_ctrl=true", "ppo.init_kl_coef=0"], "would stay 0"),
+    (["ppo.adap_kl_ctrl=true", "ppo.target=0"], "ppo.target=0.0: must be above 0"),
+    (["ppo.target=6"], "ppo.target: has no effect"),
+    (["ppo.horizon=100"], "ppo.horizon: has no effect"),
+    (["ppo.target_kl=0.2"], "add ppo.early_stopping=true"),
+    (["ppo.ratio_threshold=0.5"], "above 1, or 0"),
+    (["ppo.warmup_steps=40"], "below ppo.steps=40"),
+    # lengths and sampling
+    (["generation.min_new_tokens=99"], "at most generation.max_new_tokens"),
+    (["generation.min_new_tokens=9", "evaluation.max_new_tokens=5"], "evaluation.max_new_tokens=5"),
+    (["generation.temperature=0"], "generation.temperature=0.0: must be above 0"),
+    (["generation.temperature=0", "generation.top_k=5"], "generation.top_k: has no effect"),
+    (["evaluation.temperature=0", "evaluation.top_k=5"], "evaluation.top_k: has no effect"),
+    (["evaluation.temperature=0", "evaluation.top_p=0.9"], "evaluation.top_p: has no effect"),
+    # the model
+    (["model=local"], "model.path=: missing"),
+    (["model=local", "model.path=./nowhere"], "no such folder"),
+    (["model=local", "model.path=conf"], "no config.json in this folder"),
+    (["model=local", "model.path=pyproject.toml"], "is a file; must be a folder"),
+    (["model.tokenizer=./nowhere"], "model.tokenizer=./nowhere: no such folder"),
+    (["model.load_in_4bit=true", "device=cpu"], "needs a CUDA GPU"),
+    (["model.load_in_4bit=true", "lora=none", "device=cpu"], "4-bit weights cannot be trained"),
+    (["model.v_head_init=zero", "model.v_head_init_std=0.1"], "v_head_init_std: has no effect"),
+    (["model.revision=main"], "the embedded policy comes from no hub"),
+    (["model.dtype=float64"], "must be one of auto, float32, bfloat16, float16"),
+    (["lora=none", "lora.use_dora=true"], "lora.use_dora: has no effect"),
+    (["lora.r=0", "lora.alpha=8"], "lora.alpha: has no effect"),
+    # devices and folders
+    (["device=gpu"], "must be auto, cpu, cuda or cuda:N; did you mean cpu?"),
+    (["device=cuda:99"], "device=cuda:99: "),
+    (["reward=model", "reward.path=a/b", "reward.device=cdua"], "reward.device=cdua"),
+    (["resume=./nowhere"], "resume=./nowhere: no such folder"),
+    (["hydra.run.dir=pyproject.toml/runs"], "pyproject.toml is a file; must be a folder"),
+    (["hydra.run.dir=/proc/1/runs"], "cannot be written"),
+    # rewards
+    (["reward=model"], "reward.path"),
+    (["reward=model", "reward.path=conf"], "no config.json"),
+    (["reward=function"], "package.module:callable"),
+    (["reward=function", "reward.target=math"], "package.module:callable"),
+    (["reward=function", "reward.target=no_such_module:f"], "no module 'no_such_module'"),
+    (["reward=function", "reward.target=math:sqroot"], "math has no 'sqroot'"),
+    (["reward=function", "reward.target=math:pi"], "not a function"),
+    (["reward=function", "reward.target=math:sin", "reward.retry_wait=2"], "retry_wait: has no"),
+    (["reward=weighted", "+reward@reward.parts.other=model"], "reward.parts.other.path"),
+    (["reward=weighted", "reward.parts.length.ideal=-1"], "reward.parts.length.ideal=-1: must be"),
+    (["reward.weight=nan"], "must be a finite number"),
+    # data
+    (["data=file"], "data.path"),
+    (["data=file", "data.path=nowhere.jsonl"], "no such file"),
+    (["data=file", "data.path=conf"], "data.path=conf: "),
+    (["data=file", "data.path=pyproject.toml"], ".jsonl"),
+    (["data=hub"], "data.path"),
+    (["data.min_prompt_tokens=9", "data.max_prompt_tokens=8"], "at most data.max_prompt_tokens=8"),
+    (["data.held_out=1.5"], "a share below 1, or a whole number"),
+    (["data=imdb", "data.cut_min_tokens=9"], "at most data.cut_max_tokens=8"),
+    (
+        ["data=imdb", "data.messages_column=a", "data.prompt_column=b"],
+        "prompt_column: has no effect",
+    ),
+    # tracking and checkpoints
+    (["tracking=none", "tracking.project=x"], "tracking.project: has no effect"),
+    (["checkpoint.keep=3"], "checkpoint.keep: has no effect"),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"), RULES, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+)
+def test_what_cannot_run_is_refused_with_its_reason(overrides, said, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert [line for line in refused(*overrides) if said in line], refused(*overrides)
+
+
+def test_a_setting_without_effect_may_come_with_a_preset():
+    config = composed("lora=none")
+    assert config.lora.target_modules, "the model preset names them whatever the adapter"
+    assert problems(config) == []
+    assert problems(config, ["lora.target_modules"]) != []
+
+
+def test_a_file_without_the_prompt_column_is_refused_with_the_columns_it_has(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"promt": "Hello?"}\n')
+    (line,) = refused("data=file", f"data.path={file}")
+    assert "data.prompt_column=prompt" in line
+    assert "promt" in line.replace("prompt", "")
+
+
+def test_a_misspelt_path_is_answered_with_what_lies_beside_it(tmp_path):
+    (tmp_path / "stories").mkdir()
+    (line,) = refused("model=local", f"model.path={tmp_path}/storys")
+    assert line.endswith("did you mean stories?")
+
+
+def test_a_reward_of_no_type_is_refused():
+    assert "reward: none chosen; it is an option of the group `reward`" in problems(Config())
+
+
+def test_the_snippet_s_settings_are_legal_in_python():
+    made = PPOConfig(
+        model_name="bloom-560m",
+        learning_rate=1.5e-5,
+        batch_size=16,
+        kl_penalty="kl",
+        init_kl_coef=0.2,
+    )
+    assert (made.cliprange, made.adap_kl_ctrl, made.ppo_epochs) == (0.2, False, 4)
+
+
+def test_python_s_settings_are_refused_all_at_once_with_the_nearest_choice():
+    with pytest.raises(ValueError) as error:
+        PPOConfig(kl_penalty="kll", cliprange=3, learning_rate=float("nan"), steps=0)
+    assert len(str(error.value).splitlines()) == 4
+    assert "kl_penalty=kll: must be one of kl, abs, mse, k3, full; did you mean kl?" in str(
+        error.value
+    )
+
+
+def test_python_s_settings_of_a_wrong_type_are_refused():
+    with pytest.raises(ConfigError) as error:
+        PPOConfig(batch_size=1.5, learning_rate="fast", whiten_rewards=1)  # type: ignore[arg-type]
+    assert error.value.problems == [
+        "batch_size=1.5: must be a whole number",
+        "learning_rate='fast': must be a number",
+        "whiten_rewards=1: must be true or false",
+    ]
+
+
+def test_a_whole_number_is_a_number_in_python():
+    assert PPOConfig(learning_rate=1).learning_rate == 1
+
+
+def test_the_classic_section_refuses_what_the_run_refuses():
+    with pytest.raises(ValueError, match="multiple of mini_batch_size"):
+        PPOConfig(batch_size=10, mini_batch_size=4)
+
+
+def test_frozen_schema_survives_a_round_trip_through_yaml():
+    register_schema()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose("config", ["experiment=sentiment_gpt2"])
+    again = OmegaConf.create(OmegaConf.to_yaml(config, resolve=True))
+    assert OmegaConf.to_container(again) == OmegaConf.to_container(config, resolve=True)
+    with pytest.raises(OmegaConfBaseException):
+        config.ppo.epsilon = 0.1
