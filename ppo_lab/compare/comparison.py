@@ -151,4 +151,4 @@ def describe(fit: Overoptimisation | str, task: str = "") -> str:
 
 
 def _range(ends: Sequence[float]) -> str:
-    return f"{ends[0]:.3g} to {ends[1]:.3g}"
+    return f"{ends[0]:.4g} to {ends[1]:.4g}"
