@@ -10,9 +10,9 @@ TRL 0.11.4 needs packages older than this project's, so it runs in an environmen
 It writes, beside itself:
 
     models.safetensors        tiny random policies and references, kept as float16
-    steps.json, .safetensors  settings, statistics, numbers by token, moved parameters
-    core.json, .safetensors   its `compute_rewards`, `compute_advantages` and `loss` on random float64
-                              tensors, gradients included
+    steps.json, .safetensors  settings, statistics, numbers by token, moved weights
+    core.json, .safetensors   its `compute_rewards`, `compute_advantages` and `loss` on random
+                              float64 tensors, gradients included
     saved/                    folders written by its `save_pretrained`
 
 A subclass looks at what TRL's methods are given and return. Two things are not TRL's own: the order
@@ -53,6 +53,7 @@ CONFIGS = {
     "gpt2": {"vocab_size": VOCAB, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16},
 }
 SPECIAL = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": EOS}
+LORA = {"r": 2, "lora_alpha": 4, "task_type": "CAUSAL_LM", "target_modules": ["query_key_value"]}
 ADAM_EPS = 1e-3  # so large that a step is a smooth function of the gradient, however small that is
 
 torch.set_num_threads(1)
@@ -93,6 +94,19 @@ def policy_and_reference(family: str) -> tuple[Any, Any]:
     half_precise(policy)
     half_precise(reference)
     return policy, reference.eval()
+
+
+def with_adapter(policy: Any) -> Any:
+    """The policy frozen, under a fresh adapter; the value head stays trained."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(
+        policy.pretrained_model, peft_config=LoraConfig(**LORA)
+    )
+    model.v_head.load_state_dict(policy.v_head.state_dict())
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.data = torch.randn_like(parameter).half().float()
+    return model
 
 
 def flat(model: Any) -> dict[str, Tensor]:
@@ -192,6 +206,8 @@ def make_trainer(
     case: dict[str, Any], batch_size: int, order: list[int] | None
 ) -> tuple[Watched, Any]:
     policy, reference = policy_and_reference(case["family"])
+    if case.get("lora"):
+        policy, reference = with_adapter(policy), None
     settings = {
         "batch_size": batch_size,
         "mini_batch_size": batch_size,
@@ -231,7 +247,7 @@ def run_case(
 def case(
     family: str = "bloom", side: str = "left", batch: Any = RAGGED, **extra: Any
 ) -> dict[str, Any]:
-    keys = {key: extra.pop(key) for key in ("steps", "response_masks") if key in extra}
+    keys = {key: extra.pop(key) for key in ("steps", "response_masks", "lora") if key in extra}
     return {"family": family, "side": side, "tokens": batch, "config": extra, **keys}
 
 
@@ -276,6 +292,8 @@ CASES = {
     "masked holes": case(response_masks=HOLES),
     "masked holes lam 1": case(response_masks=HOLES, lam=1.0),
     "one sample": case(batch=ONE),
+    "lora": case(lora=True, steps=3, ppo_epochs=2, learning_rate=0.05),
+    "gpt2 left padding": case("gpt2"),
 }
 PERMUTED = case(batch=FOUR, mini_batch_size=2, learning_rate=0.05)
 
@@ -305,6 +323,7 @@ def record_steps() -> None:
     meta = {
         "configs": CONFIGS,
         "special": SPECIAL,
+        "lora": LORA,
         "adam_eps": ADAM_EPS,
         "scores": SCORES,
         "cases": written,
@@ -327,6 +346,8 @@ def record_models() -> None:
     for family in CONFIGS:
         for role, model in zip(("policy", "ref"), policy_and_reference(family), strict=True):
             tensors |= {f"{family}/{role}/{k}": v.half() for k, v in flat(model).items()}
+    adapter = flat(with_adapter(policy_and_reference("bloom")[0]))
+    tensors |= {f"lora/{k}": v.half() for k, v in adapter.items() if "lora_A" in k}
     save_file(tensors, HERE / "models.safetensors")
 
 
