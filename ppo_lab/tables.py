@@ -99,7 +99,7 @@ def read_hub(
     if not path:
         raise ConfigError("data.path: name the data set on the hub, as owner/name.")
     try:
-        with _no_progress_bars():
+        with _no_progress_bars(), _without_waiting(path, revision):
             table = datasets.load_dataset(
                 path, name or None, split=split, revision=revision or None
             )
@@ -166,6 +166,34 @@ def _by_datasets(file: Path, reader: str, **options: Any) -> Columns:
             if "no data" in str(error):
                 return {name: [] for name in column_names(file)}
             raise _broken(file, error) from error
+
+
+@contextlib.contextmanager
+def _without_waiting(path: str, revision: str) -> Iterator[None]:
+    """`datasets` told to look into its cache alone, where the hub does not answer one request.
+
+    Its own attempts and waits take half a minute on a machine without a network.
+    """
+    import datasets
+    import httpx
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().dataset_info(path, revision=revision or None, timeout=10)
+        silent = False
+    except (httpx.TransportError, huggingface_hub.errors.OfflineModeIsEnabled):
+        silent = True
+    except huggingface_hub.errors.HfHubHTTPError:
+        silent = False  # `datasets` says more about what is wrong
+    places = (huggingface_hub.constants, datasets.config)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    for place, offline in zip(places, before, strict=True):
+        place.HF_HUB_OFFLINE = silent or offline
+    try:
+        yield
+    finally:
+        for place, offline in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = offline
 
 
 @contextlib.contextmanager

@@ -551,7 +551,7 @@ def test_a_model_without_a_trained_head_is_refused(assets: Path) -> None:
 
 @pytest.mark.parametrize("path", ["nobody/nothing", "./no_such_folder", "/tmp"])
 def test_a_reward_model_that_cannot_be_had_says_so_in_one_paragraph(path: str) -> None:
-    with pytest.raises(RewardError, match=rf"^reward\.path={path}: .*HF_HOME") as error:
+    with pytest.raises(ConfigError, match=rf"^reward\.path={path}: ") as error:
         build_reward(ModelReward(path=path), device="cpu")
     assert "\n" not in str(error.value)
 

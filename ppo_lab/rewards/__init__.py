@@ -42,7 +42,8 @@ def build_reward(section: Any, *, device: str) -> Reward:
     lives.
 
     Raises:
-        RewardError: the reward cannot be made: no such model or function, a missing extra, ...
+        ConfigError: the reward cannot be made: no such model or function, a missing extra, ...
+            Most are RewardError, a kind of it.
     """
     from ppo_lab.rewards.scoring import WeightedSum
 
