@@ -557,6 +557,16 @@ def test_a_silent_hub_is_waited_for_no_longer_than_the_deadline(monkeypatch, hub
     assert time.monotonic() - start < 5
 
 
+def test_what_has_no_timeout_of_its_own_gets_one_and_errors_pass_through():
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match="no answer"):
+        sources._within(0.1, lambda: time.sleep(3) or "late")
+    assert time.monotonic() - start < 2
+    with pytest.raises(ZeroDivisionError):
+        sources._within(5, lambda: str(1 / 0))
+    assert sources._within(5, lambda: "commit") == "commit"
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """A hub on this machine that answers as the real one does."""

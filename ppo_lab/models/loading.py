@@ -160,9 +160,6 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         _zero_rates(module)
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):
-            _zero_rates(config)
 
 
 def eos_ids(
@@ -401,7 +398,7 @@ def _quantisation(
 
 
 def _zero_rates(owner: Any) -> None:
-    """Set the numeric attributes whose names speak of dropout to 0, in nested configs as well."""
+    """Set the numeric attributes whose names speak of dropout to 0, those of configs included."""
     for name, value in list(vars(owner).items()):
         if isinstance(value, PreTrainedConfig):
             _zero_rates(value)
