@@ -1,0 +1,83 @@
+"""The rooms know of each other only what they may."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ppo_lab
+
+PACKAGE = Path(ppo_lab.__file__).parent
+HYDRA = {"hydra", "omegaconf"}
+MAY_IMPORT_HYDRA = {"__main__", "config", "command_line", "help", "stages", "sft", "reward_model", "multirun"}
+FORBIDDEN_NAMES = {"utils", "helpers", "common", "base"}
+
+
+def imports(file: Path) -> set[str]:
+    """Every module that a file imports anywhere in it, as dotted names."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules() -> list[Path]:
+    return [f for f in sorted(PACKAGE.rglob("*.py")) if "conf" not in f.parts]
+
+
+def room(file: Path) -> str:
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("name", ["core", "kl", "types"])
+def test_the_mathematics_imports_nothing_of_ours_but_types(name: str) -> None:
+    ours = {m for m in imports(PACKAGE / f"{name}.py") if m.startswith("ppo_lab")}
+    assert {m for m in ours if not m.startswith("ppo_lab.types")} == set()
+
+
+def test_only_tracking_imports_wandb() -> None:
+    guilty = {
+        room(f) for f in modules() if any(m.split(".")[0] == "wandb" for m in imports(f))
+    } - {"tracking"}
+    # Reading finished runs back, and saved views, are W&B's other side.
+    assert guilty <= {"compare", "dashboard"}
+
+
+def test_only_entries_import_hydra() -> None:
+    guilty = {room(f) for f in modules() if any(m.split(".")[0] in HYDRA for m in imports(f))}
+    assert guilty - MAY_IMPORT_HYDRA == set()
+
+
+def test_only_one_module_imports_trl() -> None:
+    guilty = {f.stem for f in modules() if any(m.split(".")[0] == "trl" for m in imports(f))}
+    assert guilty == {"trl_parts"}
+
+
+def test_only_the_experiment_and_the_entries_know_the_trainer_and_the_trackers() -> None:
+    knowing = {
+        room(f)
+        for f in modules()
+        if {"ppo_lab.trainer", "ppo_lab.tracking"} <= imports(f)
+    }
+    # The classic verbs name the trainer in their annotations.
+    assert knowing <= {"experiment", "__main__", "classic"}
+
+
+def test_no_module_is_a_drawer_for_odds_and_ends() -> None:
+    assert {f.stem for f in modules()} & FORBIDDEN_NAMES == set()
+
+
+def test_asking_for_the_schema_loads_no_heavy_library() -> None:
+    code = (
+        "import sys, ppo_lab, ppo_lab.config, ppo_lab.rules;"
+        "print(sorted({'torch', 'transformers', 'trl', 'peft', 'datasets', 'wandb'} & set(sys.modules)))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"
