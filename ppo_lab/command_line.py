@@ -32,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ppo_lab.config import REWARDS, SOURCES, conf_folder, register_schema
 from ppo_lab.errors import ConfigError
+from ppo_lab.resume import resumed_command
 from ppo_lab.rules import TYPE_NAMES, allowed, suggestion
 
 Check = Callable[[Any, frozenset[str]], list[str]]
@@ -64,6 +65,7 @@ def launch(job: Job, *, check: Check, config_name: str = "config") -> None:
     """
     register_schema()
     try:
+        sys.argv[1:] = resumed_command(sys.argv[1:])
         if found := command_problems(sys.argv[1:], check=check, config_name=config_name):
             raise ConfigError(found)
     except ConfigError as error:
@@ -172,7 +174,7 @@ class CommandReader:
     def _run_problems(self, overrides: list[Override]) -> list[str]:
         chosen = [o for o in overrides if self._is_group(o)]
         found = [line for o in chosen for line in self._option_problems(o)]
-        options = tuple(o.input_line for o in chosen if not any(self._option_problems(o)))
+        options = tuple(_text(o) for o in chosen if not any(self._option_problems(o)))
         try:
             if options not in self.composed:
                 self.composed[options] = self._compose(options)
@@ -189,7 +191,7 @@ class CommandReader:
         key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
         try:
             for run in runs[:1]:
-                config = self._compose(tuple(o.input_line for o in run))
+                config = self._compose(tuple(map(_text, run)))
                 return list(_folder_problems(key, str(OmegaConf.select(config, key))))
         except Exception as error:
             return [_first_line(error)]
@@ -256,16 +258,21 @@ class CommandReader:
         return near or (f"; did you mean {same[0]}?" if same else suggestion(key, keys, cutoff=0.8))
 
 
+def _text(override: Override) -> str:
+    """An override as it was typed."""
+    return override.input_line or ""
+
+
 def _names(section: type) -> list[str]:
     return [knob.name for knob in fields(section)]
 
 
 def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
     """Every dotted key of a configuration, but for Hydra's own."""
-    for name in config:
+    for name in map(str, config):
         if prefix or name != "hydra":
             yield f"{prefix}{name}"
-            inner = _select(config, str(name))
+            inner = _select(config, name)
             if isinstance(inner, DictConfig):
                 yield from _keys(inner, f"{prefix}{name}.")
 

@@ -120,6 +120,9 @@ class PPOSection:
         "optimizer steps skipped in a row (NaN, inf, ratio_threshold) before the run stops",
         at_least=1,
     )
+    max_kl: float = knob(
+        0.0, "KL, nats per sequence, beyond which the run stops; 0 = no ceiling", at_least=0
+    )
     gradient_checkpointing: bool = knob(
         False, "recompute activations in the backward pass: less memory, more time"
     )
@@ -419,9 +422,13 @@ class TrackingSection:
 class CheckpointSection:
     """`checkpoint`: what is kept in <run>/checkpoints, to resume from."""
 
-    every: int = knob(0, "iterations between checkpoints; 0 = none but the last", at_least=0)
+    every: int = knob(10, "iterations between checkpoints; 0 = none but the last", at_least=0)
     keep: int = knob(2, "newest checkpoints kept", at_least=1)
-    best_metric: str = knob("", "keep the checkpoint where this metric was highest; empty = off")
+    best_metric: str = knob(
+        "",
+        "also keep the checkpoint, with its model, where this held-out metric was highest, such as "
+        "eval/mean_reward; empty = off",
+    )
 
 
 @dataclass

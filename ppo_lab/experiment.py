@@ -11,7 +11,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ppo_lab import checkpoint
 from ppo_lab.config import Config, EvaluationSection, GenerationSection, PPOConfig
+from ppo_lab.continuation import Keeper, alone_in, find, identity, restore, summarised
 from ppo_lab.errors import ConfigError
 from ppo_lab.evaluation import Evaluation, Evaluator, Gold
 from ppo_lab.models.loading import (
@@ -25,8 +27,11 @@ from ppo_lab.models.loading import (
 )
 from ppo_lab.models.lora import wrap_lora
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_lab.resume import RECORD, differences, record_again, run_folder
 from ppo_lab.rewards import build_reward
+from ppo_lab.rewards.scoring import RewardError
 from ppo_lab.rollout import Sampling
+from ppo_lab.signals import Preempted, Preemption
 from ppo_lab.tracking import Tracker, open_trackers
 from ppo_lab.trainer import PPOTrainer
 
@@ -44,31 +49,54 @@ class Lab:
     stream: Any
     evaluator: Evaluator
     trackers: Tracker
+    keeper: Keeper
+    identity: dict[str, str]
     started: float = field(default_factory=time.time)
     history: list[Metrics] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
+    place: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """The prompt stream's place is that after the last whole iteration."""
+        self.place = self.stream.state_dict()
 
 
 def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
     """Train as `config` says, leave everything in `folder`, and return the objective.
 
-    `overrides` is what the command line changed, for the run's name.
+    `overrides` is what the command line changed, for the run's name. With `config.resume` the run
+    goes on in that folder.
 
     Raises:
         ConfigError: what only models and data could show to be wrong.
+        Preempted: SIGTERM or SIGINT asked the run to stop, and it left a checkpoint.
     """
+    if config.resume:
+        if found := differences(config):
+            raise ConfigError(found)
+        folder = run_folder(config.resume)
     folder.mkdir(parents=True, exist_ok=True)
-    lab = build(resolve(config), folder, overrides)
-    try:
-        train(lab)
-        lab.trainer.save_pretrained(str(folder / "model"))
-        summary = summarise(lab)
-    except BaseException as error:
-        status = "preempted" if isinstance(error, KeyboardInterrupt) else "failed"
-        lab.trackers.finish(status, {**summarise(lab), "reason": f"{type(error).__name__}: {error}"})
-        raise
-    lab.trackers.finish("finished", summary)
-    return summary["objective"]
+    with alone_in(folder), Preemption() as preemption:
+        if config.resume or not (folder / RECORD / "config.yaml").exists():
+            record_again(folder, config, overrides)
+        lab = build(resolve(config), folder, overrides)
+        try:
+            train(lab, preemption)
+            lab.trainer.save_pretrained(str(folder / "model"))
+            summary = summarise(lab)
+        except BaseException as error:
+            fail(lab, error)
+            raise
+        lab.trackers.finish("finished", summary)
+        return summary["objective"]
+
+
+def fail(lab: Lab, error: BaseException) -> None:
+    """What a run that ends early leaves: a checkpoint where its state is whole, and a summary that says why."""
+    if isinstance(error, RewardError) and lab.trainer.iterations_done == len(lab.history) > 0:
+        lab.keeper.keep(lab, {}, due=True)
+    status = "preempted" if isinstance(error, Preempted | KeyboardInterrupt) else "failed"
+    lab.trackers.finish(status, {**summarise(lab), "reason": f"{type(error).__name__}: {error}"})
 
 
 def resolve(config: Config) -> Config:
@@ -95,7 +123,7 @@ def build(config: Config, folder: Path, overrides: Sequence[str] = ()) -> Lab:
         PPOConfig(**asdict(config.ppo), seed=config.seed, model_name=config.model.name),
         policy,
         tokenizer=tokenizer,
-        sampling=sampling(config.generation, policy, tokenizer),
+        sampling=sampling(config.generation, policy, tokenizer, eos_token=config.model.eos_token),
         reward=reward,
         device=device,
     )
@@ -107,26 +135,59 @@ def build(config: Config, folder: Path, overrides: Sequence[str] = ()) -> Lab:
         kept=config.evaluation.samples,
         gold=gold_scorer(config),
     )
-    stream = PromptStream(prompts.train, batch_size=config.ppo.batch_size, seed=config.seed)
-    trackers = open_trackers(
-        config.tracking, folder, asdict(config), total_steps=config.ppo.steps, overrides=overrides
+    stream = PromptStream(
+        prompts.train,
+        batch_size=config.ppo.batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
     )
-    return Lab(config, folder, trainer, stream, evaluator, trackers)
+    begun = find(config.resume, folder) if config.resume else None
+    trackers = open_trackers(
+        config.tracking,
+        folder,
+        asdict(config),
+        total_steps=config.ppo.steps,
+        overrides=overrides,
+        resume_step=(checkpoint.step_of(begun) if begun else -1) if config.resume else None,
+    )
+    keeper = Keeper(config.checkpoint, folder, trackers.say)
+    start = identity(prompts.train, policy)
+    lab = Lab(config, folder, trainer, stream, evaluator, trackers, keeper, start)
+    if begun:
+        restore(lab, checkpoint.read(begun))
+        checkpoint.set_aside_later(folder, trainer.iterations_done)
+    return lab
 
 
-def train(lab: Lab) -> None:
-    """Evaluate, iterate, evaluate; every iteration's metrics to the trackers."""
+def train(lab: Lab, preemption: Preemption) -> None:
+    """Evaluate, iterate, evaluate; every iteration's metrics to the trackers, its state to checkpoints.
+
+    Raises:
+        Preempted: the run was asked to stop; its last whole iteration is in a checkpoint.
+    """
     every, steps = lab.config.evaluation.every, lab.config.ppo.steps
-    lab.evaluations.append(lab.evaluator())
-    lab.trackers.log_samples(lab.evaluations[-1].samples, 0)
-    for step, metrics in enumerate(lab.trainer.train(lab.stream), start=1):
+    preemption.deferred = True
+    if not lab.evaluations:
+        evaluate(lab, 0)
+        objective(lab)
+    for metrics in lab.trainer.train(lab.stream):
+        step = lab.trainer.iterations_done
         if step == steps or (every and step % every == 0):
-            evaluation = lab.evaluator()
-            lab.evaluations.append(evaluation)
-            lab.trackers.log_samples(evaluation.samples, step)
-            metrics |= {f"eval/{name}": value for name, value in evaluation.metrics.items()}
-        lab.history.append(metrics)
+            metrics |= evaluate(lab, step)
         lab.trackers.log(metrics, step)
+        lab.history.append(summarised(metrics))
+        lab.place = lab.stream.state_dict()
+        lab.keeper.keep(lab, metrics, due=step == steps or bool(preemption.asked))
+        if preemption.asked and step < steps:
+            raise Preempted(preemption.asked)
+
+
+def evaluate(lab: Lab, step: int) -> Metrics:
+    """The metrics of an evaluation, its samples shown; of all evaluations the first and the last are kept."""
+    evaluation = lab.evaluator()
+    lab.evaluations[1:] = [evaluation]
+    lab.trackers.log_samples(evaluation.samples, step)
+    return {f"eval/{name}": value for name, value in evaluation.metrics.items()}
 
 
 def load_policy(config: Config, tokenizer: Any, device: str) -> AutoModelForCausalLMWithValueHead:
@@ -145,13 +206,19 @@ def load_policy(config: Config, tokenizer: Any, device: str) -> AutoModelForCaus
     return policy
 
 
-def sampling(section: GenerationSection, policy: AutoModelForCausalLMWithValueHead, tokenizer: Any) -> Sampling:
+def sampling(
+    section: GenerationSection,
+    policy: AutoModelForCausalLMWithValueHead,
+    tokenizer: Any,
+    *,
+    eos_token: str = "",
+) -> Sampling:
     """The `generation` section as the sampler takes it.
 
     Raises:
         ConfigError: `stop_token` is not one token of this tokenizer.
     """
-    ends = eos_ids(tokenizer, policy.trunk.model)
+    ends = eos_ids(tokenizer, policy.trunk.model, eos_token=eos_token)
     if section.stop_token:
         ids = tokenizer.encode(section.stop_token, add_special_tokens=False)
         if len(ids) != 1:

@@ -26,6 +26,7 @@ from ppo_lab.config import (
     WeightedReward,
 )
 from ppo_lab.data import problems as data_problems
+from ppo_lab.resume import differences
 from ppo_lab.rewards.checks import problems as reward_problems
 
 Problems = Iterator[str]
@@ -271,9 +272,9 @@ def data_rules(config: Config) -> Problems:
 
 
 def resume_rules(config: Config) -> Problems:
-    """A run to continue that is not there."""
-    if config.resume and not Path(config.resume).expanduser().is_dir():
-        yield f"resume={config.resume}: no such folder; give a run's folder or a checkpoint's"
+    """A run to continue that is not there, or settings that would change its numbers."""
+    if config.resume:
+        yield from differences(config)
 
 
 RULES: tuple[Callable[[Config], Problems], ...] = (
@@ -373,7 +374,7 @@ DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         "since tracking=none; choose tracking=wandb",
     ),
     (
-        ("checkpoint.keep", "checkpoint.best_metric"),
+        ("checkpoint.keep",),
         lambda c: c.checkpoint.every == 0,
         "since only the last state is kept; add checkpoint.every=10",
     ),

@@ -50,7 +50,7 @@ class Composite:
 
     def __init__(self, trackers: Sequence[Tracker], *, say: Say = to_stderr) -> None:
         self.trackers = list(trackers)
-        self._say = say
+        self.say = say
         self._said: set[str] = set()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -72,7 +72,7 @@ class Composite:
             except Exception as error:
                 name = type(tracker).__name__
                 if name not in self._said:
-                    self._say(
+                    self.say(
                         f"{name} failed ({type(error).__name__}: {brief(error)}); training goes on"
                     )
                 self._said.add(name)
@@ -341,7 +341,7 @@ def open_trackers(
     from ppo_lab.display import TerminalTracker
 
     shown = display or TerminalTracker(
-        total_steps=total_steps, folder=folder, first_step=resume_step or 0
+        total_steps=total_steps, folder=folder, first_step=max(resume_step or 0, 0)
     )
     say = getattr(shown, "say", to_stderr)
     trackers: list[Tracker] = [JsonLines(folder, resume_step=resume_step, say=say)]

@@ -256,6 +256,7 @@ class PPOTrainer:
             "kl_controller": self.kl_controller.state_dict(),
             "moments": self.moments.state_dict(),
             "skipped_in_a_row": self.updates.skipped_in_a_row,
+            "noise_streams": self._noise_streams,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -273,6 +274,7 @@ class PPOTrainer:
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.moments.load_state_dict(state["moments"])
         self.updates.skipped_in_a_row = state["skipped_in_a_row"]
+        self._noise_streams = state["noise_streams"]
         self.iterations_done = state["iterations_done"]
 
     def _check_invariants(self, metrics: dict[str, float]) -> None:

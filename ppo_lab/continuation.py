@@ -1,0 +1,242 @@
+"""What of a run goes into a checkpoint, when, and how it comes back: exactly, or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import math
+import os
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ppo_lab import checkpoint
+from ppo_lab.config import CheckpointSection
+from ppo_lab.errors import ConfigError
+from ppo_lab.evaluation import Evaluation
+from ppo_lab.record import Say, read_json_lines, to_stderr
+from ppo_lab.types import Prompts, Sample
+
+SUMMARISED = ("kl", "mean_reward", "clip_fraction", "tokens_per_second")
+FINGERPRINTED = 64  # first elements of each weight
+PIECES = (
+    "trainer",
+    "stream",
+    "random",
+    "evaluations",
+    "best",
+    "elapsed_s",
+    "wandb_run_id",
+    "identity",
+)
+
+
+class Keeper:
+    """Writes a run's checkpoints when they are due, keeps the newest few and the best one.
+
+    A disk that refuses is said once and stops nothing: the next checkpoint tries again.
+    """
+
+    def __init__(self, section: CheckpointSection, folder: Path, say: Say) -> None:
+        self.section, self.folder, self.say = section, folder, say
+        self.best: dict[str, float] | None = None
+        self._refused = False
+
+    def keep(self, lab: Any, metrics: Mapping[str, float], *, due: bool = False) -> None:
+        """A checkpoint of the run as it stands, where one is due or this is the best so far."""
+        step, every = lab.trainer.iterations_done, self.section.every
+        is_best = self._improves(metrics, step)
+        if not (due or is_best or (every and step % every == 0)):
+            return
+        try:
+            _flush_record(self.folder)
+            save_model = lab.trainer.save_pretrained if is_best else None
+            checkpoint.save(self.folder, state_of(lab), step=step, save_model=save_model)
+            best = None if self.best is None else int(self.best["step"])
+            checkpoint.prune(self.folder, keep=self.section.keep, best=best)
+            self._refused = False
+        except OSError as error:
+            if not self._refused:
+                self.say(
+                    f"the checkpoint of iteration {step} could not be written ({error}); the run "
+                    "goes on, and the one before is kept"
+                )
+            self._refused = True
+
+    def _improves(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Whether the metric that is watched is here, and higher than ever."""
+        value = metrics.get(self.section.best_metric, math.nan)
+        if value != value or (self.best is not None and value <= self.best["value"]):
+            return False
+        self.best = {"step": step, "value": float(value)}
+        return True
+
+
+def state_of(lab: Any) -> dict[str, Any]:
+    """Everything that changes in a run, and what tells whether it is the same run again."""
+    return {
+        "trainer": lab.trainer.state_dict(),
+        "stream": lab.place,
+        "random": random_state(),
+        "evaluations": [asdict(evaluation) for evaluation in lab.evaluations],
+        "best": lab.keeper.best,
+        "elapsed_s": time.time() - lab.started,
+        "wandb_run_id": wandb_run_id(lab.folder),
+        "identity": lab.identity,
+    }
+
+
+def restore(lab: Any, state: dict[str, Any]) -> None:
+    """Put a run, newly built from its configuration, where `state_of` left it.
+
+    Raises:
+        ConfigError: a piece is missing, or model or prompts are others than they were.
+    """
+    if missing := [piece for piece in PIECES if piece not in state]:
+        raise ConfigError(f"{lab.folder}: its checkpoint lacks {', '.join(missing)}")
+    for what, then in state["identity"].items():
+        if then != lab.identity.get(what):
+            raise ConfigError(
+                f"{lab.folder}: the {what} are not those that this run began with; it cannot go on"
+            )
+    try:
+        lab.trainer.load_state_dict(state["trainer"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"{lab.folder}: its checkpoint does not fit this model: {error}"
+        ) from None
+    lab.stream.load_state_dict(state["stream"])
+    lab.place = lab.stream.state_dict()
+    lab.evaluations[:] = [_evaluation(saved) for saved in state["evaluations"]]
+    lab.keeper.best = state["best"]
+    lab.started = time.time() - state["elapsed_s"]
+    lab.history[:] = history(lab.folder, lab.trainer.iterations_done, lab.keeper)
+    set_random_state(state["random"])
+
+
+def find(resume: str, folder: Path, say: Say = to_stderr) -> Path | None:
+    """The checkpoint to go on from: the one that `resume` names, or the run's newest whole one."""
+    named = Path(resume).expanduser().absolute()
+    if named.parent.name == checkpoint.FOLDER and named.parent.parent == folder:
+        checkpoint.step_of(named)
+        if reason := checkpoint.damage(named):
+            raise checkpoint.TornCheckpoint(f"resume={resume}: {reason}")
+        return named
+    found = checkpoint.latest(folder, say)
+    if found is None:
+        say("no checkpoint yet: the run begins again from its first iteration")
+    return found
+
+
+def history(folder: Path, done: int, keeper: Keeper) -> list[dict[str, float]]:
+    """The metrics that the summary averages, of the iterations done, out of metrics.jsonl."""
+    rows = [
+        row
+        for row in read_json_lines(folder / "metrics.jsonl")
+        if row.get("step", done + 1) <= done
+    ]
+    if len(rows) != done:
+        keeper.say(
+            f"metrics.jsonl has {len(rows)} of {done} iterations; the means leave the others out"
+        )
+    return [summarised(row) for row in rows]
+
+
+def summarised(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Of an iteration's metrics those that the summary averages, so that a long run stays small."""
+    found = {name: metrics.get(name) for name in SUMMARISED}
+    return {name: math.nan if value is None else float(value) for name, value in found.items()}
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global random generator: Python's, NumPy's, torch's on CPU and GPUs."""
+    numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
+    inner = numpy_state["state"]
+    return {
+        "python": random.getstate(),
+        "numpy": {
+            "key": torch.from_numpy(inner["key"].astype(np.int64)),
+            "pos": int(inner["pos"]),
+            "has_gauss": int(numpy_state["has_gauss"]),
+            "gauss": float(numpy_state["gauss"]),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put every generator back; GPUs that are gone are passed over, others start as seeded."""
+    random.setstate(state["python"])
+    numbers = state["numpy"]
+    key = numbers["key"].numpy().astype(np.uint32)
+    np.random.set_state(  # noqa: NPY002
+        ("MT19937", key, numbers["pos"], numbers["has_gauss"], numbers["gauss"])
+    )
+    torch.set_rng_state(state["torch"])
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for device, saved in enumerate(state["cuda"][:here]):
+        torch.cuda.set_rng_state(saved, device)
+
+
+def identity(prompts: Prompts, policy: Any) -> dict[str, str]:
+    """Digests of what a run starts from and no checkpoint holds: its prompts, its first weights.
+
+    To be taken before any training. Of each weight the first elements are looked at, adapters are
+    left out.
+    """
+    rows, weights = hashlib.sha256(), hashlib.sha256()
+    for ids in prompts.ids:
+        rows.update(np.asarray([len(ids), *ids], dtype=np.int64).tobytes())
+    for name, parameter in policy.trunk.model.named_parameters():
+        if "lora_" not in name:
+            first = parameter.detach().flatten()[:FINGERPRINTED].cpu().contiguous()
+            weights.update(f"{name} {tuple(parameter.shape)}".encode())
+            weights.update(first.view(torch.uint8).numpy().tobytes())
+    return {"prompts": rows.hexdigest(), "model's weights": weights.hexdigest()}
+
+
+def wandb_run_id(folder: Path) -> str:
+    """The W&B id of the run in this folder, empty where it has none."""
+    with suppress(OSError):
+        return (folder / "wandb_run_id").read_text().strip()
+    return ""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Nobody else trains in this folder meanwhile; the lock goes with the process, however it ends.
+
+    Raises:
+        ConfigError: somebody does.
+    """
+    try:
+        file = (folder / ".lock").open("w")
+    except OSError:  # a folder that cannot be written is complained of elsewhere
+        yield
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another process is training in this folder") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _evaluation(saved: dict[str, Any]) -> Evaluation:
+    return Evaluation(saved["metrics"], [Sample(**sample) for sample in saved["samples"]])
+
+
+def _flush_record(folder: Path) -> None:
+    """See the rows that a checkpoint counts on onto the disk before it."""
+    with suppress(FileNotFoundError), (folder / "metrics.jsonl").open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,203 @@
+"""Going on with a run: its own command again, in its own folder, and nothing that changes its numbers.
+
+Only `resume=FOLDER` resumes. Nothing here imports torch: a run that cannot go on is refused at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ppo_lab.config import Config
+from ppo_lab.errors import ConfigError
+from ppo_lab.record import write_atomically
+
+RECORD = ".hydra"
+# What may change under way, since no number of the iterations still to come depends on it.
+FREE = (
+    "resume",
+    "name",
+    "device",
+    "objective",
+    "tracking.",
+    "checkpoint.",
+    "evaluation.every",
+    "evaluation.samples",
+    "ppo.steps",
+    "ppo.max_kl",
+    "ppo.max_skipped_updates",
+)
+FREE_IN_WORDS = (
+    "ppo.steps, ppo.max_kl, ppo.max_skipped_updates, evaluation.every, evaluation.samples, "
+    "tracking, checkpoint, device, name and objective may change"
+)
+
+
+def run_folder(resume: str) -> Path:
+    """The run's folder, absolute, given it or one of its checkpoints.
+
+    Raises:
+        ConfigError: nothing that was started as a run lies there.
+    """
+    given = Path(resume).expanduser().absolute()
+    folder = given.parent.parent if given.parent.name == "checkpoints" else given
+    if not folder.is_dir():
+        raise ConfigError(f"resume={resume}: no such folder; give a run's folder or a checkpoint's")
+    if given != folder and not given.is_dir():
+        raise ConfigError(f"resume={resume}: no such checkpoint")
+    for name in (RECORD, f"{RECORD}/config.yaml", f"{RECORD}/overrides.yaml"):
+        path = folder / name
+        if path.resolve() != folder.resolve() / name:
+            raise ConfigError(f"resume={resume}: {name} leads out of the run's folder")
+        if not path.exists():
+            raise ConfigError(
+                f"resume={resume}: holds no run (no {name}); one that had not begun is started anew"
+            )
+    return folder
+
+
+def resumed_command(argv: Sequence[str]) -> list[str]:
+    """The command line that goes on with a run: its own overrides, then those given now.
+
+    A command without `resume=` comes back as it is. Paths in the run's overrides are relative to
+    where it was started, so that this becomes the working folder.
+
+    Raises:
+        ConfigError: there is nothing to go on with, or it is asked for in a sweep.
+    """
+    wanted = [text.partition("=")[2] for text in argv if text.startswith("resume=")]
+    value = _unquoted(wanted[-1]) if wanted else ""
+    if not value or value == "true":
+        return list(argv)
+    if {"-m", "--multirun"} & set(argv):
+        raise ConfigError(f"resume={value}: a run goes on by itself, without -m")
+    folder = run_folder(value)
+    own = [text for text in _recorded(folder, "overrides") if isinstance(text, str)]
+    given = [text for text in argv if not text.startswith(("resume=", "hydra.run.dir="))]
+    stated = {_key(text) for text in given}
+    kept = [text for text in own if _key(text) not in {*stated, "resume"}]
+    checkpoint = Path(value).expanduser().absolute()
+    with suppress(OSError):
+        os.chdir(_recorded(folder, "hydra").get("hydra", {})["runtime"]["cwd"])
+    return [
+        *kept,
+        *given,
+        f"resume={_quoted(checkpoint)}",
+        f"hydra.run.dir={_quoted(folder)}",
+        "hydra.output_subdir=null",
+    ]
+
+
+def differences(config: Config) -> list[str]:
+    """What keeps this configuration from going on with the run that it names, a line each."""
+    try:
+        folder = run_folder(config.resume)
+        recorded = _flat(_recorded(folder, "config"))
+    except ConfigError as error:
+        return error.problems
+    now = _flat(asdict(config))
+    found = [
+        f"{key}={now.get(key, '(nothing)')}: the run has {key}={value}"
+        for key, value in recorded.items()
+        if not _is_free(key) and not (key in now and _same(now[key], value))
+    ]
+    if now["ppo.steps"] != recorded.get("ppo.steps") and config.ppo.lr_schedule != "constant":
+        schedule = config.ppo.lr_schedule
+        found.append(
+            f"ppo.steps={config.ppo.steps}: the run has ppo.steps={recorded.get('ppo.steps')}, and "
+            f"its learning rate follows ppo.lr_schedule={schedule} to that end"
+        )
+    if found:
+        return [*found, f"a run goes on with its own numbers; {FREE_IN_WORDS}"]
+    return list(_already_done(config, folder))
+
+
+def record_again(folder: Path, config: Config, overrides: Sequence[str]) -> None:
+    """Write down what the run is now, at no moment half: its overrides, then its configuration."""
+    own = [text for text in overrides if _key(text) != "resume"]
+    write_atomically(folder / RECORD / "overrides.yaml", yaml.safe_dump(own))
+    settings = {**asdict(config), "resume": ""}
+    write_atomically(folder / RECORD / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+
+
+def resume_command(folder: Path) -> str:
+    """What to type to go on with a run."""
+    return f"python -m ppo_lab resume={shlex.quote(_quoted(folder))}"
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run came to its end, by its summary."""
+    return _summary(folder).get("status") == "finished"
+
+
+def _already_done(config: Config, folder: Path) -> Iterator[str]:
+    done = _summary(folder).get("steps", 0)
+    if is_finished(folder) and isinstance(done, int) and config.ppo.steps <= done:
+        yield (
+            f"resume={config.resume}: this run has finished its {done} iterations; "
+            f"ppo.steps=N above {done} goes on"
+        )
+
+
+def _summary(folder: Path) -> Mapping[str, Any]:
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / "summary.json").read_text())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _recorded(folder: Path, name: str) -> Any:
+    """What Hydra wrote down when the run began."""
+    path = folder / RECORD / f"{name}.yaml"
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"resume={folder}: {path.name} cannot be read ({error})") from None
+    if not isinstance(found, list if name == "overrides" else dict):
+        raise ConfigError(f"resume={folder}: {path.name} is not what a run writes; start it anew")
+    return found
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        inner = isinstance(value, dict) and value
+        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
+
+
+def _same(ours: Any, recorded: Any) -> bool:
+    """Whether a value is the recorded one; what is recorded as a reference follows its source."""
+    if isinstance(recorded, str) and "${" in recorded:
+        return True
+    if isinstance(ours, float) and isinstance(recorded, int | float | str):
+        with suppress(ValueError):
+            return ours == float(recorded)
+    return ours == recorded
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
+def _quoted(path: Path) -> str:
+    """A path as Hydra's grammar reads it, whatever characters it has."""
+    text = str(path)
+    plain = all(c.isalnum() or c in "/._-+:%@" for c in text)
+    return text if plain else "'" + text.replace("'", "\\'") + "'"
