@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 from ppo_lab.config import (
     Config,
     DataSection,
+    EmbeddedData,
     FileData,
     FunctionReward,
     ModelReward,
@@ -30,6 +31,15 @@ from ppo_lab.resume import differences
 from ppo_lab.rewards.checks import problems as reward_problems
 
 Problems = Iterator[str]
+EVALUATED = (
+    "mean_reward",
+    "objective",
+    "std_reward",
+    "kl",
+    "response_length",
+    "eos_rate",
+    "distinct_2",
+)
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -271,6 +281,20 @@ def data_rules(config: Config) -> Problems:
     yield from data_problems(data)
 
 
+def metric_rules(config: Config) -> Problems:
+    """Held-out metrics that no evaluation has, found out before the run and not at its end."""
+    valid = [f"eval/{name}" for name in EVALUATED]
+    valid += ["eval/gold"] if isinstance(config.data, EmbeddedData) else []
+    for key, metric in (
+        ("objective", config.objective),
+        ("checkpoint.best_metric", config.checkpoint.best_metric),
+    ):
+        part = metric.startswith("eval/reward/")
+        off = key != "objective" and not metric
+        if metric not in valid and not part and not off:
+            yield f"{key}={metric}: must be one of {', '.join(valid)}{suggestion(metric, valid)}"
+
+
 def resume_rules(config: Config) -> Problems:
     """A run to continue that is not there, or settings that would change its numbers."""
     if config.resume:
@@ -284,6 +308,7 @@ RULES: tuple[Callable[[Config], Problems], ...] = (
     device_rules,
     reward_rules,
     data_rules,
+    metric_rules,
     resume_rules,
 )
 

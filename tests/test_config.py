@@ -241,9 +241,12 @@ RULES = [
         ["data=imdb", "data.messages_column=a", "data.prompt_column=b"],
         "prompt_column: has no effect",
     ),
-    # tracking and checkpoints
+    # metrics, tracking and checkpoints
+    (["objective=eval/mean_rewards"], "did you mean eval/mean_reward?"),
+    (["objective=eval/gold", "data=imdb"], "objective=eval/gold: must be one of"),
+    (["checkpoint.best_metric=kl"], "checkpoint.best_metric=kl: must be one of"),
     (["tracking=none", "tracking.project=x"], "tracking.project: has no effect"),
-    (["checkpoint.keep=3"], "checkpoint.keep: has no effect"),
+    (["checkpoint.keep=3", "checkpoint.every=0"], "checkpoint.keep: has no effect"),
 ]
 
 
