@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import itertools
 import sys
 import types
 import warnings
@@ -73,17 +74,23 @@ class Mutant:
         return f"{self.owner}: {self.statement}"
 
 
-def mutants(source: str) -> Iterator[Mutant]:
-    """Every mutant of a module's source."""
+def mutants(source: str, *, every: int = 1) -> Iterator[Mutant]:
+    """Every mutant of a module's source, or every n-th."""
     tree = ast.parse(source)
+    for place, path, change in itertools.islice(_breaks(tree), 0, None, every):
+        broken = copy.deepcopy(tree)
+        statement = _replace(broken.body[place], path, change)
+        written = ast.unparse(ast.fix_missing_locations(broken))
+        yield Mutant(tree.body[place].name, statement, written)
+
+
+def _breaks(tree: ast.Module) -> Iterator[tuple[int, tuple, Change]]:
+    """Which function or class to break, where in it, and how."""
     for place, owner in enumerate(tree.body):
         if isinstance(owner, (ast.FunctionDef, ast.ClassDef)):
             for path, node in _sites(owner, ()):
                 for change in _changes(node):
-                    broken = copy.deepcopy(tree)
-                    statement = _replace(broken.body[place], path, change)
-                    written = ast.unparse(ast.fix_missing_locations(broken))
-                    yield Mutant(owner.name, statement, written)
+                    yield place, path, change
 
 
 def _sites(node: ast.AST, path: tuple) -> Iterator[tuple[tuple, ast.AST]]:
@@ -246,7 +253,7 @@ def survivors(
     """The mutants that no test notices, and how many were tried: `every` n-th, no `spared` ones."""
     alive, count = [], 0
     for file, tests, names in targets():
-        for mutant in list(mutants((ROOT / file).read_text()))[::every]:
+        for mutant in mutants((ROOT / file).read_text(), every=every):
             if only in mutant.owner and str(mutant) not in spared:
                 count += 1
                 if killer(tests, names, mutant) is None:

@@ -287,7 +287,7 @@ CASES = {
     "accumulation even": case(batch=EVEN, mini_batch_size=3, gradient_accumulation_steps=2),
     "accumulation ragged": case(mini_batch_size=3, gradient_accumulation_steps=2),
     "clipped gradient": case(max_grad_norm=0.05),
-    "early stop": case(ppo_epochs=8, learning_rate=0.05, early_stopping=True, target_kl=0.02),
+    "early stop": case(ppo_epochs=8, learning_rate=0.05, early_stopping=True, target_kl=0.1),
     "masked edges": case(response_masks=EDGES),
     "masked holes": case(response_masks=HOLES),
     "masked holes lam 1": case(response_masks=HOLES, lam=1.0),
