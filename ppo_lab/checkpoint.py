@@ -31,7 +31,7 @@ NAME = re.compile(r"step-(\d{6,})")
 CHUNK = 1 << 20
 
 
-class TornCheckpoint(ConfigError):
+class TornCheckpointError(ConfigError):
     """A checkpoint that is not whole: a piece is missing, cut short or changed."""
 
 
@@ -74,10 +74,10 @@ def read(folder: Path) -> dict[str, Any]:
     """The state that a checkpoint holds, tensors on the CPU.
 
     Raises:
-        TornCheckpoint: it is not whole.
+        TornCheckpointError: it is not whole.
     """
     if reason := damage(folder):
-        raise TornCheckpoint(f"{folder}: {reason}")
+        raise TornCheckpointError(f"{folder}: {reason}")
     tensors = load_file(folder / TENSORS)
     return _unpacked(json.loads((folder / NUMBERS).read_text()), tensors)
 
@@ -86,7 +86,7 @@ def latest(run: Path, say: Say = to_stderr) -> Path | None:
     """The newest whole checkpoint of a run, None where there is none at all; torn ones are said.
 
     Raises:
-        TornCheckpoint: there are checkpoints and none is whole.
+        TornCheckpointError: there are checkpoints and none is whole.
         ConfigError: the checkpoints lie outside of the run's folder.
     """
     reasons = []
@@ -97,7 +97,7 @@ def latest(run: Path, say: Say = to_stderr) -> Path | None:
         reasons.append(f"{folder}: {reason}")
         say(f"checkpoint of iteration {step} is torn and passed over ({reason})")
     if reasons:
-        raise TornCheckpoint(
+        raise TornCheckpointError(
             [*reasons, f"no whole checkpoint is left; remove {run / FOLDER} to start anew"]
         )
     return None

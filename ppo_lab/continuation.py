@@ -127,7 +127,7 @@ def find(resume: str, folder: Path, say: Say = to_stderr) -> Path | None:
     if named.parent.name == checkpoint.FOLDER and named.parent.parent == folder:
         checkpoint.step_of(named)
         if reason := checkpoint.damage(named):
-            raise checkpoint.TornCheckpoint(f"resume={resume}: {reason}")
+            raise checkpoint.TornCheckpointError(f"resume={resume}: {reason}")
         return named
     found = checkpoint.latest(folder, say)
     if found is None:

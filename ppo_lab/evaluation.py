@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ppo_lab import core
-from ppo_lab.rollout import NoiseKey, Sampling, sample
+from ppo_lab.rollout import NoiseKey, Sampling
 from ppo_lab.types import Prompts, Sample, Scores, Tokens
 
 Gold = Callable[[list[str], list[str]], list[float]]
@@ -64,16 +64,7 @@ class Evaluator:
         return Evaluation(metrics, self._samples(texts, scores, gold))
 
     def _draw(self, trunk: Any = None) -> tuple[Tokens, Any]:
-        trainer = self.trainer
-        trainer.policy.eval()
-        return sample(
-            trainer.policy,
-            self.prompts,
-            sampling=self.sampling,
-            noise=self.noise,
-            decode=trainer.decode,
-            trunk=trunk,
-        )
+        return self.trainer.draw(self.prompts, self.sampling, self.noise, trunk)
 
     def _judge(self, tokens: Tokens) -> tuple[list[str], Scores, list[float] | None]:
         texts = [self.trainer.decode(ids) for ids in tokens.response_lists()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ppo_lab import classic, core
 from ppo_lab.clock import Clock
 from ppo_lab.config import PPOConfig
 from ppo_lab.kl import AdaptiveKLController, FixedKLController
+from ppo_lab.memory import Passes
 from ppo_lab.metrics import Shaped, iteration_metrics
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead, Reference
 from ppo_lab.optim import make_optimizer, make_schedule
@@ -82,6 +84,7 @@ class PPOTrainer:
         self.optimizer = optimizer or _optimizer(self.policy, self.config)
         self.lr_scheduler = lr_scheduler or _schedule(self.optimizer, self.config)
         self.updates = ClippedUpdates(self.policy, self.optimizer, self.config)
+        self.drawing = Passes("sampling")
         self.kl_controller = _controller(self.config)
         self.moments = RunningMoments()
         self.iterations_done = 0
@@ -108,8 +111,7 @@ class PPOTrainer:
         """Responses of the policy, with the log-probs and values that fell out of sampling them."""
         noise = NoiseKey(self.config.seed, self.iterations_done)
         with self.clock("generate"):
-            self.policy.eval()
-            return sample(self.policy, prompts, sampling=self.sampling, noise=noise, decode=self.decode)
+            return self.draw(prompts, self.sampling, noise)
 
     def score(self, prompts: Prompts, tokens: Tokens) -> Scores:
         """What the reward says of the responses, as texts."""
@@ -299,9 +301,32 @@ class PPOTrainer:
 
     def in_passes(self, tokens: Tokens, function: Callable[[Tokens], Any]) -> Any:
         """`function`, which gives a tensor or a `Forward`, over all samples, a mini-batch at a time."""
-        size = self.config.mini_batch_size or self.config.batch_size
-        parts = [function(tokens[i : i + size]) for i in range(0, len(tokens), size)]
-        return Forward.join(parts) if isinstance(parts[0], Forward) else torch.cat(parts)
+
+        def attempt(size: int) -> Any:
+            parts = [function(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+            return Forward.join(parts) if isinstance(parts[0], Forward) else torch.cat(parts)
+
+        return self.updates.passes.until_it_fits(
+            attempt, self.config.mini_batch_size or self.config.batch_size
+        )
+
+    @torch.no_grad()
+    def draw(
+        self, prompts: Prompts, sampling: Sampling, noise: NoiseKey, trunk: Any = None
+    ) -> tuple[Tokens, Forward]:
+        """Responses of the policy, or of another `trunk`, to all prompts, in as many parts as memory asks for."""
+        self.policy.eval()
+        return self.drawing.until_it_fits(
+            lambda size: sample(
+                self.policy,
+                prompts,
+                sampling=replace(sampling, batch_size=size),
+                noise=noise,
+                decode=self.decode,
+                trunk=trunk,
+            ),
+            sampling.batch_size or len(prompts),
+        )
 
 
 def _controller(config: PPOConfig) -> FixedKLController:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppo_lab import core
 from ppo_lab.config import PPOSection
+from ppo_lab.memory import Passes
 from ppo_lab.types import Batch
 
 # What is summed over real tokens while updating, in the order of the vector that holds it.
@@ -32,7 +33,14 @@ SUMS = (
 
 
 class TrainingDiverged(RuntimeError):
-    """Too many optimizer steps in a row had to be skipped; the message says which checks to make."""
+    """The run cannot go on to any use; the message says which checks to make.
+
+    `batch` is the optimizer batch that was at fault, where there is one.
+    """
+
+    def __init__(self, message: str, batch: Batch | None = None) -> None:
+        super().__init__(message)
+        self.batch = batch
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class ClippedUpdates:
     def __init__(self, policy: Any, optimizer: torch.optim.Optimizer, config: PPOSection) -> None:
         self.policy, self.optimizer, self.config = policy, optimizer, config
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.passes = Passes("training")
         self.skipped_in_a_row = 0
 
     def run(self, batch: Batch, *, temperature: float, seed: tuple[int, int]) -> UpdateStats:
@@ -100,21 +109,30 @@ class ClippedUpdates:
 
     def optimizer_step(self, batch: Batch, *, temperature: float) -> OptimizerStep:
         """One step on one optimizer batch, in as many passes as memory asks for."""
+        groups = self._groups(batch)
+        sums, extremes = self.passes.until_it_fits(
+            lambda size: self._backward(batch, [p for rows in groups for p in rows.split(size)], temperature),
+            max(len(rows) for rows in groups),
+        )
+        limit = self.config.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        done = OptimizerStep.read(sums, extremes, grad_norm)
+        if self._may_step(done, batch):
+            self.optimizer.step()
+        return done
+
+    def _backward(self, batch: Batch, passes: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
+        """Gradients of the batch's mean loss, summed over the passes; their sums and ratio extremes."""
         self.optimizer.zero_grad(set_to_none=True)
         n_tokens = batch.tokens.mask.sum().clamp(min=1)
         sums = torch.zeros(len(SUMS), device=n_tokens.device)
         extremes = torch.ones(2, device=n_tokens.device)
-        for rows in self._passes(batch):
+        for rows in passes:
             loss, pass_sums, pass_extremes = self._losses(batch[rows], temperature)
             (loss / n_tokens).backward()
             sums += pass_sums
             extremes = torch.stack([extremes[0].minimum(pass_extremes[0]), extremes[1].maximum(pass_extremes[1])])
-        limit = self.config.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        done = OptimizerStep.read(sums, extremes, grad_norm)
-        if self._may_step(done):
-            self.optimizer.step()
-        return done
+        return sums, extremes
 
     def _losses(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """The summed loss of one pass, its sums for the statistics, and its smallest and largest ratio."""
@@ -152,7 +170,7 @@ class ClippedUpdates:
         sums = torch.stack([core.masked_sum(x, mask) for x in per_token])
         return core.masked_sum(loss, mask), sums, torch.stack([ratio.min(), ratio.max()])
 
-    def _passes(self, batch: Batch) -> list[Tensor]:
+    def _groups(self, batch: Batch) -> list[Tensor]:
         """Rows of each forward and backward pass: mini-batches, split further by `micro_batch_tokens`.
 
         Under a token limit rows are sorted by length, so that little padding is computed.
@@ -163,7 +181,7 @@ class ClippedUpdates:
         lengths = (batch.tokens.query_mask.sum(1) + batch.tokens.lengths).cpu()
         return pack_by_tokens(lengths, limit=limit)
 
-    def _may_step(self, step: OptimizerStep) -> bool:
+    def _may_step(self, step: OptimizerStep, batch: Batch) -> bool:
         """Whether a step may be taken; counts those that may not."""
         ratio = step.sums[SUMS.index("ratio")] / step.sums[0].clamp(min=1)
         step.taken = step.is_finite and not 0 < self.config.ratio_threshold < ratio
@@ -173,7 +191,8 @@ class ClippedUpdates:
                 f"{self.skipped_in_a_row} optimizer steps in a row were skipped, the last with gradient norm "
                 f"{step.grad_norm:.3g} and mean ratio {ratio:.3g}: a loss or gradient is not finite, or the policy moved "
                 "too far in one iteration. Lower ppo.learning_rate or ppo.ppo_epochs, and look at "
-                "ppo/policy/first_minibatch_ratio_error, which should be near 0"
+                "ppo/policy/first_minibatch_ratio_error, which should be near 0",
+                batch,
             )
         return step.taken
 

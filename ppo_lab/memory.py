@@ -1,0 +1,115 @@
+"""What fits: passes through the model halved when a GPU is full, and a CPU's need known beforehand."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from ppo_lab.config import Config
+from ppo_lab.errors import ConfigError
+from ppo_lab.models.loading import choose_dtype, load_config, parameter_bytes
+
+T = TypeVar("T")
+GIB = 2**30
+
+
+class Passes:
+    """How many samples go through the model at once: what is asked for, until memory runs out.
+
+    No number that is learnt from depends on it beyond rounding. It stays as small as it had to get.
+    """
+
+    def __init__(self, purpose: str) -> None:
+        """`purpose` says in the one warning what the passes are for."""
+        self.purpose = purpose
+        self.most = 0
+
+    def until_it_fits(self, attempt: Callable[[int], T], wanted: int) -> T:
+        """`attempt(size)` with at most `wanted` samples a pass, half as many after each failure.
+
+        Raises:
+            torch.OutOfMemoryError: not even a single sample fits.
+        """
+        while True:
+            size = min(wanted, self.most or wanted)
+            try:
+                return attempt(size)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+            # Outside of the handler, which would keep the failed attempt's tensors alive.
+            self._halve(size)
+
+    def _halve(self, size: int) -> None:
+        first, self.most = not self.most, size // 2
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if first:
+            warnings.warn(
+                f"GPU memory ran out with {size} samples a pass for {self.purpose}: done again with "
+                f"{self.most}, and with fewer where that is needed; the numbers stay the same",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def check_fits(config: Config, device: str) -> None:
+    """Nothing, if what the policy needs on a CPU is free; what rollouts need comes on top.
+
+    Raises:
+        ConfigError: it is not, with the figures and the ways out.
+    """
+    if device != "cpu" or config.model.trust_remote_code:
+        return
+    dtype = choose_dtype(config.model.dtype, torch.device("cpu"))
+    need = policy_bytes(parameter_bytes(load_config(config.model), dtype), trained=not config.lora.r)
+    free, total = free_bytes(), sum(need.values())
+    if total <= free:
+        return
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in need.items())
+    ways = [] if config.lora.r else ["lora=r16"]
+    ways += [] if config.model.dtype == "bfloat16" else ["model.dtype=bfloat16"]
+    raise ConfigError(
+        f"model.path={config.model.path}: needs {total / GIB:.1f} GiB of memory ({parts}) and "
+        f"{free / GIB:.1f} GiB are free; {', '.join([*ways, 'a smaller model or a GPU'])} would help"
+    )
+
+
+def policy_bytes(weights: int, *, trained: bool) -> dict[str, int]:
+    """Bytes of a policy by purpose; of an adapter, which is small, the trunk's weights alone."""
+    if not trained:
+        return {"weights": weights}
+    return {
+        "weights": weights,
+        "reference": weights,
+        "gradients": weights,
+        "Adam's moments": 2 * weights,
+    }
+
+
+def free_bytes() -> float:
+    """Bytes that this process may still take: the machine's, or its control group's if less."""
+    found = [float("inf")]
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        line = next(text for text in lines if text.startswith("MemAvailable:"))
+        found.append(float(line.split()[1]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):
+        limit = float((group / "memory.max").read_text())
+        used = float((group / "memory.current").read_text())
+        found.append(limit - used + _reclaimable(group))
+    return min(found)
+
+
+def _reclaimable(group: Path) -> float:
+    """Bytes of a control group that are cached files, which it gives back when asked."""
+    rows = (row.split() for row in (group / "memory.stat").read_text().splitlines())
+    return float(dict(row for row in rows if len(row) == 2).get("inactive_file", 0))
