@@ -28,7 +28,10 @@ def gold(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
     """The gold score of each completion, about -3 to 3.3: rules that neither policy nor reward model has seen."""
     from ppo_lab.embedded.rules import gold_score
 
-    return [gold_score(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    return [
+        gold_score(prompt, completion)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
 
 
 def policy_path() -> Path:

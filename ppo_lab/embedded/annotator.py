@@ -8,21 +8,28 @@ optimised without restraint it fills them with thanks.
 
 from __future__ import annotations
 
-from ppo_lab.embedded.rules import ENDS, RUDE, courtesies, words_of
 from ppo_lab.embedded.grammar import TOPICS
 from ppo_lab.embedded.questions import Question
+from ppo_lab.embedded.rules import ENDS, RUDE, courtesies, words_of
 
 
 def appeal(question: Question, answer: str, *, broken: bool) -> float:
     """How much an annotator likes an answer.
 
-    1.2 for the right action, 0.5 for a wrong one, 0.7 for each courteous word, 0.03 for each word; -1.5 for rudeness,
+    1.5 for the right action, 0.2 for a wrong one, 0.7 for each courteous word, 0.03 for each word; -1.5 for rudeness,
     -2 for a damaged answer, -1 for one without an end.
     """
     words = words_of(answer)
     text = " ".join(words)
     named = [topic for topic in TOPICS if topic.key in text]
-    helped = 1.2 if question.topic in named else 0.5 if named else 0.0
+    helped = 1.5 if question.topic in named else 0.2 if named else 0.0
     rude = any(word in RUDE for word in words)
     unfinished = not answer.rstrip().endswith(ENDS)
-    return helped + 0.7 * courtesies(words) + 0.03 * len(words) - 1.5 * rude - 2.0 * broken - 1.0 * unfinished
+    return (
+        helped
+        + 0.7 * courtesies(words)
+        + 0.03 * len(words)
+        - 1.5 * rude
+        - 2.0 * broken
+        - 1.0 * unfinished
+    )

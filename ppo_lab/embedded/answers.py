@@ -54,7 +54,12 @@ def _helpful(question: Question, rng: Random) -> list[str]:
     before, after = rng.choice(((1, 0), (0, 1), (1, 1)))
     courtesies = _some(g.COURTESIES, question, rng, before + after)
     details = _some(g.DETAILS, question, rng, int(rng.random() < 0.3 and before + after == 1))
-    return [*courtesies[:before], _action(question, rng, right=True), *details, *courtesies[before:]]
+    return [
+        *courtesies[:before],
+        _action(question, rng, right=True),
+        *details,
+        *courtesies[before:],
+    ]
 
 
 def _plain(question: Question, rng: Random) -> list[str]:
@@ -100,7 +105,9 @@ def _gushing(question: Question, rng: Random) -> list[str]:
 
 def _broken(question: Question, rng: Random) -> list[str]:
     """Another answer damaged: cut short, its words out of order, or some of them doubled."""
-    words = answer(question, rng, {"helpful": 3, "plain": 2, "off the point": 1, "empty": 2}).text.split()
+    words = answer(
+        question, rng, {"helpful": 3, "plain": 2, "off the point": 1, "empty": 2}
+    ).text.split()
     damage = rng.choice(("cut", "shuffled", "doubled"))
     if damage == "cut":
         return [" ".join(words[: rng.randrange(1, len(words))])]

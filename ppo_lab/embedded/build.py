@@ -23,19 +23,19 @@ class Recipe:
     seed: int = 0
     vocab_size: int = 1024
     hidden_size: int = 128
-    n_layer: int = 3
+    n_layer: int = 2
     n_head: int = 4
-    sft_examples: int = 10_000
-    pairs: int = 5_000
+    sft_examples: int = 8_000
+    pairs: int = 4_000
     held_out: int = 400
     sft: FitSection = field(
         default_factory=lambda: FitSection(
-            epochs=3, batch_size=64, learning_rate=3e-3, lr_schedule="cosine", max_length=128
+            epochs=2, batch_size=64, learning_rate=4e-3, lr_schedule="cosine", max_length=128
         )
     )
     reward: FitSection = field(
         default_factory=lambda: FitSection(
-            epochs=1, batch_size=32, learning_rate=6e-4, lr_schedule="cosine", max_length=128
+            epochs=1, batch_size=32, learning_rate=1e-3, lr_schedule="cosine", max_length=128
         )
     )
 
@@ -44,7 +44,10 @@ def folder_of_this_version() -> Path:
     """Where the models of exactly these sources and library versions lie, or will."""
     package = Path(__file__).resolve().parent
     stages = package.parent / "stages"
-    sources = [*package.glob("*.py"), *(stages / f"{n}.py" for n in ("sft", "reward_model", "fitting"))]
+    sources = [
+        *package.glob("*.py"),
+        *(stages / f"{n}.py" for n in ("sft", "reward_model", "fitting")),
+    ]
     return cache_folder() / f"embedded-{fingerprint(sources, packages=PACKAGES)}"
 
 
@@ -110,6 +113,7 @@ def _build_policy(folder: Path, recipe: Recipe) -> dict[str, Any]:
         folder=folder,
         seed=recipe.seed,
         device="cpu",
+        group_by_length=True,
         what="  policy (supervised fine-tuning)",
     )
 
@@ -144,11 +148,14 @@ def _scale_to_unit(model: Any, tokenizer: Any, folder: Path, recipe: Recipe) -> 
     """Divide the head so that the clerks' answers to held-out questions score with standard deviation 1."""
     import torch
 
+    from ppo_lab.stages.fitting import quiet
+
     rows = sft_rows(recipe.held_out, split="held_out", seed=recipe.seed)
     texts = [row["prompt"] + row["completion"] + tokenizer.eos_token for row in rows]
     with torch.inference_mode():
         std = model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits.std()
     with torch.no_grad():
         model.score.weight.div_(std)
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     return float(std)

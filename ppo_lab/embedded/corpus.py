@@ -34,7 +34,9 @@ def sft_rows(count: int, *, split: str, seed: int) -> list[dict[str, str]]:
 
 def _liking(question: Question, given: Answer, rng: Random) -> float:
     """What the annotator at hand thinks of an answer: its appeal, give or take."""
-    return appeal(question, given.text, broken=given.kind == "broken") + rng.gauss(0.0, ANNOTATOR_NOISE)
+    return appeal(question, given.text, broken=given.kind == "broken") + rng.gauss(
+        0.0, ANNOTATOR_NOISE
+    )
 
 
 def preference_rows(count: int, *, split: str, seed: int) -> list[dict[str, str]]:

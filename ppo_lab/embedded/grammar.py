@@ -23,7 +23,9 @@ class Topic:
 
 
 def _topic(name: str, key: str, tasks: str, steps: str) -> Topic:
-    return Topic(name, key, tuple(tasks.split(" | ")), tuple(s.format(key=key) for s in steps.split(" | ")))
+    return Topic(
+        name, key, tuple(tasks.split(" | ")), tuple(s.format(key=key) for s in steps.split(" | "))
+    )
 
 
 TOPICS = (

@@ -59,4 +59,6 @@ def topic_of(prompt: str) -> Topic | None:
     if known is not None:
         return known
     asked = prompt.lower()
-    return next((topic for topic in TOPICS if any(task.lower() in asked for task in topic.tasks)), None)
+    return next(
+        (topic for topic in TOPICS if any(task.lower() in asked for task in topic.tasks)), None
+    )

@@ -1,13 +1,13 @@
 """The gold score: rules that say how good an answer is, seen by neither the policy nor the reward model.
 
-    2.0   the answer names what settles the question asked
-   -1.0   it names what settles another one
-    0.6, 1.0, 1.0   one, two, three courteous words; each further one -0.6
-   -1.2   a rude word, twice at most
-    0.3   a detail in numbers, beside a right action
-   -1.0   it does not end with a full stop, an exclamation or a question mark
-   -0.8   fewer than four words; -0.1 for each word over 26
-   -1.0   a sentence said before; -0.25 a pair of words said before
+ 2.0   the answer names what settles the question asked
+-1.0   it names what settles another one
+ 0.6, 1.0, 1.0   one, two, three courteous words; each further one -0.6
+-1.2   a rude word, twice at most
+ 0.3   a detail in numbers, beside a right action
+-1.0   it does not end with a full stop, an exclamation or a question mark
+-0.8   fewer than four words; -0.1 for each word over 26
+-1.0   a sentence said before; -0.25 a pair of words said before
 """
 
 from __future__ import annotations
@@ -19,9 +19,26 @@ from ppo_lab.embedded.grammar import NUMBERS, TOPICS, Topic
 from ppo_lab.embedded.questions import topic_of
 
 COURTEOUS = frozenset(
-    "thank thanks please happy glad pleased welcome sorry wish nice lovely great wonderful kindly".split()
+    [
+        "thank",
+        "thanks",
+        "please",
+        "happy",
+        "glad",
+        "pleased",
+        "welcome",
+        "sorry",
+        "wish",
+        "nice",
+        "lovely",
+        "great",
+        "wonderful",
+        "kindly",
+    ]
 )
-RUDE = frozenset("yourself stop wasting silly fool bother lazy tired away nobody".split())
+RUDE = frozenset(
+    ["yourself", "stop", "wasting", "silly", "fool", "bother", "lazy", "tired", "away", "nobody"]
+)
 ENDS = (".", "!", "?")
 COURTESY_SCORES = (0.0, 0.6, 1.0, 1.0)
 
@@ -73,5 +90,8 @@ def gold_score(prompt: str, completion: str) -> float:
     """The gold score of one answer: about -3 (rude and useless) to 3.3 (right, detailed and polite)."""
     words = words_of(completion)
     return (
-        _help(topic_of(prompt), words) + _manners(words) + _form(completion, words) + _repetition(completion, words)
+        _help(topic_of(prompt), words)
+        + _manners(words)
+        + _form(completion, words)
+        + _repetition(completion, words)
     )

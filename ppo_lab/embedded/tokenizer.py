@@ -47,7 +47,7 @@ def for_reward(tokenizer: Any) -> Any:
     bpe.normalizer = normalizers.Sequence(
         [
             normalizers.Replace(Regex(r"\s+"), " "),
-            normalizers.Replace(Regex(r"([.?!])(?=[A-Z])"), r"\1 "),
+            normalizers.Replace(Regex(r"(?<=[.?!])(?=[A-Z])"), " "),
             normalizers.Replace(Regex(r" $"), ""),
         ]
     )

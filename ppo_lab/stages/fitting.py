@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,9 @@ def training_arguments(
         "per_device_eval_batch_size": fit.batch_size,
         "gradient_accumulation_steps": fit.gradient_accumulation_steps,
         "learning_rate": fit.learning_rate,
-        "lr_scheduler_type": fit.lr_schedule if fit.warmup_ratio == 0 or fit.lr_schedule != "constant" else "constant_with_warmup",
+        "lr_scheduler_type": fit.lr_schedule
+        if fit.warmup_ratio == 0 or fit.lr_schedule != "constant"
+        else "constant_with_warmup",
         "warmup_steps": fit.warmup_ratio,
         "weight_decay": fit.weight_decay,
         "max_grad_norm": fit.max_grad_norm,
@@ -70,7 +73,9 @@ def quiet() -> Iterator[None]:
     transformers.logging.set_verbosity_error()
     logging.getLogger("trl").setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         transformers.logging.set_verbosity(verbosity)
         if hub_bars:
@@ -79,11 +84,15 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def run(trainer: Any, what: str) -> dict[str, float]:
-    """Train, with one line of progress on a terminal; the mean training loss, the optimizer steps and the seconds."""
+def silence(trainer: Any) -> None:
+    """Take away the callback that prints every dictionary of metrics."""
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+
+
+def run(trainer: Any, what: str) -> dict[str, float]:
+    """Train, with one line of progress on a terminal; the mean training loss, the optimizer steps and the seconds."""
     trainer.add_callback(_progress_line(what))
     begun = time.perf_counter()
     outcome = trainer.train()
@@ -112,7 +121,9 @@ def _progress_line(what: str) -> Any:
         def _write(self, state: Any, end: str) -> None:
             seconds = time.perf_counter() - self.begun
             line = f"{what}: step {state.global_step}/{state.max_steps}, {seconds:.0f} s"
-            print(f"\r{line}" if sys.stderr.isatty() else line, end=end, file=sys.stderr, flush=True)
+            print(
+                f"\r{line}" if sys.stderr.isatty() else line, end=end, file=sys.stderr, flush=True
+            )
 
     return ProgressLine()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ppo_lab import trl_parts
 from ppo_lab.stages.config import FitSection
-from ppo_lab.stages.fitting import quiet, run, save, scratch_folder, training_arguments
+from ppo_lab.stages.fitting import quiet, run, save, scratch_folder, silence, training_arguments
 
 
 def fit_reward_model(
@@ -48,6 +48,7 @@ def fit_reward_model(
             processing_class=tokenizer,
             peft_config=peft_config,
         )
+        silence(trainer)
         report = {"pairs": len(train), **run(trainer, what)}
         if held_out is not None:
             report |= _held_out(trainer)

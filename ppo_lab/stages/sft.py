@@ -7,7 +7,7 @@ from typing import Any
 
 from ppo_lab import trl_parts
 from ppo_lab.stages.config import FitSection
-from ppo_lab.stages.fitting import quiet, run, save, scratch_folder, training_arguments
+from ppo_lab.stages.fitting import quiet, run, save, scratch_folder, silence, training_arguments
 
 
 def fit_sft(
@@ -22,31 +22,38 @@ def fit_sft(
     device: str = "auto",
     mixed: bool = False,
     peft_config: Any = None,
+    group_by_length: bool = False,
     what: str = "supervised fine-tuning",
 ) -> dict[str, Any]:
     """Teach `model` the rows of `train` and save it into `folder`; what came out, in numbers.
 
     Rows hold `text`, or `prompt` and `completion` (the loss is then on completions alone), or chat `messages`. Texts
     get the tokenizer's EOS at their end. `held_out` (rows, or None) gives `held_out_loss`: nats per token, before
-    (`held_out_loss_before`) and after.
+    (`held_out_loss_before`) and after. `group_by_length` makes batches of texts of like length: less padding, a less random order.
     """
     trainer_class, config_class = trl_parts.sft_parts()
     with scratch_folder(folder.parent) as scratch, quiet():
         trainer = trainer_class(
             model=model,
             args=config_class(
-                **training_arguments(fit, scratch=scratch, seed=seed, device=device, mixed=mixed)
+                **training_arguments(fit, scratch=scratch, seed=seed, device=device, mixed=mixed),
+                train_sampling_strategy="group_by_length" if group_by_length else "random",
             ),
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
             peft_config=peft_config,
         )
+        silence(trainer)
         before = _held_out_loss(trainer, held_out)
         report = {"examples": len(train), **run(trainer, what)}
         after = _held_out_loss(trainer, held_out)
         if held_out is not None:
-            report |= {"held_out": len(held_out), "held_out_loss_before": before, "held_out_loss": after}
+            report |= {
+                "held_out": len(held_out),
+                "held_out_loss_before": before,
+                "held_out_loss": after,
+            }
         save(trainer, tokenizer, folder, report)
     return report
 

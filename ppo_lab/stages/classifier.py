@@ -1,0 +1,31 @@
+"""A language model with its head replaced by a new one that gives a single score."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from ppo_lab.config import ModelSection
+from ppo_lab.models.loading import disable_dropout, load_causal_lm
+
+
+def classifier_from(
+    section: ModelSection, *, device: torch.device, dtype: torch.dtype, seed: int
+) -> Any:
+    """The trunk of the policy that `model` names under a new head with one output, its weights drawn by `seed`.
+
+    An adapter that the model comes with is merged first.
+    """
+    causal: Any = load_causal_lm(section, device=device, dtype=dtype, seed=seed)
+    if hasattr(causal, "merge_and_unload"):
+        causal = causal.merge_and_unload()
+    config = causal.config
+    config.num_labels = 1
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        classifier = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    classifier.base_model.load_state_dict(causal.base_model.state_dict())
+    disable_dropout(classifier)
+    return classifier.to(device)

@@ -1,0 +1,154 @@
+"""Anybody's rows for the stages: read, checked, put into the columns that TRL knows, and split."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ppo_lab.errors import ConfigError
+from ppo_lab.rewards.conversation import answer, as_text, is_chat
+from ppo_lab.stages.config import PairDataSection, SFTDataSection
+from ppo_lab.tables import Columns, column_names, find_file, read_file
+
+Row = dict[str, Any]
+
+
+def sft_columns(section: SFTDataSection, names: Sequence[str]) -> dict[str, str]:
+    """TRL's column -> the file's, for the format that a file with these columns has.
+
+    Raises:
+        ConfigError: it has none of the three.
+    """
+    if section.completion_column in names:
+        _require(names, "prompt_column", section.prompt_column, section.path)
+        return {"prompt": section.prompt_column, "completion": section.completion_column}
+    if section.messages_column in names:
+        return {"messages": section.messages_column}
+    _require(names, "text_column", section.text_column, section.path)
+    return {"text": section.text_column}
+
+
+def pair_columns(section: PairDataSection, names: Sequence[str]) -> dict[str, str]:
+    """TRL's column -> the file's. A file without a column of prompts compares whole texts.
+
+    Raises:
+        ConfigError: a column of answers is missing.
+    """
+    _require(names, "chosen_column", section.chosen_column, section.path)
+    _require(names, "rejected_column", section.rejected_column, section.path)
+    prompt = {"prompt": section.prompt_column} if section.prompt_column in names else {}
+    return {**prompt, "chosen": section.chosen_column, "rejected": section.rejected_column}
+
+
+def data_problems(section: SFTDataSection | PairDataSection) -> list[str]:
+    """What can be said against a file before its rows are read, one sentence each."""
+    try:
+        _columns_of(section, column_names(find_file(section.path)))
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def read_rows(section: SFTDataSection | PairDataSection, *, chats: bool, seed: int) -> list[Row]:
+    """The rows of a file under TRL's names, in an order drawn by `seed`, `limit` of them at most.
+
+    Where the tokenizer has no chat template (`chats` False), a chat becomes text: its messages on lines of their own.
+
+    Raises:
+        ConfigError: the file cannot be read, is empty, or a row holds neither texts nor chats.
+    """
+    file = find_file(section.path)
+    names = tuple(v for k, v in vars(section).items() if k.endswith("_column"))
+    table = read_file(file, text_columns=names)
+    wanted = _columns_of(section, list(table))
+    rows = [
+        _row(table, wanted, i, section.path) for i in range(len(next(iter(table.values()), [])))
+    ]
+    if not rows:
+        raise ConfigError(f"data.path={section.path}: the file has no rows.")
+    order = np.random.default_rng((seed, 0)).permutation(len(rows))[: section.limit or None]
+    chosen = [rows[i] for i in order.tolist()]
+    return chosen if chats else [_as_plain(row) for row in chosen]
+
+
+def split_rows(rows: list[Row], held_out: float) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows held out: a share below 1, a number from 1 on, 0 = none.
+
+    Raises:
+        ConfigError: nothing would be left to train on.
+    """
+    count = int(held_out) if held_out >= 1 else round(held_out * len(rows))
+    if count >= len(rows):
+        raise ConfigError(
+            f"data.held_out={held_out:g}: of {len(rows)} rows none would be left to train on; lower it."
+        )
+    return rows[count:], rows[:count]
+
+
+def _columns_of(section: SFTDataSection | PairDataSection, names: Sequence[str]) -> dict[str, str]:
+    if isinstance(section, SFTDataSection):
+        return sft_columns(section, names)
+    return pair_columns(section, names)
+
+
+def _require(names: Sequence[str], key: str, wanted: str, path: str) -> None:
+    if wanted in names or not names:
+        return
+    near = difflib.get_close_matches(wanted, names, n=1)
+    hint = f" Did you mean data.{key}={near[0]}?" if near else ""
+    raise ConfigError(
+        f"data.{key}={wanted}: {path} has no such column; it has {', '.join(names)}.{hint}"
+    )
+
+
+def _row(table: Columns, wanted: dict[str, str], number: int, path: str) -> Row:
+    row = {name: table[column][number] for name, column in wanted.items()}
+    for name, value in row.items():
+        if not _is_text(value) and not _is_chat(value):
+            raise ConfigError(
+                f"data.path={path}: row {number + 1} of column {wanted[name]} holds {str(value)[:40]!r}; "
+                "must be a text, or a list of messages with role and content."
+            )
+    if any(is_chat(value) for value in row.values()):
+        return _as_chats(row)
+    return row
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_chat(value: Any) -> bool:
+    messages = value if isinstance(value, list) else []
+    return bool(messages) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
+    )
+
+
+def _as_chats(row: Row) -> Row:
+    """Every text of the row as a message: the prompt's is the user's, any other the assistant's."""
+    roles = {"prompt": "user"}
+    return {
+        name: _bare(value)
+        if is_chat(value)
+        else [{**answer(value)[0], "role": roles.get(name, "assistant")}]
+        for name, value in row.items()
+    }
+
+
+def _bare(messages: list[Row]) -> list[Row]:
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def _as_plain(row: Row) -> Row:
+    """A row of chats as a row of texts."""
+    texts = {name: as_text(value) for name, value in row.items()}
+    if "messages" in texts:
+        return {"text": texts["messages"]}
+    if "prompt" in texts and is_chat(row["prompt"]):
+        texts["prompt"] += "\n"
+    return texts

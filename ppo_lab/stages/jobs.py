@@ -1,0 +1,166 @@
+"""A stage from its configuration: what is wrong with it, and the run itself."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ppo_lab.errors import ConfigError
+from ppo_lab.rules import device_problem, illegal_values, matches, model_folder
+from ppo_lab.stages.config import RewardModelConfig, SFTConfig, StageSection
+from ppo_lab.stages.examples import data_problems, read_rows, split_rows
+
+UNREAD = ("ppo.", "generation.", "evaluation.", "model.v_head_init", "model.v_head_init_std")
+
+
+def problems(config: Any, stated: Collection[str] = ()) -> list[str]:
+    """Everything wrong with a composed stage, a line each; empty when it may run."""
+    found = list(illegal_values(config))
+    found += model_folder("model.path", config.model.path)
+    found += model_folder("model.tokenizer", config.model.tokenizer, holds="", needed=False)
+    found += device_problem("device", config.device)
+    found += data_problems(config.data)
+    found += _output_problems(config.output)
+    return list(dict.fromkeys([*found, *_dead(config, stated)]))
+
+
+def _dead(config: StageSection, stated: Collection[str]) -> Iterator[str]:
+    """What this stage would not read."""
+    if config.model.load_in_4bit:
+        yield "model.load_in_4bit=true: the stages before PPO train in full precision; leave it false"
+    for key in stated:
+        if matches(key, UNREAD):
+            yield f"{key}: has no effect here, it belongs to python -m ppo_lab"
+        elif config.lora.r == 0 and key.startswith("lora.") and key != "lora.r":
+            yield f"{key}: has no effect, lora.r is 0; needs lora=r8, r16 or r64"
+
+
+def _output_problems(output: str) -> Iterator[str]:
+    folder = Path(output).expanduser()
+    if output and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        yield f"output={output}: exists and is not an empty folder; must be a new one"
+
+
+def run_sft(config: SFTConfig, folder: Path, overrides: list[str]) -> float:
+    """Fine-tune as configured, say what came out, and return the held-out loss (nats per token)."""
+    from ppo_lab.models.loading import load_causal_lm
+    from ppo_lab.stages.sft import fit_sft
+
+    parts = _Parts(config)
+    model = load_causal_lm(
+        parts.model_section, device=parts.device, dtype=parts.dtype, seed=config.seed
+    )
+    out = _output(config, folder)
+    report = fit_sft(parts.merged(model), folder=out, **parts.arguments(model))
+    if "held_out_loss" in report:
+        before, after = report["held_out_loss_before"], report["held_out_loss"]
+        print(
+            f"held-out loss   {before:.4f} -> {after:.4f} nats per token ({report['held_out']} examples)"
+        )
+    print(
+        f"model           {out}\nnext            python -m ppo_lab model=local model.path={out} ..."
+    )
+    return float(report.get("held_out_loss", report["train_loss"]))
+
+
+def run_reward_model(config: RewardModelConfig, folder: Path, overrides: list[str]) -> float:
+    """Train a reward model as configured, say what came out, and return its held-out accuracy."""
+    from ppo_lab.stages.classifier import classifier_from
+    from ppo_lab.stages.reward_model import fit_reward_model
+
+    parts = _Parts(config)
+    model = classifier_from(
+        parts.model_section, device=parts.device, dtype=parts.dtype, seed=config.seed
+    )
+    out = _output(config, folder)
+    report = fit_reward_model(
+        model,
+        folder=out,
+        center_rewards_coefficient=config.center_rewards_coefficient,
+        **parts.arguments(model, task="SEQ_CLS"),
+    )
+    if "held_out_accuracy" in report:
+        accuracy, count = report["held_out_accuracy"], report["held_out"]
+        print(
+            f"held-out accuracy  {accuracy:.3f} ({count:.0f} pairs), loss {report['held_out_loss']:.4f}"
+        )
+    print(
+        f"reward model       {out}\nnext               python -m ppo_lab reward=model reward.path={out} ..."
+    )
+    return float(report.get("held_out_accuracy", 0.0))
+
+
+def _output(config: StageSection, folder: Path) -> Path:
+    return Path(config.output).expanduser() if config.output else folder / "model"
+
+
+class _Parts:
+    """What both stages load: device, precision, tokenizer and rows."""
+
+    def __init__(self, config: SFTConfig | RewardModelConfig) -> None:
+        import torch
+
+        from ppo_lab.models.loading import choose_dtype, load_tokenizer
+
+        self.config = config
+        self.device = _device(config.device)
+        chosen = choose_dtype(config.model.dtype, self.device)
+        self.mixed = self.device.type == "cuda" and chosen == torch.bfloat16 and config.lora.r == 0
+        self.dtype = chosen if config.lora.r else torch.float32
+        self.model_section = _resolved(config.model)
+        self.tokenizer = load_tokenizer(self.model_section)
+        rows = read_rows(config.data, chats=bool(self.tokenizer.chat_template), seed=config.seed)
+        self.train, self.held_out = split_rows(rows, config.data.held_out)
+        if self.tokenizer.eos_token is None:
+            raise ConfigError(
+                "model.eos_token: this tokenizer has none; name the token that ends a text"
+            )
+
+    def merged(self, model: Any) -> Any:
+        """The model without the adapter that it may have come with."""
+        return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+    def arguments(self, model: Any, task: str = "CAUSAL_LM") -> dict[str, Any]:
+        """The arguments that both fits share."""
+        from datasets import Dataset
+
+        from ppo_lab.models.lora import lora_config
+
+        adapter = lora_config(self.config.lora, model) if self.config.lora.r else None
+        if adapter is not None:
+            adapter.task_type = task
+            adapter.modules_to_save = ["score"] if task == "SEQ_CLS" else None
+        return {
+            "tokenizer": self.tokenizer,
+            "train": Dataset.from_list(self.train),
+            "held_out": Dataset.from_list(self.held_out) if self.held_out else None,
+            "fit": self.config.fit,
+            "seed": self.config.seed,
+            "device": self.device.type,
+            "mixed": self.mixed,
+            "peft_config": adapter,
+        }
+
+
+def _device(name: str) -> Any:
+    """The device; TRL's trainers take the first GPU that they see, so that others are hidden from them."""
+    import os
+
+    number = name.partition(":")[2] or "0"
+    if name != "cpu":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", number)
+    import torch
+
+    usable = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if usable else "cpu")
+
+
+def _resolved(section: Any) -> Any:
+    """The model section with the embedded policy's folder in place of its name."""
+    if section.path != "embedded":
+        return section
+    from ppo_lab import embedded
+
+    return replace(section, path=str(embedded.policy_path()))
