@@ -1,4 +1,4 @@
-"""Run folders as a sweep would leave them, out of a toy formula: for tests and for looking at pages."""
+"""Run folders as a sweep would leave them, out of a toy formula: for tests and to look at."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def rise(d: np.ndarray, alpha: float, beta: float) -> np.ndarray:
 
 def composed(**settings: object) -> dict:
     """A whole configuration, with these dotted keys (`ppo__cliprange`) set."""
-    config = asdict(Config(reward=EmbeddedReward(name="embedded"), data=EmbeddedData(name="embedded")))
+    config = asdict(
+        Config(reward=EmbeddedReward(name="embedded"), data=EmbeddedData(name="embedded"))
+    )
     config["evaluation"]["max_new_tokens"] = "${generation.max_new_tokens}"
     for key, value in settings.items():
         *sections, last = key.split("__")
@@ -68,11 +70,20 @@ def make_run(
     ]
     for i in range(every - 1, steps, every):
         rows[i] |= evaluation(kl[i], beta=beta, gold=gold, noise=0.02 * random.standard_normal(2))
-    first = {name[5:]: value for name, value in evaluation(0.0, beta=beta, gold=gold, noise=(0, 0)).items()}
+    first = {
+        name[5:]: value
+        for name, value in evaluation(0.0, beta=beta, gold=gold, noise=(0, 0)).items()
+    }
     last = {name[5:]: value for name, value in rows[-1].items() if name.startswith("eval/")}
-    write_run(folder, rows, first, last, composed(
-        ppo__init_kl_coef=beta, ppo__cliprange=epsilon, seed=seed, ppo__steps=steps, **settings
-    ))
+    write_run(
+        folder,
+        rows,
+        first,
+        last,
+        composed(
+            ppo__init_kl_coef=beta, ppo__cliprange=epsilon, seed=seed, ppo__steps=steps, **settings
+        ),
+    )
     return folder
 
 
@@ -80,7 +91,12 @@ def evaluation(kl: float, *, beta: float, gold: bool, noise: Iterable[float]) ->
     """The metrics of one evaluation."""
     d, (noise_proxy, noise_gold) = np.sqrt(kl), noise
     reward = float(-1 + rise(d, ALPHA_PROXY, BETA_PROXY) + noise_proxy)
-    found = {"mean_reward": reward, "std_reward": 1.0, "kl": float(kl), "objective": reward - beta * float(kl)}
+    found = {
+        "mean_reward": reward,
+        "std_reward": 1.0,
+        "kl": float(kl),
+        "objective": reward - beta * float(kl),
+    }
     if gold:
         found["gold"] = float(rise(d, ALPHA_GOLD, BETA_GOLD) + noise_gold)
     return {f"eval/{name}": value for name, value in found.items()}

@@ -1,1 +1,1 @@
-"""Finished runs side by side: a table, plots, one HTML page. It knows of run folders and nothing else."""
+"""Finished runs side by side: a table, plots, one HTML page. It knows of run folders alone."""

@@ -1,4 +1,4 @@
-"""`python -m ppo_lab.compare PATHS...`: a table here, compare.html, data and figures in a folder."""
+"""`python -m ppo_lab.compare PATHS...`: a table here; page, data and figures in a folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     if not asked.paths and not asked.wandb:
         asked.paths = ["outputs"]
-    runs = read_runs(asked.paths) + [run for path in asked.wandb for run in _from_wandb(path, console)]
+    runs = read_runs(asked.paths) + [
+        run for path in asked.wandb for run in _from_wandb(path, console)
+    ]
     if not any(run.config or run.history or run.summary for run in runs):
         for run in runs:
             console.print(f"{run.path}: {run.reason}", markup=False)
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(comparison: Comparison, said: Sequence[str], folder: Path, *, title: str) -> list[Path]:
-    """Page, tables and figures, in a folder that is made where it is not there; the files written."""
+    """The files written: page, tables and figures, in a folder that is made if need be."""
     from ppo_lab.compare.figures import save_figures
     from ppo_lab.compare.page import page
 
@@ -70,10 +72,13 @@ def _from_wandb(path: str, console: Console) -> list[Run]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ppo_lab.compare",
-        description="Runs side by side: a table here; compare.html, .csv, .parquet and figures in a folder.",
+        description="Runs side by side: a table here; a page, tables and figures in a folder.",
     )
     parser.add_argument(
-        "paths", nargs="*", metavar="PATH", help="run folders, sweep folders or globs; default: outputs"
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="run folders, sweep folders or globs; default: outputs",
     )
     parser.add_argument(
         "--wandb",

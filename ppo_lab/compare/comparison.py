@@ -1,4 +1,4 @@
-"""All that is known of several runs together: what differs, groups of seeds, fits, and remarks in words."""
+"""All that is known of several runs together: what differs, groups of seeds, fits, remarks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from ppo_lab.compare.overoptimisation import Overoptimisation, fit_overoptimisat
 from ppo_lab.compare.runs import Run
 from ppo_lab.compare.statistics import rank_correlation, t_interval
 
-BINDS_FROM = 0.01  # share of tokens; a smaller clip fraction means that epsilon changes next to nothing
+BINDS_FROM = (
+    0.01  # share of tokens; a smaller clip fraction means that epsilon changes next to nothing
+)
 TASK = ("model.", "reward.", "data.")
 
 
@@ -40,7 +42,9 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def _fits(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, Overoptimisation | str]:
-    tasks = grouped([run for run in runs if run.config], [key for key in keys if key.startswith(TASK)])
+    tasks = grouped(
+        [run for run in runs if run.config], [key for key in keys if key.startswith(TASK)]
+    )
     return {task.label if task.settings else "": fit_overoptimisation(task.runs) for task in tasks}
 
 
@@ -87,7 +91,7 @@ def _unfinished(comparison: Comparison) -> Iterator[str]:
     if set(counts) - {"finished"}:
         yield ", ".join(f"{n} {status}" for status, n in counts.most_common()) + " runs"
     yield from (
-        f"{run.name} {run.status}: {run.reason}"
+        f"{run.name}: {run.status}, {run.reason}"
         for run in comparison.runs
         if run.reason and run.status != "running"
     )
@@ -95,7 +99,9 @@ def _unfinished(comparison: Comparison) -> Iterator[str]:
 
 def _rank_correlations(comparison: Comparison) -> Iterator[str]:
     """How monotonically the two headline metrics answer to the two knobs they are about."""
-    for key, metric, what in zip(FIRST, ("kl", "clip_fraction"), ("final kl", "clip_fraction"), strict=True):
+    for key, metric, what in zip(
+        FIRST, ("kl", "clip_fraction"), ("final kl", "clip_fraction"), strict=True
+    ):
         pairs = _finished_pairs(comparison, key, metric)
         rho = rank_correlation([x for x, _ in pairs], [y for _, y in pairs])
         if not np.isnan(rho):
@@ -130,8 +136,9 @@ def _epsilon_that_never_binds(comparison: Comparison) -> Iterator[str]:
         mean = t_interval(fractions).mean
         if mean < BINDS_FROM:
             yield (
-                f"cliprange={shown(epsilon)} hardly ever binds: it clips {mean:.2%} of the tokens, so that "
-                "a sweep over it shows next to nothing (more ppo_epochs or a higher learning_rate would)"
+                f"cliprange={shown(epsilon)} hardly ever binds: it clips {mean:.2%} of the tokens. "
+                "A sweep over it shows next to nothing; more ppo_epochs or a higher learning_rate "
+                "would change that"
             )
 
 

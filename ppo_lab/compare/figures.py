@@ -1,8 +1,10 @@
-"""The main plots as PNG and SVG, for a paper: fixed sizes, fonts as text, colours that survive a printer."""
+"""The main plots as PNG and SVG, for a paper: fixed sizes, text as text, legible in grey."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +15,23 @@ from ppo_lab.compare.groups import FIRST, Group, short, shown
 from ppo_lab.compare.outcomes import evaluations
 from ppo_lab.compare.overoptimisation import Overoptimisation
 from ppo_lab.compare.runs import Run
-from ppo_lab.compare.statistics import pareto_front, t_interval, t_quantile, thinned
+from ppo_lab.compare.statistics import pareto_front, t_interval, thinned
 
 HEADLINE = ("kl", "mean_reward", "clip_fraction")
 MOST_IN_LEGEND = 12
 MOST_POINTS = 300
+MOST_CELLS = 30
 
 
 def save_figures(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write each plot that these runs give, as `compare_<what>.png` and `.svg`; the files written."""
+    """The files written: each plot that these runs give, as `compare_<what>.png` and `.svg`."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     written = []
-    with mpl.rc_context({"svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.25}):
+    with mpl.rc_context(
+        {"svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.25}
+    ):
         for name, size, drawing in _drawings(comparison):
             figure = Figure(figsize=size, layout="constrained")
             drawing(figure)
@@ -41,24 +46,39 @@ Drawing = Callable[[Any], None]
 
 def _drawings(comparison: Comparison) -> Iterator[tuple[str, tuple[float, float], Drawing]]:
     """Name, size in inches and function of every plot for which there is something to draw."""
+    fits = [fit for fit in comparison.fits.values() if not isinstance(fit, str)]
+    small = (4.6, 3.6)
     if any(run.history for run in comparison.runs):
-        yield "curves", (11, 3.4), lambda figure: _curves(figure, comparison)
+        yield "curves", (11, 3.4), partial(_curves, comparison=comparison)
     if any(evaluations(run) for run in comparison.runs):
-        yield "frontier", (9, 3.8), lambda figure: _frontiers(figure, comparison)
-    if all(key in comparison.keys for key in FIRST):
-        yield "objective", (4.6, 3.6), lambda figure: _heat(figure, comparison)
+        yield "frontier", (9, 3.8), partial(_frontiers, comparison=comparison)
+    if all(1 < len(levels) <= MOST_CELLS for levels in _levels(comparison)):
+        yield "objective", small, partial(_heat, comparison=comparison)
     if clip_fraction_by_epsilon(comparison):
-        yield "clip_fraction", (4.6, 3.6), lambda figure: _clip(figure, comparison)
-    for number, fit in enumerate(fit for fit in comparison.fits.values() if not isinstance(fit, str)):
-        yield f"overoptimisation{number or ''}", (4.6, 3.6), lambda figure, fit=fit: _fit(figure, fit)
+        yield "clip_fraction", small, partial(_clip, comparison=comparison)
+    for number, fit in enumerate(fits):
+        yield f"overoptimisation{number or ''}", small, partial(_fit, fit=fit)
+
+
+def _levels(comparison: Comparison) -> list[list[Any]]:
+    """The values of beta and of epsilon, rising; none where one does not differ between runs."""
+    settings = [group.settings for group in comparison.groups if group.settings]
+    return [sorted({one[key] for one in settings if key in one}) for key in FIRST]
 
 
 def _colours(comparison: Comparison) -> dict[str, Any]:
     """A colour for each value of the first differing key, in rising order."""
     import matplotlib as mpl
 
-    values = {_coloured_by(group, comparison) for group in comparison.groups}
-    ordered = sorted(values, key=lambda v: (not isinstance(v, int | float), v if isinstance(v, int | float) else str(v)))
+    values = {
+        _coloured_by(group, comparison)
+        for group in comparison.groups
+        if any(run.steps for run in group.runs)
+    }
+    ordered = sorted(
+        values,
+        key=lambda v: (not isinstance(v, int | float), v if isinstance(v, int | float) else str(v)),
+    )
     scale = mpl.colormaps["viridis"](np.linspace(0, 0.92, max(1, len(ordered))))
     return dict(zip(map(shown, ordered), scale, strict=True))
 
@@ -72,13 +92,13 @@ def _curves(figure: Any, comparison: Comparison) -> None:
     for axes, metric in zip(figure.subplots(1, len(HEADLINE)), HEADLINE, strict=True):
         for group in comparison.groups:
             value = shown(_coloured_by(group, comparison))
-            _band(axes, group.runs, metric, colours[value], value)
+            _band(axes, group.runs, metric, colours.get(value), value)
         axes.set(xlabel="iteration", title=metric)
     _legend(figure, colours, comparison)
 
 
 def _band(axes: Any, runs: Sequence[Run], metric: str, colour: Any, label: str) -> None:
-    """The mean over seeds with its 95 % interval; one line a run where their steps differ."""
+    """The mean over seeds and their range; one line a run where their steps differ."""
     curves = [
         thinned(run.history["step"], run.history[metric], most=MOST_POINTS)
         for run in runs
@@ -86,10 +106,9 @@ def _band(axes: Any, runs: Sequence[Run], metric: str, colour: Any, label: str) 
     ]
     if len(curves) > 1 and all(np.array_equal(curves[0][0], steps) for steps, _ in curves):
         values = np.stack([values for _, values in curves])
-        n = len(values)
-        mean, half = values.mean(axis=0), t_quantile(n - 1) * values.std(axis=0, ddof=1) / n**0.5
-        axes.plot(curves[0][0], mean, color=colour, linewidth=1, label=label)
-        axes.fill_between(curves[0][0], mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
+        steps, low, high = curves[0][0], values.min(axis=0), values.max(axis=0)
+        axes.plot(steps, values.mean(axis=0), color=colour, linewidth=1, label=label)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     else:
         for steps, values in curves:
             axes.plot(steps, values, color=colour, linewidth=0.8, label=label)
@@ -109,12 +128,12 @@ def _frontiers(figure: Any, comparison: Comparison) -> None:
     for axes, name in zip(figure.subplots(1, 2), ("mean_reward", "gold"), strict=True):
         ends = []
         for group in comparison.groups:
-            colour = colours[shown(_coloured_by(group, comparison))]
+            colour = colours.get(shown(_coloured_by(group, comparison)))
             ends += [end for run in group.runs if (end := _path(axes, run, name, colour))]
         front = pareto_front([kl for kl, _ in ends], [score for _, score in ends])
-        axes.step(*zip(*(ends[i] for i in front), strict=True), where="post", color="black", linewidth=1) if front else (
-            axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
-        )
+        axes.step(
+            *zip(*(ends[i] for i in front), strict=True), where="post", color="black", linewidth=1
+        ) if front else (axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes))
         title = "held-out score" if name == "mean_reward" else "gold score"
         axes.set(xlabel="KL to the reference (nats/sequence)", title=title)
     _legend(figure, colours, comparison)
@@ -122,7 +141,11 @@ def _frontiers(figure: Any, comparison: Comparison) -> None:
 
 def _path(axes: Any, run: Run, name: str, colour: Any) -> tuple[float, float] | None:
     """Draw a run's way through training; its last point, None where it has none."""
-    points = [(e.kl, getattr(e, name)) for e in evaluations(run) if np.isfinite([e.kl, getattr(e, name)]).all()]
+    points = [
+        (e.kl, getattr(e, name))
+        for e in evaluations(run)
+        if np.isfinite([e.kl, getattr(e, name)]).all()
+    ]
     if not points:
         return None
     axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.6, alpha=0.6)
@@ -131,30 +154,36 @@ def _path(axes: Any, run: Run, name: str, colour: Any) -> tuple[float, float] | 
 
 
 def _heat(figure: Any, comparison: Comparison) -> None:
-    keys = list(FIRST)
-    xs, ys = ([*dict.fromkeys(sorted(g.settings[k] for g in comparison.groups if g.settings))] for k in keys)
-    table = np.full((len(ys), len(xs)), np.nan)
-    for j, y in enumerate(ys):
-        for i, x in enumerate(xs):
-            cell = [g for g in comparison.groups if g.settings and [g.settings[k] for k in keys] == [x, y]]
-            table[j, i] = t_interval([g.results["objective"].mean for g in cell]).mean
+    xs, ys = _levels(comparison)
+    cells: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for group in comparison.groups:
+        if group.settings:
+            place = tuple(group.settings[key] for key in FIRST)
+            cells[place].append(group.results["objective"].mean)
+    table = [[t_interval(cells[x, y]).mean for x in xs] for y in ys]
     axes = figure.subplots()
     image = axes.imshow(table, origin="lower", aspect="auto", cmap="viridis")
     figure.colorbar(image, label="objective")
     axes.grid(visible=False)
-    axes.set(xlabel=short(keys[0]), ylabel=short(keys[1]), title="objective, mean over seeds")
-    axes.set_xticks(range(len(xs)), [shown(x) for x in xs], rotation=45 if len(xs) > 8 else 0)
-    axes.set_yticks(range(len(ys)), [shown(y) for y in ys])
+    axes.set(xlabel=short(FIRST[0]), ylabel=short(FIRST[1]), title="objective, mean over seeds")
+    axes.set_xticks(range(len(xs)), list(map(shown, xs)), rotation=45 if len(xs) > 8 else 0)
+    axes.set_yticks(range(len(ys)), list(map(shown, ys)))
 
 
 def _clip(figure: Any, comparison: Comparison) -> None:
     axes = figure.subplots()
     found = clip_fraction_by_epsilon(comparison)
     for epsilon, fractions in found.items():
-        axes.plot([epsilon] * len(fractions), fractions, "o", color="#56b4e9", markersize=3, alpha=0.6)
-    axes.plot(list(found), [t_interval(fractions).mean for fractions in found.values()], color="#0072b2")
+        axes.plot(
+            [epsilon] * len(fractions), fractions, "o", color="#56b4e9", markersize=3, alpha=0.6
+        )
+    axes.plot(
+        list(found), [t_interval(fractions).mean for fractions in found.values()], color="#0072b2"
+    )
     axes.axhline(BINDS_FROM, color="#a40000", linestyle=":", linewidth=1)
-    axes.set(xlabel="cliprange (epsilon)", ylabel="clip_fraction, mean over training", ylim=(0, None))
+    axes.set(
+        xlabel="cliprange (epsilon)", ylabel="clip_fraction, mean over training", ylim=(0, None)
+    )
 
 
 def _fit(figure: Any, fit: Overoptimisation) -> None:
@@ -164,7 +193,7 @@ def _fit(figure: Any, fit: Overoptimisation) -> None:
         (fit.proxy, fit.proxy_gain, "proxy", "#e69f00"),
         (fit.gold, fit.gold_gain, "gold", "#0072b2"),
     ):
-        axes.plot(fit.d, gains, "o", color=colour, markersize=2.5, alpha=0.5)
+        axes.plot(fit.d, gains, "o", color=colour, markersize=2.5, alpha=0.5, rasterized=True)
         axes.plot(grid, curve.at(grid), color=colour, label=name)
     if fit.gold.peak <= grid[-1]:
         axes.axvline(fit.gold.peak, color="#0072b2", linestyle="--", linewidth=1)

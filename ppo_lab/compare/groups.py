@@ -42,7 +42,7 @@ class Group:
 
     @cached_property
     def results(self) -> dict[str, Interval]:
-        """The interval of each outcome, over the finished runs, or over all while there are none."""
+        """The interval of each outcome over the finished runs, or over all while there are none."""
         finished = [run for run in self.runs if run.status == "finished"]
         found = [outcomes(run) for run in finished or self.runs]
         return {name: t_interval([one[name] for one in found]) for name in OUTCOMES}
@@ -50,14 +50,21 @@ class Group:
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
     """The keys of the experiment whose values differ between runs, beta and epsilon first."""
-    configs = [run.config for run in runs if run.config]
-    keys = dict.fromkeys(key for config in configs for key in config)
-    differing = [key for key in keys if _is_experiment(key) and _differs(key, configs)]
+    differing = [key for key in all_differing_keys(runs) if _is_experiment(key)]
     return sorted(differing, key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))
 
 
+def all_differing_keys(runs: Sequence[Run]) -> list[str]:
+    """Every key whose values differ between runs: seeds, names and places too."""
+    configs = [run.config for run in runs if run.config]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    return [key for key in keys if _differs(key, configs)]
+
+
 def _is_experiment(key: str) -> bool:
-    return not any(key == name or (name[-1] == "." and key.startswith(name)) for name in NOT_THE_EXPERIMENT)
+    return not any(
+        key == name or (name[-1] == "." and key.startswith(name)) for name in NOT_THE_EXPERIMENT
+    )
 
 
 def _differs(key: str, configs: Sequence[dict[str, Any]]) -> bool:
@@ -66,7 +73,7 @@ def _differs(key: str, configs: Sequence[dict[str, Any]]) -> bool:
 
 
 def grouped(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
-    """Runs with the same values of these keys together, the highest objective first; strays last."""
+    """Runs with the same values of these keys together, the highest objective first."""
     groups: dict[Any, Group] = {}
     for run in runs:
         settings = {key: run.config.get(key, ABSENT) for key in keys} if run.config else {}
@@ -78,31 +85,6 @@ def grouped(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
 def _rank(group: Group) -> float:
     objective = group.results["objective"].mean
     return np.inf if np.isnan(objective) else -objective
-
-
-def unusual(run: Run, runs: Sequence[Run]) -> dict[str, tuple[Any, Any]]:
-    """The keys in which a run departs from what most runs have: key -> (its value, the usual one)."""
-    return departures(run, usual_values(runs))
-
-
-def usual_values(runs: Sequence[Run]) -> dict[str, Any]:
-    """What most runs have, for each key that any has; of equals, the first."""
-    configs = [run.config for run in runs if run.config]
-    keys = dict.fromkeys(key for config in configs for key in config)
-    return {key: _most_common([config.get(key, ABSENT) for config in configs]) for key in keys}
-
-
-def _most_common(values: Sequence[Any]) -> Any:
-    winner = Counter(map(comparable, values)).most_common(1)[0][0]
-    return next(value for value in values if comparable(value) == winner)
-
-
-def departures(run: Run, usual: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys in which a run departs from the usual values: key -> (its value, the usual one)."""
-    if not run.config:
-        return {}
-    pairs = {key: (run.config.get(key, ABSENT), value) for key, value in usual.items()}
-    return {key: pair for key, pair in pairs.items() if comparable(pair[0]) != comparable(pair[1])}
 
 
 def comparable(value: Any) -> Any:

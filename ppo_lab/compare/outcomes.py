@@ -1,4 +1,4 @@
-"""What a run came to, as named numbers: out of its summary, or of its history where it has none yet."""
+"""What a run came to, as named numbers: from its summary, or else from its history."""
 
 from __future__ import annotations
 
@@ -65,8 +65,11 @@ def evaluations(run: Run) -> list[Evaluation]:
         absent = np.full(len(kl), np.nan)
         table = [run.history["step"], kl, *(run.history.get(f"eval/{n}", absent) for n in names)]
         measured = np.isfinite(kl)
-        path += [Evaluation(int(s), *map(float, rest)) for s, *rest in zip(*table, strict=True)
-                 if measured[np.searchsorted(table[0], s)]]
+        path += [
+            Evaluation(int(s), *map(float, rest))
+            for s, *rest in zip(*table, strict=True)
+            if measured[np.searchsorted(table[0], s)]
+        ]
     return path
 
 

@@ -2,9 +2,9 @@
 
 With d = sqrt(KL(policy || reference)), both scores are fitted, as gains over the reference, by
     R(d) = d (alpha - beta log d),  R(0) = 0,
-which peaks at d* = exp(alpha / beta - 1). It is linear in alpha and beta: least squares solve it exactly.
+which peaks at d* = exp(alpha / beta - 1). It is linear in alpha and beta: least squares solve it.
 
-Source: Gao, Schulman and Hilton 2022, arXiv:2210.10760, section 3.1 (the form for reinforcement learning).
+Source: Gao, Schulman and Hilton 2022, arXiv:2210.10760, section 3.1 (reinforcement learning).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Overoptimisation:
-    """Gains over the reference of every evaluation, by d, with a curve through proxy and through gold."""
+    """Gains over the reference of every evaluation, by d, with a curve through each score."""
 
     d: np.ndarray
     proxy_gain: np.ndarray
@@ -67,7 +67,7 @@ def gain(d: np.ndarray, *, alpha: float, beta: float) -> np.ndarray:
 
 
 def peak_of(*, alpha: float, beta: float) -> float:
-    """d* = exp(alpha / beta - 1), where dR/dd = alpha - beta log d - beta = 0; NaN unless it is a maximum."""
+    """d* = exp(alpha / beta - 1), where alpha - beta log d - beta = 0; NaN unless a maximum."""
     exponent = alpha / beta - 1 if beta > 0 else np.inf
     return float(np.exp(exponent)) if exponent < 50 else np.nan
 
@@ -82,8 +82,8 @@ def fit_overoptimisation(runs: Sequence[Run], *, seed: int = 0) -> Overoptimisat
         return "no over-optimisation fit: no run has a gold score"
     if len(points) < FEWEST_POINTS or len(set(owner)) < 2:
         return (
-            f"no over-optimisation fit: {len(points)} evaluations of {len(set(owner))} runs with a gold "
-            f"score and KL above 0; it needs {FEWEST_POINTS} of 2 (evaluation.every=5 gives more)"
+            f"no over-optimisation fit: {len(points)} evaluations of {len(set(owner))} runs with a "
+            f"gold score and KL above 0; it needs {FEWEST_POINTS} of 2 (set evaluation.every)"
         )
     d, proxy, gold = points.T
     curves = [_curve(d, gains, owner, np.random.default_rng(seed)) for gains in (proxy, gold)]
@@ -91,7 +91,7 @@ def fit_overoptimisation(runs: Sequence[Run], *, seed: int = 0) -> Overoptimisat
 
 
 def _points(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
-    """(d, proxy gain, gold gain) of every evaluation away from the reference, and the run it is of."""
+    """(d, proxy gain, gold gain) of every evaluation off the reference, and whose it is."""
     rows, owner = [], []
     for number, run in enumerate(runs):
         path = evaluations(run)
@@ -108,7 +108,9 @@ def _gains(point: Evaluation, before: Evaluation) -> tuple[float, float, float]:
     return point.kl**0.5, point.mean_reward - before.mean_reward, point.gold - before.gold
 
 
-def _curve(d: np.ndarray, gains: np.ndarray, owner: np.ndarray, random: np.random.Generator) -> Curve:
+def _curve(
+    d: np.ndarray, gains: np.ndarray, owner: np.ndarray, random: np.random.Generator
+) -> Curve:
     """The least-squares curve, its intervals from draws of whole runs with replacement."""
     moments = _moments(d, gains, owner)
     runs = len(moments)
@@ -121,7 +123,7 @@ def _curve(d: np.ndarray, gains: np.ndarray, owner: np.ndarray, random: np.rando
 
 
 def _moments(d: np.ndarray, gains: np.ndarray, owner: np.ndarray) -> np.ndarray:
-    """The sums that least squares needs of the columns u = d and v = -d log d, a row a run: uu, uv, vv, uR, vR."""
+    """The sums uu, uv, vv, uR, vR of the columns u = d and v = -d log d, a row a run."""
     u, v = d, -d * np.log(d)
     runs, number = np.unique(owner, return_inverse=True)
     sums = np.zeros((len(runs), 5))

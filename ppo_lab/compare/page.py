@@ -1,7 +1,7 @@
 """compare.html: one page that needs nothing but itself, with every plot and the data behind it.
 
-Python puts the data in; the script in page_files/ draws them with Plotly. Whatever a model wrote goes
-into the page as JSON and out of it as text nodes, never as markup.
+Python puts the data in; the script in page_files/ draws them with Plotly. Whatever a model wrote
+goes into the page as JSON and out of it as text nodes, never as markup.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ppo_lab.compare.comparison import BINDS_FROM, Comparison, describe
-from ppo_lab.compare.groups import departures, shown, usual_values
+from ppo_lab.compare.groups import ABSENT, all_differing_keys, shown
 from ppo_lab.compare.outcomes import OUTCOMES, evaluations, outcomes
 from ppo_lab.compare.overoptimisation import Curve, Overoptimisation
 from ppo_lab.compare.runs import Run
@@ -24,9 +24,19 @@ from ppo_lab.compare.statistics import t_quantile, thinned
 CURVE_BYTES = 9_000_000  # of the page, for all curves together
 MOST_POINTS = 1000
 FEWEST_POINTS = 40
+MOST_EVALUATIONS = 40  # of a run's path through training
+MOST_FITTED_POINTS = 2000  # drawn; all are fitted
 SAMPLE_CHARACTERS = 3_000_000
 LONGEST_TEXT = 4000
-SAMPLE_FIELDS = ("prompt", "response", "score", "gold", "reference_response", "reference_score", "reference_gold")
+SAMPLE_FIELDS = (
+    "prompt",
+    "response",
+    "score",
+    "gold",
+    "reference_response",
+    "reference_score",
+    "reference_gold",
+)
 
 
 def page(comparison: Comparison, remarks: Sequence[str], *, title: str) -> str:
@@ -35,7 +45,9 @@ def page(comparison: Comparison, remarks: Sequence[str], *, title: str) -> str:
     from plotly.offline import get_plotlyjs
 
     folder = files("ppo_lab.compare") / "page_files"
-    parts = {name: (folder / name).read_text("utf-8") for name in ("page.html", "page.css", "page.js")}
+    parts = {
+        name: (folder / name).read_text("utf-8") for name in ("page.html", "page.css", "page.js")
+    }
     template = Environment(autoescape=True).from_string(parts["page.html"])
     return template.render(
         title=title,
@@ -56,20 +68,21 @@ def payload(comparison: Comparison, remarks: Sequence[str], *, title: str) -> di
     """Everything that the page's script draws."""
     runs = comparison.runs
     number = {id(run): i for i, group in enumerate(comparison.groups) for run in group.runs}
-    usual = usual_values(runs)
+    differing = all_differing_keys(runs)
     texts = _Texts(SAMPLE_CHARACTERS)
     points = points_a_curve(runs)
     return {
         "title": title,
         "remarks": list(remarks),
         "keys": comparison.keys,
+        "differing": differing,
         "metrics": _metrics(runs),
         "outcomes": {name: meaning for name, (_, meaning) in OUTCOMES.items()},
         "groups": [group.label for group in comparison.groups],
         "runs": [
             _run(run, comparison.keys, points)
             | {"group": number[id(run)], "samples": _samples(run, texts)}
-            | {"differs": {key: list(map(shown, pair)) for key, pair in departures(run, usual).items()}}
+            | {"differing": [shown(run.config.get(key, ABSENT)) for key in differing]}
             for run in runs
         ],
         "texts": texts.kept,
@@ -108,12 +121,25 @@ def _run(run: Run, keys: Sequence[str], points: int) -> dict[str, Any]:
         "config": {key: _plain(run.config[key]) for key in keys if key in run.config},
         "outcomes": {name: _finite(value) for name, value in outcomes(run).items()},
         "curves": _curves(run, points),
-        "path_": [list(map(_finite, point)) for point in evaluations(run)],
+        "evaluations": _evaluations(run),
     }
 
 
+def _evaluations(run: Run) -> list[list[float | None]]:
+    """The evaluations of a run, the first and the last among at most `MOST_EVALUATIONS`."""
+    path = evaluations(run)
+    return [
+        [_finite(float(f"{v:.5g}")) for v in path[i]] for i in _spread(len(path), MOST_EVALUATIONS)
+    ]
+
+
+def _spread(n: int, most: int) -> list[int]:
+    """At most `most` places among n, evenly from the first to the last."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(int)).tolist() if n else []
+
+
 def _curves(run: Run, points: int) -> dict[str, Any]:
-    """metric -> base 64 of float32 values; `@` holds the steps of full columns, `@metric` those of sparse ones."""
+    """metric -> float32 values in base 64; `@` holds the steps, `@metric` those of a sparse one."""
     found: dict[str, str] = {}
     step = run.history.get("step", np.array([]))
     full = None
@@ -163,13 +189,14 @@ def _fit(task: str, fit: Overoptimisation | str) -> dict[str, Any]:
     if isinstance(fit, str):
         return {"task": task, "text": describe(fit)}
     grid = np.linspace(0, fit.d.max() * 1.1, 120)
+    some = _spread(len(fit.d), MOST_FITTED_POINTS)
     return {
         "task": task,
         "text": describe(fit),
-        "d": _rounded(fit.d),
+        "d": _rounded(fit.d[some]),
         "grid": _rounded(grid),
-        "proxy": _curve(fit.proxy, fit.proxy_gain, grid),
-        "gold": _curve(fit.gold, fit.gold_gain, grid),
+        "proxy": _curve(fit.proxy, fit.proxy_gain[some], grid),
+        "gold": _curve(fit.gold, fit.gold_gain[some], grid),
     }
 
 

@@ -1,4 +1,4 @@
-"""Run folders as records: found, read, and told apart by what became of them; nothing here raises."""
+"""Run folders as records: found, read, told apart by what became of them; nothing here raises."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REFERENCE = re.compile(r"^\$\{([\w.]+)\}$")
 
 @dataclass
 class Run:
-    """One run. `config` has dotted keys; `history` holds a column a metric, NaN where it was not measured.
+    """One run. `config` has dotted keys; `history` holds a column a metric, NaN where not measured.
 
     `status` is finished, failed or preempted as the run says itself; without a word of it: running
     (its last line is young), crashed, empty (nothing was logged), or broken (cannot be read).
@@ -57,8 +57,8 @@ def read_runs(paths: Iterable[str]) -> list[Run]:
 
 
 def find_folders(pattern: str) -> Iterator[Path]:
-    """The run folders at a path or below it; a path where there is nothing stays, to be shown as such."""
-    matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    """The run folders at a path or below it; a path where nothing is stays, to be shown as such."""
+    matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
     for match in matches or [pattern]:
         path = Path(match)
         found = list(_below(path)) if path.is_dir() else []
@@ -93,7 +93,10 @@ def read_run(folder: Path, name: str) -> Run:
     """The record of one folder; what cannot be read is named in `reason`."""
     run = Run(name, str(folder))
     if not folder.is_dir():
-        run.status, run.reason = "broken", "no such folder" if not folder.exists() else "not a folder"
+        run.status, run.reason = (
+            "broken",
+            "no such folder" if not folder.exists() else "not a folder",
+        )
         return run
     troubles: list[str] = []
     readers = {

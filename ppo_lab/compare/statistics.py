@@ -1,4 +1,4 @@
-"""Small statistics of runs: intervals over seeds, Pareto fronts, thinned curves. Pure functions of arrays."""
+"""Small statistics of runs: intervals over seeds, Pareto fronts, thinned curves."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 
 
 class Interval(NamedTuple):
-    """A mean over `count` values and the half width of its 95 % interval, NaN for a single value."""
+    """A mean over `n` values and the half width of its 95 % interval, NaN for a single value."""
 
     mean: float
     half_width: float
-    count: int
+    n: int
 
     def __str__(self) -> str:
         """As people read it: mean ± half width."""
-        if not self.count:
+        if not self.n:
             return "-"
         half = "" if np.isnan(self.half_width) else f" ± {self.half_width:.2g}"
         return f"{self.mean:.4g}{half}"
@@ -42,7 +42,7 @@ def t_interval(values: Sequence[float]) -> Interval:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rho over the pairs of finite values; NaN where either is constant or fewer than three."""
+    """Spearman's rho over the finite pairs; NaN for fewer than three or a constant."""
     import pandas
 
     pairs = pandas.DataFrame({"x": x, "y": y}).replace([np.inf, -np.inf], np.nan).dropna().rank()
@@ -62,7 +62,7 @@ def pareto_front(cost: Sequence[float], gain: Sequence[float]) -> list[int]:
 
 
 def thinned(steps: np.ndarray, values: np.ndarray, *, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """A curve of at most `most` points: means over equal stretches of the measured points, NaN left out."""
+    """A curve of at most `most` points: means over equal stretches of the measured ones."""
     measured = np.isfinite(values)
     steps, values = steps[measured], values[measured]
     if len(values) <= most:

@@ -10,7 +10,6 @@ from rich.text import Text
 
 from ppo_lab.compare.comparison import Comparison
 from ppo_lab.compare.groups import Group, short, shown
-from ppo_lab.compare.outcomes import OUTCOMES
 
 MOST_KEYS = 6
 COLUMNS = {
@@ -34,10 +33,10 @@ def show(comparison: Comparison, remarks: Iterable[str], console: Console) -> No
 
 
 def table(comparison: Comparison) -> Table:
-    """The groups, the highest objective first; ± is the half width of a 95 % interval over seeds."""
+    """The groups, the best first; ± is the half width of a 95 % interval over seeds."""
     found = Table(title="", header_style="bold", box=None, pad_edge=False)
     keys = comparison.keys[:MOST_KEYS]
-    columns = [name for name in COLUMNS if any(g.results[name].count for g in comparison.groups)]
+    columns = [name for name in COLUMNS if any(g.results[name].n for g in comparison.groups)]
     for name in [*map(short, keys), "runs"]:
         found.add_column(name, overflow="fold")
     for name in columns:
@@ -50,14 +49,15 @@ def table(comparison: Comparison) -> Table:
 
 
 def _cells(group: Group, keys: list[str], columns: list[str]) -> list[Text]:
-    status = group.runs[0].status if len(group.runs) == 1 else group.status
-    coloured = Text(status, style=COLOURS.get(status.split()[-1], "red") if "," not in status else "yellow")
     settings = [Text(shown(group.settings.get(key, "-"))) for key in keys]
     results = [Text(str(group.results[name])) for name in columns]
     names = [] if keys else [Text(", ".join(run.name for run in group.runs))]
     if keys and not group.settings:  # a stray: nothing but its name tells it
         settings[0] = Text(group.label, style="dim")
-    return [*settings, coloured, *results, *names]
+    return [*settings, _status(group), *results, *names]
 
 
-assert set(COLUMNS) <= set(OUTCOMES), "every column is an outcome"
+def _status(group: Group) -> Text:
+    kinds = {run.status for run in group.runs}
+    colour = COLOURS.get(kinds.pop(), "red") if len(kinds) == 1 else "yellow"
+    return Text(group.runs[0].status if len(group.runs) == 1 else group.status, style=colour)

@@ -104,7 +104,7 @@ function settled(runs) {
 
 const outcome = (runs, name) => interval(settled(runs).map((run) => run.outcomes[name]));
 
-// The mean curve of several seeds with its interval, at the steps that at least two of them reached.
+// The mean curve of several seeds and their range, at the steps that at least two of them reached.
 function band(runs, metric) {
   const at = new Map();
   for (const run of runs) {
@@ -112,8 +112,8 @@ function band(runs, metric) {
     found?.x.forEach((step, i) => at.set(step, [...(at.get(step) ?? []), found.y[i]]));
   }
   const steps = [...at.keys()].filter((step) => at.get(step).length > 1).sort((a, b) => a - b);
-  const bands = steps.map((step) => interval(at.get(step)));
-  return { x: steps, y: bands.map((b) => b.mean), low: bands.map((b) => b.mean - b.half), high: bands.map((b) => b.mean + b.half) };
+  const values = steps.map((step) => at.get(step));
+  return { x: steps, y: values.map((v) => interval(v).mean), low: values.map((v) => Math.min(...v)), high: values.map((v) => Math.max(...v)) };
 }
 
 // ---- Plots -----------------------------------------------------------------------------------------
@@ -128,13 +128,21 @@ function draw(id, traces, layout) {
   }
   if (!place.classList.contains("js-plotly-plot")) place.textContent = "";
   const common = {
-    margin: { l: 58, r: 12, t: 28, b: 44 }, hovermode: "closest", font: { size: 12 },
-    legend: { orientation: "h", y: -0.2 }, plot_bgcolor: "#fff", paper_bgcolor: "#fff",
+    margin: { l: 62, r: 12, t: 30, b: 48 + 20 * legendRows(traces, place) }, hovermode: "closest", font: { size: 12 },
+    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom" }, plot_bgcolor: "#fff", paper_bgcolor: "#fff",
   };
+  if (layout.title) Object.assign(layout.title, { x: 0, xref: "paper", xanchor: "left" });
   Plotly.react(place, traces, { ...common, ...layout }, OPTIONS);
 }
 
-const axis = (text, more) => ({ title: { text: escaped(text) }, gridcolor: "#eceef1", zeroline: false, ...more });
+function legendRows(traces, place) {
+  const entries = traces.filter((trace) => trace.name && trace.showlegend !== false);
+  if (traces.length < 2 || !entries.length) return 0;
+  const width = entries.reduce((sum, trace) => sum + 62 + 6.6 * trace.name.length, 0);
+  return Math.ceil(width / Math.max(200, place.clientWidth - 80));
+}
+
+const axis = (text, more) => ({ title: { text: escaped(text), standoff: 8 }, gridcolor: "#eceef1", zeroline: false, ...more });
 
 function drawCurves(panel) {
   const metric = document.querySelectorAll("select.metric")[panel].value;
@@ -166,7 +174,7 @@ function bandTraces(group, metric, style, colours) {
 
 // Columns of a run's evaluations: step, KL, held-out score, gold score.
 function drawFrontier(id, column, name, what) {
-  const runs = visibleRuns().map((run) => ({ run, path: run.path_.filter((p) => isNumber(p[1]) && isNumber(p[column])) }))
+  const runs = visibleRuns().map((run) => ({ run, path: run.evaluations.filter((p) => isNumber(p[1]) && isNumber(p[column])) }))
     .filter(({ path }) => path.length);
   const colours = colouring(runs.map(({ run }) => run));
   const style = legendOnce(colours);
@@ -201,9 +209,11 @@ function drawHeat() {
   const type = (values) => (cells ? "category" : values.every((v) => v > 0) ? "log" : undefined);
   draw("heat", traces, {
     title: { text: escaped(name), font: { size: 13 } }, absent: `no run has a value of ${name}`,
-    xaxis: axis(short(x), { type: type(xs) }), yaxis: axis(short(y), { type: type(ys) }),
+    xaxis: axis(short(x), { type: type(xs), ...(cells && ticks(xs)) }), yaxis: axis(short(y), { type: type(ys), ...(cells && ticks(ys)) }),
   });
 }
+
+const ticks = (values) => ({ tickvals: values.map(String), ticktext: values.map((v) => escaped(round(v))) });
 
 function heatTrace(runs, x, y, xs, ys, name) {
   const z = ys.map((up) => xs.map((across) => outcome(runs.filter((run) => value(run, x) === across && value(run, y) === up), name).mean));
@@ -301,11 +311,11 @@ function element(tag, text, className) {
 const sorting = { column: null, falling: true };
 
 function drawTable() {
-  const groups = groupsOf(visibleRuns());
+  const groups = groupsOf(visibleRuns()).sort((a, b) => a[0].group - b[0].group);
   const names = Object.keys(DATA.outcomes).filter((name) => DATA.runs.some((run) => isNumber(run.outcomes[name])));
   const columns = [
     ...(DATA.keys.length ? DATA.keys.map((key) => ({ title: short(key), hint: key, of: (group) => value(group[0], key) })) : []),
-    { title: "runs", of: (group) => group.map((run) => run.name).join(" ") },
+    { title: "runs", wide: true, of: (group) => group.map((run) => run.name).join(", ") },
     { title: "status", of: statusOf },
     ...names.map((name) => ({ title: name, hint: DATA.outcomes[name], number: true, of: (group) => outcome(group, name) })),
   ];
@@ -338,7 +348,7 @@ function statusOf(group) {
 function tableRow({ group, cells }, columns) {
   const row = element("tr");
   row.append(...columns.map((column, i) => {
-    if (!column.number) return element("td", round(cells[i]), isNumber(cells[i]) ? "number" : "");
+    if (!column.number) return element("td", round(cells[i]), isNumber(cells[i]) ? "number" : column.wide ? "" : "word");
     const { mean, half } = cells[i];
     return element("td", mean === null ? "–" : round(mean) + (half === null ? "" : ` ± ${Number(half.toPrecision(2))}`), "number");
   }));
@@ -380,14 +390,19 @@ function answer(text, score, gold) {
 function drawDiffers() {
   const run = DATA.runs[byId("run").value];
   const head = element("tr");
-  head.append(...["key", "this run", "most runs"].map((text) => element("th", text)));
-  const rows = Object.entries(run?.differs ?? {}).map(([key, [own, usual]]) => {
+  head.append(...["key", "this run", "the others"].map((text) => element("th", text)));
+  const rows = DATA.differing.map((key, i) => {
     const row = element("tr");
-    row.append(...[key, own, usual].map((text) => element("td", text)));
+    row.append(...[key, run?.differing[i], othersValues(run, i)].map((text) => element("td", text)));
     return row;
   });
   const where = element("caption", run ? `${run.path}${run.reason ? ` – ${run.reason}` : ""}` : "");
   byId("differs").replaceChildren(where, head, ...rows);
+}
+
+function othersValues(run, i) {
+  const values = unique(DATA.runs.filter((other) => other !== run).map((other) => other.differing[i])).sort(inOrder);
+  return values.length > 12 ? `${values.slice(0, 12).join(", ")}, ... (${values.length} values)` : values.join(", ");
 }
 
 // ---- Controls --------------------------------------------------------------------------------------
@@ -412,7 +427,7 @@ function setUp() {
   fill(byId("left"), withSamples, withSamples[0]?.[0]);
   fill(byId("right"), withSamples, withSamples.at(-1)?.[0]);
   fill(byId("run"), ranked, ranked[0]?.[0]);
-  byId("curve-note").textContent = `Thin lines: one run each. Bands: 95 % interval of the mean over seeds. Curves longer than ${DATA.points} points are means over stretches of iterations.`;
+  byId("curve-note").textContent = `Thin lines: one run each. Bands: the mean over seeds and their range. Curves longer than ${DATA.points} points are means over stretches of iterations.`;
 }
 
 const SECTIONS = [
@@ -422,17 +437,24 @@ const SECTIONS = [
   ["heat", drawHeat], ["clip", drawClip], ["parallel", drawParallel], ["fits", drawFits], ["samples", drawSamples], ["differs", drawDiffers],
 ];
 
-// A section is drawn when it comes near the window, and again when it is stale.
+// A section is drawn when it comes near the window, and again when it is stale; one at a time, so that the page answers
+// in between.
 const stale = new Set();
 const near = new Set();
+let waiting = false;
 const drawers = new Map(SECTIONS);
 
 function refresh(ids) {
   ids.forEach((id) => stale.add(id));
-  for (const id of [...stale].filter((one) => near.has(one))) {
-    stale.delete(id);
-    drawers.get(id)();
-  }
+  const next = [...stale].find((id) => near.has(id));
+  if (next === undefined || waiting) return;
+  waiting = true;
+  setTimeout(() => {
+    waiting = false;
+    stale.delete(next);
+    drawers.get(next)();
+    refresh([]);
+  });
 }
 
 function main() {
