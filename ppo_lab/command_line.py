@@ -29,11 +29,13 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from ppo_lab.config import REWARDS, SOURCES, conf_folder, register_schema
 from ppo_lab.errors import ConfigError
 from ppo_lab.resume import resumed_command
 from ppo_lab.rules import TYPE_NAMES, allowed, suggestion
+from ppo_lab.secrecy import secret_overrides
 
 Check = Callable[[Any, frozenset[str]], list[str]]
 Job = Callable[[Any, Path, list[str]], float | None]
@@ -66,6 +68,8 @@ def launch(job: Job, *, check: Check, config_name: str = "config") -> None:
     register_schema()
     try:
         sys.argv[1:] = resumed_command(sys.argv[1:])
+        if found := list(secret_overrides(sys.argv[1:])):
+            raise ConfigError(found)
         if found := command_problems(sys.argv[1:], check=check, config_name=config_name):
             raise ConfigError(found)
     except ConfigError as error:
@@ -153,7 +157,7 @@ class CommandReader:
         overrides = []
         for text in texts:
             try:
-                override = self.parser.parse_override(text)
+                (override,) = self.parser.parse_overrides([text])
                 if not override.key_or_group:
                     raise ValueError(text)
                 overrides.append(override)
@@ -230,7 +234,7 @@ class CommandReader:
         elif override.is_delete():
             if not is_open:
                 yield f"{text}: a key cannot be removed; give it its off value"
-        elif override.is_add() and exists:
+        elif override.is_add() and exists and not isinstance(override.value(), (dict, list)):
             yield f"{text}: the key is there already; leave out the +"
         else:
             yield from _set(config, parent, override)
@@ -287,9 +291,12 @@ def _select(config: DictConfig, key: str) -> Any:
 
 def _set(config: DictConfig, parent: Any, override: Override) -> Iterator[str]:
     """Set a key that exists, or say what its value should have been."""
-    key, add = override.key_or_group, override.is_add() or override.is_force_add()
+    key, value = override.key_or_group, override.value()
+    add = override.is_add() or override.is_force_add()
     try:
-        OmegaConf.update(config, key, override.value(), merge=True, force_add=add)
+        OmegaConf.update(config, key, value, merge=True, force_add=add)
+    except (ConfigAttributeError, ConfigKeyError):
+        yield f"{override.input_line}: a new entry needs a +: +{override.input_line}"
     except Exception as error:
         expected = _expected(parent, key.rpartition(".")[2])
         yield f"{override.input_line}: {expected or _first_line(error)}"

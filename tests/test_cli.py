@@ -231,6 +231,17 @@ def test_a_misspelt_flag_is_answered_with_the_right_one(tmp_path):
     assert "did you mean --multirun?" in done.stderr
 
 
+def test_a_function_takes_keyword_arguments_of_any_name():
+    function = ["reward=function", "reward.target=math:sin"]
+    assert reader().problems([*function, "+reward.kwargs={x: 1}", "+reward.kwargs.y=[1,2]"]) == []
+    (line,) = reader().problems([*function, "reward.kwargs.x=1"])
+    assert line.endswith("a new entry needs a +: +reward.kwargs.x=1")
+
+
+def test_a_sweep_may_go_over_all_options_of_a_group():
+    assert refused("-m", "lora=glob(r*)") == []
+
+
 def test_text_with_special_characters_passes_as_the_message_says_to_quote_it():
     assert refused("tracking.notes='it\\'s'") == []
 
