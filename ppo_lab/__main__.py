@@ -29,12 +29,15 @@ def main() -> None:
 def train(config: Config, folder: Path, overrides: list[str]) -> float:
     """Train as configured and return the objective."""
     from ppo_lab.experiment import run
-    from ppo_lab.rewards.scoring import RewardError
+    from ppo_lab.memory import OutOfMemoryError, ways_out
+    from ppo_lab.update import TrainingDiverged
 
     try:
         return run(config, folder, overrides)
-    except RewardError as error:
+    except TrainingDiverged as error:
         raise ConfigError(str(error)) from error
+    except OutOfMemoryError as error:
+        raise ConfigError(ways_out(error)) from error
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Checkpoints: a run's state on disk, there whole or not at all.
 
-A checkpoint is a folder `step-000010` with the tensors as safetensors, everything else as JSON, and
-a manifest of sizes and SHA-256 sums. It is written beside its place, flushed to the disk and
-renamed; whatever is not what its manifest says is torn, and is never read. Reading one runs no code.
+A checkpoint is a folder `step-000010` with the tensors as safetensors, everything else as JSON,
+and a manifest of sizes and SHA-256 sums. It is written beside its place, flushed to the disk and
+renamed; whatever is not what its manifest says is torn, and is never read. Reading runs no code.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def damage(folder: Path) -> str:
 
 
 def prune(run: Path, *, keep: int, best: int | None = None) -> None:
-    """Remove all but the newest `keep` checkpoints and that of iteration `best`; and what a kill left."""
+    """Remove all but the newest `keep` checkpoints and the best one; and what a kill left."""
     found = sorted(all_in(run))
     for step, folder in found[:-keep]:
         if step != best:
@@ -147,7 +147,7 @@ def prune(run: Path, *, keep: int, best: int | None = None) -> None:
 
 
 def set_aside_later(run: Path, step: int) -> None:
-    """Rename the checkpoints after iteration `step`: a run that goes on from there makes its own."""
+    """Rename the checkpoints after iteration `step`: a run that goes on there makes its own."""
     for later, folder in all_in(run):
         if later > step:
             old = folder.with_name(f"{folder.name}.old")

@@ -157,7 +157,7 @@ def summarised(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def random_state() -> dict[str, Any]:
     """The state of every global random generator: Python's, NumPy's, torch's on CPU and GPUs."""
-    numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
+    numpy_state: Any = np.random.get_state(legacy=False)
     inner = numpy_state["state"]
     return {
         "python": random.getstate(),
@@ -177,9 +177,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     numbers = state["numpy"]
     key = numbers["key"].numpy().astype(np.uint32)
-    np.random.set_state(  # noqa: NPY002
-        ("MT19937", key, numbers["pos"], numbers["has_gauss"], numbers["gauss"])
-    )
+    np.random.set_state(("MT19937", key, numbers["pos"], numbers["has_gauss"], numbers["gauss"]))
     torch.set_rng_state(state["torch"])
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for device, saved in enumerate(state["cuda"][:here]):

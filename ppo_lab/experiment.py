@@ -16,6 +16,8 @@ from ppo_lab.config import Config, EvaluationSection, GenerationSection, PPOConf
 from ppo_lab.continuation import Keeper, alone_in, find, identity, restore, summarised
 from ppo_lab.errors import ConfigError
 from ppo_lab.evaluation import Evaluation, Evaluator, Gold
+from ppo_lab.guards import check_ceiling, explain, warn_of_remote_code
+from ppo_lab.memory import check_fits
 from ppo_lab.models.loading import (
     check_vocabulary,
     eos_ids,
@@ -27,13 +29,16 @@ from ppo_lab.models.loading import (
 )
 from ppo_lab.models.lora import wrap_lora
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_lab.record import to_stderr
 from ppo_lab.resume import RECORD, differences, record_again, run_folder
 from ppo_lab.rewards import build_reward
 from ppo_lab.rewards.scoring import RewardError
 from ppo_lab.rollout import Sampling
+from ppo_lab.secrecy import hidden, hidden_text
 from ppo_lab.signals import Preempted, Preemption
 from ppo_lab.tracking import Tracker, open_trackers
 from ppo_lab.trainer import PPOTrainer
+from ppo_lab.update import TrainingDiverged
 
 VERSIONED = ("ppo_lab", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "wandb")
 Metrics = dict[str, float]
@@ -92,11 +97,14 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
 
 
 def fail(lab: Lab, error: BaseException) -> None:
-    """What a run that ends early leaves: a checkpoint where its state is whole, and a summary that says why."""
+    """What a run that ends early leaves: a checkpoint if its state is whole, a summary with why."""
+    if isinstance(error, TrainingDiverged):
+        explain(error, lab.folder, lab.trainer.iterations_done + (error.batch is not None))
     if isinstance(error, RewardError) and lab.trainer.iterations_done == len(lab.history) > 0:
         lab.keeper.keep(lab, {}, due=True)
     status = "preempted" if isinstance(error, Preempted | KeyboardInterrupt) else "failed"
-    lab.trackers.finish(status, {**summarise(lab), "reason": f"{type(error).__name__}: {error}"})
+    reason = hidden_text(f"{type(error).__name__}: {error}")
+    lab.trackers.finish(status, {**summarise(lab), "reason": reason})
 
 
 def resolve(config: Config) -> Config:
@@ -113,6 +121,8 @@ def build(config: Config, folder: Path, overrides: Sequence[str] = ()) -> Lab:
     from ppo_lab.data import PromptStream, load_prompts
 
     device = pick_device(config.device)
+    warn_of_remote_code(config.model, to_stderr)
+    check_fits(config, device)
     tokenizer = load_tokenizer(config.model)
     prompts = load_prompts(
         config.data, tokenizer, max_prompt_tokens=longest_prompt(config), seed=config.seed
@@ -145,7 +155,7 @@ def build(config: Config, folder: Path, overrides: Sequence[str] = ()) -> Lab:
     trackers = open_trackers(
         config.tracking,
         folder,
-        asdict(config),
+        hidden(asdict(config)),
         total_steps=config.ppo.steps,
         overrides=overrides,
         resume_step=(checkpoint.step_of(begun) if begun else -1) if config.resume else None,
@@ -160,9 +170,10 @@ def build(config: Config, folder: Path, overrides: Sequence[str] = ()) -> Lab:
 
 
 def train(lab: Lab, preemption: Preemption) -> None:
-    """Evaluate, iterate, evaluate; every iteration's metrics to the trackers, its state to checkpoints.
+    """Evaluate, iterate, evaluate; metrics to the trackers, state to checkpoints.
 
     Raises:
+        TrainingDiverged: KL rose above `ppo.max_kl`.
         Preempted: the run was asked to stop; its last whole iteration is in a checkpoint.
     """
     every, steps = lab.config.evaluation.every, lab.config.ppo.steps
@@ -177,13 +188,15 @@ def train(lab: Lab, preemption: Preemption) -> None:
         lab.trackers.log(metrics, step)
         lab.history.append(summarised(metrics))
         lab.place = lab.stream.state_dict()
-        lab.keeper.keep(lab, metrics, due=step == steps or bool(preemption.asked))
+        too_far = 0 < lab.config.ppo.max_kl < metrics["kl"]
+        lab.keeper.keep(lab, metrics, due=step == steps or too_far or bool(preemption.asked))
+        check_ceiling(metrics, max_kl=lab.config.ppo.max_kl)
         if preemption.asked and step < steps:
             raise Preempted(preemption.asked)
 
 
 def evaluate(lab: Lab, step: int) -> Metrics:
-    """The metrics of an evaluation, its samples shown; of all evaluations the first and the last are kept."""
+    """The metrics of an evaluation, its samples shown; the first evaluation and the last are kept."""
     evaluation = lab.evaluator()
     lab.evaluations[1:] = [evaluation]
     lab.trackers.log_samples(evaluation.samples, step)
@@ -195,7 +208,9 @@ def load_policy(config: Config, tokenizer: Any, device: str) -> AutoModelForCaus
     import torch
 
     torch.manual_seed(config.seed)
-    model = load_causal_lm(config.model, device=device, seed=config.seed)
+    # Adam's small steps would be lost to rounding in bfloat16 weights; a frozen trunk may be coarse.
+    dtype = torch.float32 if config.model.dtype == "auto" and not config.lora.r else None
+    model = load_causal_lm(config.model, device=device, dtype=dtype, seed=config.seed)
     check_vocabulary(tokenizer, model)
     if config.lora.r:
         model = wrap_lora(model, config.lora)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import OutOfMemoryError
 
 from ppo_lab.config import Config
 from ppo_lab.errors import ConfigError
@@ -34,13 +35,13 @@ class Passes:
         """`attempt(size)` with at most `wanted` samples a pass, half as many after each failure.
 
         Raises:
-            torch.OutOfMemoryError: not even a single sample fits.
+            OutOfMemoryError: not even a single sample fits.
         """
         while True:
             size = min(wanted, self.most or wanted)
             try:
                 return attempt(size)
-            except torch.OutOfMemoryError:
+            except OutOfMemoryError:
                 if size == 1:
                     raise
             # Outside of the handler, which would keep the failed attempt's tensors alive.
@@ -69,7 +70,9 @@ def check_fits(config: Config, device: str) -> None:
     if device != "cpu" or config.model.trust_remote_code:
         return
     dtype = choose_dtype(config.model.dtype, torch.device("cpu"))
-    need = policy_bytes(parameter_bytes(load_config(config.model), dtype), trained=not config.lora.r)
+    need = policy_bytes(
+        parameter_bytes(load_config(config.model), dtype), trained=not config.lora.r
+    )
     free, total = free_bytes(), sum(need.values())
     if total <= free:
         return
@@ -79,6 +82,16 @@ def check_fits(config: Config, device: str) -> None:
     raise ConfigError(
         f"model.path={config.model.path}: needs {total / GIB:.1f} GiB of memory ({parts}) and "
         f"{free / GIB:.1f} GiB are free; {', '.join([*ways, 'a smaller model or a GPU'])} would help"
+    )
+
+
+def ways_out(error: OutOfMemoryError) -> str:
+    """What to do about a GPU that is too small even for one sample at a time."""
+    said = " ".join(str(error).split())[:200]
+    return (
+        f"GPU memory ran out with a single sample a pass ({said}); lora=r16, "
+        "ppo.gradient_checkpointing=true, model.load_in_4bit=true, shorter prompts "
+        "(data.max_prompt_tokens) or answers (generation.max_new_tokens) would help"
     )
 
 

@@ -19,6 +19,7 @@ import yaml
 from ppo_lab.config import Config
 from ppo_lab.errors import ConfigError
 from ppo_lab.record import write_atomically
+from ppo_lab.secrecy import BLOT, hidden
 
 RECORD = ".hydra"
 # What may change under way, since no number of the iterations still to come depends on it.
@@ -124,7 +125,7 @@ def record_again(folder: Path, config: Config, overrides: Sequence[str]) -> None
     """Write down what the run is now, at no moment half: its overrides, then its configuration."""
     own = [text for text in overrides if _key(text) != "resume"]
     write_atomically(folder / RECORD / "overrides.yaml", yaml.safe_dump(own))
-    settings = {**asdict(config), "resume": ""}
+    settings = hidden({**asdict(config), "resume": ""})
     write_atomically(folder / RECORD / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
 
@@ -179,8 +180,8 @@ def _is_free(key: str) -> bool:
 
 
 def _same(ours: Any, recorded: Any) -> bool:
-    """Whether a value is the recorded one; what is recorded as a reference follows its source."""
-    if isinstance(recorded, str) and "${" in recorded:
+    """Whether a value is the recorded one; references and secrets are not recorded."""
+    if isinstance(recorded, str) and ("${" in recorded or BLOT in recorded):
         return True
     if isinstance(ours, float) and isinstance(recorded, int | float | str):
         with suppress(ValueError):

@@ -1,0 +1,65 @@
+"""Runs that go wrong: stopped at a ceiling, and the batch at fault kept to be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ppo_lab.config import ModelSection
+from ppo_lab.record import Say
+from ppo_lab.update import TrainingDiverged
+
+FOLDER = "failed"
+
+
+def check_ceiling(metrics: Mapping[str, float], *, max_kl: float) -> None:
+    """Nothing, while KL to the reference (nats per sequence) is below its ceiling; 0 = none.
+
+    Raises:
+        TrainingDiverged: it is above.
+    """
+    if 0 < max_kl < metrics["kl"]:
+        raise TrainingDiverged(
+            f"kl is {metrics['kl']:.3g} nats per sequence, above ppo.max_kl={max_kl:g}. Raise "
+            "ppo.init_kl_coef or lower ppo.learning_rate; resume with a higher ppo.max_kl to go on"
+        )
+
+
+def explain(error: TrainingDiverged, folder: Path, iteration: int) -> None:
+    """Put the iteration into the error's message, and its batch into the run's folder."""
+    kept = ""
+    if error.batch is not None:
+        path = folder / FOLDER / f"iteration-{iteration:06}.safetensors"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(dict(_tensors(error.batch)), path)
+            kept = f". The batch is in {path}"
+        except OSError as refused:
+            kept = f". The batch could not be written ({refused})"
+    error.args = (f"iteration {iteration}: {error}{kept}",)
+
+
+def warn_of_remote_code(section: ModelSection, say: Say) -> None:
+    """Say what `model.trust_remote_code=true` means, where it is set."""
+    if section.trust_remote_code:
+        pinned = section.revision or "whatever is the newest"
+        say(
+            f"model.trust_remote_code=true: Python files that come with {section.path} run on this "
+            f"machine with your rights, files and keys (revision: {pinned}); read them, and pin "
+            "model.revision to the commit that you read"
+        )
+
+
+def _tensors(record: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a nested record, under dotted names."""
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            yield f"{prefix}{field.name}", value.detach().cpu().contiguous()
+        elif value is not None:
+            yield from _tensors(value, f"{prefix}{field.name}.")
