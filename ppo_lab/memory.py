@@ -1,4 +1,4 @@
-"""What fits: passes through the model halved when a GPU is full, and a CPU's need known beforehand."""
+"""What fits: passes halved when a GPU is full, a CPU's need known beforehand."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Passes:
             torch.cuda.empty_cache()
         if first:
             warnings.warn(
-                f"GPU memory ran out with {size} samples a pass for {self.purpose}: done again with "
-                f"{self.most}, and with fewer where that is needed; the numbers stay the same",
+                f"GPU memory ran out with {size} samples a pass for {self.purpose}: done again "
+                f"with {self.most}, or fewer where need be; the numbers stay the same",
                 RuntimeWarning,
                 stacklevel=3,
             )

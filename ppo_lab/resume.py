@@ -1,6 +1,6 @@
-"""Going on with a run: its own command again, in its own folder, and nothing that changes its numbers.
+"""Going on with a run: its own command, in its own folder, and nothing that changes its numbers.
 
-Only `resume=FOLDER` resumes. Nothing here imports torch: a run that cannot go on is refused at once.
+Only `resume=FOLDER` resumes. Nothing here imports torch: what cannot go on is refused at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Being asked to go: SIGTERM and SIGINT end the iteration, leave a checkpoint and a documented exit code."""
+"""Being asked to go: SIGTERM and SIGINT end the iteration and leave a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SHOW_CURSOR = "\x1b[?25h"
 
 
 class Preempted(SystemExit):
-    """The run was asked to stop and did. Ends the process with exit code 75, under a W&B agent with 0.
+    """The run was asked to stop and did; the process ends with exit code 75.
 
-    An agent takes three early failures for a broken program and gives up.
+    Under a W&B agent with 0: it takes three early failures for a broken program and gives up.
     """
 
     def __init__(self, reason: str) -> None:
