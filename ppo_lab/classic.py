@@ -1,4 +1,6 @@
-"""TRL's classic interface around the trainer: what it accepts, what it refuses, and its `generate`."""
+"""TRL's classic interface around the trainer: what it accepts, what it refuses, and its
+`generate`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,15 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 32
 # Generation keywords that our own sampler honours; any other goes to transformers' `generate`.
-OWN = {"max_new_tokens", "min_new_tokens", "min_length", "temperature", "top_k", "top_p", "do_sample"}
+OWN = {
+    "max_new_tokens",
+    "min_new_tokens",
+    "min_length",
+    "temperature",
+    "top_k",
+    "top_p",
+    "do_sample",
+}
 OWN |= {"eos_token_id", "pad_token_id", "stop_strings"}
 
 
@@ -33,11 +43,18 @@ def check_constructor(config: Any, model: Any, ref_model: Any, tokenizer: Any) -
         raise ValueError(f"config must be a PPOConfig, not {type(config).__name__}")
     for name, value in (("model", model), ("ref_model", ref_model)):
         if value is not None and not isinstance(value, torch.nn.Module):
-            raise ValueError(f"{name} must be a causal language model (torch.nn.Module), not {type(value).__name__}")
+            raise ValueError(
+                f"{name} must be a causal language model (torch.nn.Module), "
+                f"not {type(value).__name__}"
+            )
     if model is None:
-        raise ValueError("model is missing: give a causal language model, with or without a value head")
+        raise ValueError(
+            "model is missing: give a causal language model, with or without a value head"
+        )
     if tokenizer is None or not hasattr(tokenizer, "decode"):
-        raise ValueError(f"tokenizer must be a transformers tokenizer, not {type(tokenizer).__name__}")
+        raise ValueError(
+            f"tokenizer must be a transformers tokenizer, not {type(tokenizer).__name__}"
+        )
 
 
 def as_policy(model: Any) -> AutoModelForCausalLMWithValueHead:
@@ -48,7 +65,9 @@ def as_policy(model: Any) -> AutoModelForCausalLMWithValueHead:
 
 
 def default_sampling(policy: AutoModelForCausalLMWithValueHead, tokenizer: Any) -> Sampling:
-    """The whole distribution at temperature 1, ending where model or tokenizer say that a text ends."""
+    """The whole distribution at temperature 1, ending where model or tokenizer say that a text
+    ends.
+    """
     from ppo_lab.models.loading import eos_ids
 
     ends = eos_ids(tokenizer, policy.trunk.model)
@@ -97,11 +116,19 @@ def generate(
 
 
 def _queries(query_tensor: Any) -> list[Tensor]:
-    queries = [query_tensor] if isinstance(query_tensor, Tensor) and query_tensor.dim() == 1 else query_tensor
+    queries = (
+        [query_tensor]
+        if isinstance(query_tensor, Tensor) and query_tensor.dim() == 1
+        else query_tensor
+    )
     if not isinstance(queries, (list, tuple)):
         raise ValueError(
             "query_tensor must be a 1-D tensor of token ids or a list of them, not "
-            + (f"a tensor of {queries.dim()} dimensions" if isinstance(queries, Tensor) else type(queries).__name__)
+            + (
+                f"a tensor of {queries.dim()} dimensions"
+                if isinstance(queries, Tensor)
+                else type(queries).__name__
+            )
         )
     _check_ids("query_tensor", queries)
     return [q.detach().cpu().long() for q in queries]
@@ -120,30 +147,49 @@ def _sampling(sampling: Sampling, kwargs: dict[str, Any], batch_size: int) -> Sa
         temperature=float(temperature) if kwargs.get("do_sample", True) else 0.0,
         top_k=max(int(kwargs.get("top_k", 0) or 0), 0),
         top_p=float(kwargs.get("top_p", 1.0)),
-        eos_ids=tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),) if eos is not None else (),
+        eos_ids=tuple(eos)
+        if isinstance(eos, (list, tuple))
+        else (int(eos),)
+        if eos is not None
+        else (),
         pad_id=sampling.pad_id if pad is None else int(pad),
         stop_strings=(stops,) if isinstance(stops, str) else tuple(stops),
         batch_size=batch_size,
     )
 
 
-def _answers(trainer: PPOTrainer, queries: list[Tensor], kwargs: dict[str, Any], trunk: Any = None) -> list[Tensor]:
+def _answers(
+    trainer: PPOTrainer, queries: list[Tensor], kwargs: dict[str, Any], trunk: Any = None
+) -> list[Tensor]:
     if set(kwargs) <= OWN and kwargs.get("min_length", -1) <= 0:
         trainer.policy.eval()
         noise = NoiseKey(trainer.config.seed, trainer.next_noise_stream())
         ids = [q.tolist() for q in queries]
         tokens, _ = sample(
-            trainer.policy, ids, sampling=trainer.sampling, noise=noise, decode=trainer.decode, trunk=trunk
+            trainer.policy,
+            ids,
+            sampling=trainer.sampling,
+            noise=noise,
+            decode=trainer.decode,
+            trunk=trunk,
         )
         return [torch.tensor(row) for row in tokens.response_lists()]
     return [_by_transformers(trainer, q, kwargs, trunk) for q in queries]
 
 
 @torch.no_grad()
-def _by_transformers(trainer: PPOTrainer, query: Tensor, kwargs: dict[str, Any], trunk: Any) -> Tensor:
+def _by_transformers(
+    trainer: PPOTrainer, query: Tensor, kwargs: dict[str, Any], trunk: Any
+) -> Tensor:
     """One response by transformers' own `generate`, for keywords that our sampler does not know."""
     model = trainer.policy.pretrained_model if trunk is None else trunk.model
-    settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": DEFAULT_NEW_TOKENS, **kwargs}
+    settings = {
+        "do_sample": True,
+        "top_k": 0,
+        "top_p": 1.0,
+        "max_new_tokens": DEFAULT_NEW_TOKENS,
+        **kwargs,
+    }
     settings.setdefault("pad_token_id", trainer.sampling.pad_id)
     if "stop_strings" in settings:
         settings["tokenizer"] = trainer.tokenizer
@@ -162,13 +208,25 @@ def check_step(
     """
     for name, value in (("queries", queries), ("responses", responses)):
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{name} must be a list of 1-D tensors of token ids, not {type(value).__name__}")
+            raise ValueError(
+                f"{name} must be a list of 1-D tensors of token ids, not {type(value).__name__}"
+            )
         _check_ids(name, value)
     raw = _scores(scores)
-    masks = None if response_masks is None else [m.bool().tolist() for m in _masks(response_masks, responses)]
-    for name, value in (("responses", responses), ("scores", raw), ("response_masks", masks or queries)):
+    masks = (
+        None
+        if response_masks is None
+        else [m.bool().tolist() for m in _masks(response_masks, responses)]
+    )
+    for name, value in (
+        ("responses", responses),
+        ("scores", raw),
+        ("response_masks", masks or queries),
+    ):
         if len(value) != len(queries):
-            raise ValueError(f"{name} has {len(value)} items and queries has {len(queries)}: one each is needed")
+            raise ValueError(
+                f"{name} has {len(value)} items and queries has {len(queries)}: one each is needed"
+            )
     ids = [r.tolist() for r in responses]
     ends = set(trainer.sampling.eos_ids)
     tokens = Tokens.pack(
@@ -197,26 +255,39 @@ def _check_ids(name: str, tensors: Sequence[Any]) -> None:
 
 def _scores(scores: Any) -> Tensor:
     if not isinstance(scores, (list, tuple, Tensor)):
-        raise ValueError(f"scores must be a list of numbers or scalar tensors, not {type(scores).__name__}")
+        raise ValueError(
+            f"scores must be a list of numbers or scalar tensors, not {type(scores).__name__}"
+        )
     for i, score in enumerate(scores):
-        single = score.numel() == 1 if isinstance(score, Tensor) else isinstance(score, (int, float))
+        single = (
+            score.numel() == 1 if isinstance(score, Tensor) else isinstance(score, (int, float))
+        )
         if not single:
             raise ValueError(f"scores[{i}] must be one number, not {score!r}")
     raw = torch.tensor([float(score) for score in scores], dtype=torch.float32)
     bad = (~raw.isfinite()).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"scores[{bad[0]}] is {raw[bad[0]].item()}: every score must be a finite number")
+        raise ValueError(
+            f"scores[{bad[0]}] is {raw[bad[0]].item()}: every score must be a finite number"
+        )
     return raw
 
 
 def _masks(response_masks: Any, responses: Sequence[Tensor]) -> Sequence[Tensor]:
     if not isinstance(response_masks, (list, tuple)):
-        raise ValueError(f"response_masks must be a list of 1-D tensors, not {type(response_masks).__name__}")
+        raise ValueError(
+            f"response_masks must be a list of 1-D tensors, not {type(response_masks).__name__}"
+        )
     for i, (mask, response) in enumerate(zip(response_masks, responses, strict=False)):
         if not isinstance(mask, Tensor) or mask.shape != response.shape:
-            raise ValueError(f"response_masks[{i}] must be a tensor as long as responses[{i}] ({len(response)} tokens)")
+            raise ValueError(
+                f"response_masks[{i}] must be a tensor as long as responses[{i}]: "
+                f"{len(response)} tokens"
+            )
         if not bool(mask.any()):
-            raise ValueError(f"response_masks[{i}] masks every token of responses[{i}]: nothing would be trained")
+            raise ValueError(
+                f"response_masks[{i}] masks every token of responses[{i}]: nothing would be trained"
+            )
     return response_masks
 
 
@@ -225,13 +296,19 @@ def _check_vocabulary(trainer: PPOTrainer, tokens: Tokens) -> None:
     for name, ids in (("queries", tokens.queries), ("responses", tokens.responses)):
         worst = int(ids.max()), int(ids.min())
         if worst[0] >= size or worst[1] < 0:
-            raise ValueError(f"{name} hold the token id {max(worst)}, and the model's vocabulary has {size}")
+            raise ValueError(
+                f"{name} hold the token id {max(worst)}, and the model's vocabulary has {size}"
+            )
 
 
-def log_stats(trainer: PPOTrainer, stats: dict[str, Any], batch: dict[str, Any], rewards: Any) -> None:
+def log_stats(
+    trainer: PPOTrainer, stats: dict[str, Any], batch: dict[str, Any], rewards: Any
+) -> None:
     """See `PPOTrainer.log_stats`."""
     if trainer.config.log_with == "none":
         return
     from ppo_lab.tracking import log_classic_stats
 
-    log_classic_stats(stats, batch, _scores(list(rewards)).tolist(), project=trainer.config.tracker_project_name)
+    log_classic_stats(
+        stats, batch, _scores(list(rewards)).tolist(), project=trainer.config.tracker_project_name
+    )

@@ -1,4 +1,6 @@
-"""The policy on held-out prompts: scores, KL, variety, and the reference's answers to the same prompts beside its own."""
+"""The policy on held-out prompts: scores, KL, variety, and the reference's answers to the same
+prompts beside its own.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,19 @@ class Evaluation:
 class Evaluator:
     """Evaluates a trainer's policy on the same prompts with the same noise every time.
 
-    `gold` scores texts by what neither policy nor reward has seen, where there is such a thing. `kept` samples are
-    returned as texts.
+    `gold` scores texts by what neither policy nor reward has seen, where there is such a thing.
+    `kept` samples are returned as texts.
     """
 
     def __init__(
-        self, trainer: Any, prompts: Prompts, *, sampling: Sampling, seed: int, kept: int, gold: Gold | None = None
+        self,
+        trainer: Any,
+        prompts: Prompts,
+        *,
+        sampling: Sampling,
+        seed: int,
+        kept: int,
+        gold: Gold | None = None,
     ) -> None:
         self.trainer, self.prompts, self.sampling = trainer, prompts, sampling
         self.noise, self.kept, self.gold = NoiseKey(seed, EVALUATION_STREAM), kept, gold
@@ -46,7 +55,10 @@ class Evaluator:
         tokens, seen = self._draw()
         texts, scores, gold = self._judge(tokens)
         ref = self.trainer.in_passes(
-            tokens, lambda t: self.trainer.reference.logprobs(t, temperature=self.sampling.logprob_temperature)
+            tokens,
+            lambda t: self.trainer.reference.logprobs(
+                t, temperature=self.sampling.logprob_temperature
+            ),
         )
         kl = core.kl_estimate(seen.logprobs, ref, tokens.mask)
         metrics = {
@@ -60,7 +72,9 @@ class Evaluator:
         }
         if gold is not None:
             metrics["gold"] = sum(gold) / len(gold)
-        metrics["objective"] = metrics["mean_reward"] - self.trainer.kl_controller.value * metrics["kl"]
+        metrics["objective"] = (
+            metrics["mean_reward"] - self.trainer.kl_controller.value * metrics["kl"]
+        )
         return Evaluation(metrics, self._samples(texts, scores, gold))
 
     def _draw(self, trunk: Any = None) -> tuple[Tokens, Any]:
@@ -68,7 +82,9 @@ class Evaluator:
 
     def _judge(self, tokens: Tokens) -> tuple[list[str], Scores, list[float] | None]:
         texts = [self.trainer.decode(ids) for ids in tokens.response_lists()]
-        scores = self.trainer.reward(prompts=self.prompts.texts, completions=texts, **self.prompts.columns)
+        scores = self.trainer.reward(
+            prompts=self.prompts.texts, completions=texts, **self.prompts.columns
+        )
         return texts, scores, None if self.gold is None else self.gold(self.prompts.texts, texts)
 
     def _reference_answers(self) -> tuple[list[str], Scores, list[float] | None]:
@@ -79,7 +95,9 @@ class Evaluator:
             self._reference = self._judge(tokens)
         return self._reference
 
-    def _samples(self, texts: list[str], scores: Scores, gold: Sequence[float] | None) -> list[Sample]:
+    def _samples(
+        self, texts: list[str], scores: Scores, gold: Sequence[float] | None
+    ) -> list[Sample]:
         ref_texts, ref_scores, ref_gold = self._reference_answers()
         return [
             Sample(
@@ -96,7 +114,8 @@ class Evaluator:
 
 
 def distinct(texts: Sequence[str], *, n: int) -> float:
-    """The share of different n-grams among all n-grams of words, over all texts; 0 where there is none.
+    """The share of different n-grams among all n-grams of words, over all texts; 0 where there is
+    none.
 
     Source: Li et al. 2016, arXiv:1510.03055, section 4.
     """

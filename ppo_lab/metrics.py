@@ -16,14 +16,20 @@ from ppo_lab.update import UpdateStats
 METRICS: dict[str, tuple[str, str]] = {
     "kl": ("nats/sequence", "KL(policy || reference), k1 estimate, mean over samples"),
     "kl_per_token": ("nats/token", "the same, mean over tokens"),
-    "mean_reward": ("score", "mean score: with reward.weight, before scaling, clipping and penalties"),
+    "mean_reward": (
+        "score",
+        "mean score: with reward.weight, before scaling, clipping and penalties",
+    ),
     "std_reward": ("score", "standard deviation of the scores over samples"),
     "clip_fraction": ("share of tokens", "where the clipped branch is the larger loss"),
     "clip_fraction/low": ("share of tokens", "clipped below 1 - epsilon, advantage negative"),
     "clip_fraction/high": ("share of tokens", "clipped above 1 + epsilon, advantage positive"),
     "kl_coef": ("score/nat", "beta in force this iteration"),
     "cliprange": ("ratio", "epsilon"),
-    "objective/kl": ("nats/sequence", "the KL that the penalty used (`kl_penalty`), mean over samples"),
+    "objective/kl": (
+        "nats/sequence",
+        "the KL that the penalty used (`kl_penalty`), mean over samples",
+    ),
     "objective/kl_k3": ("nats/sequence", "k3 estimate of KL(policy || reference)"),
     "objective/kl_coef": ("score/nat", "beta, under its classic name"),
     "objective/entropy": ("nats/sequence", "sampled negative log-likelihood, mean over samples"),
@@ -34,14 +40,20 @@ METRICS: dict[str, tuple[str, str]] = {
     "ppo/loss/policy": ("score", "clipped surrogate loss"),
     "ppo/loss/value": ("score^2", "clipped value loss, before vf_coef"),
     "ppo/loss/total": ("-", "policy + vf_coef value - entropy_coef entropy"),
-    "ppo/policy/entropy": ("nats/token", "entropy of the sampling policy's next-token distribution"),
+    "ppo/policy/entropy": (
+        "nats/token",
+        "entropy of the sampling policy's next-token distribution",
+    ),
     "ppo/policy/approxkl": ("nats/token", "k2 estimate of KL(old policy || new policy)"),
     "ppo/policy/policykl": ("nats/token", "k1 estimate of the same"),
     "ppo/policy/clipfrac": ("share of tokens", "clip_fraction, under its classic name"),
     "ppo/policy/advantages_mean": ("-", "mean advantage after whitening"),
     "ppo/policy/ratio": ("ratio", "mean probability ratio new/old"),
     "ppo/policy/ratio_max": ("ratio", "largest probability ratio"),
-    "ppo/policy/first_minibatch_ratio_error": ("ratio", "max |ratio - 1| before the first step: rounding alone"),
+    "ppo/policy/first_minibatch_ratio_error": (
+        "ratio",
+        "max |ratio - 1| before the first step: rounding alone",
+    ),
     "ppo/returns/mean": ("score", "mean return"),
     "ppo/returns/var": ("score^2", "variance of the returns"),
     "ppo/val/vpred": ("score", "mean value while updating"),
@@ -50,10 +62,16 @@ METRICS: dict[str, tuple[str, str]] = {
     "ppo/val/mean": ("score", "mean value at sampling time"),
     "ppo/val/var": ("score^2", "its variance"),
     "ppo/val/var_explained": ("share", "1 - val/error / returns/var: TRL's, after the updates"),
-    "ppo/val/explained_variance": ("share", "variance of the returns that sampling-time values explain"),
+    "ppo/val/explained_variance": (
+        "share",
+        "variance of the returns that sampling-time values explain",
+    ),
     "ppo/learning_rate": ("1", "step size of this iteration"),
     "ppo/grad_norm": ("-", "gradient norm before clipping, mean over optimizer steps"),
-    "ppo/skipped_updates": ("steps", "optimizer steps not taken: not finite, or beyond ratio_threshold"),
+    "ppo/skipped_updates": (
+        "steps",
+        "optimizer steps not taken: not finite, or beyond ratio_threshold",
+    ),
     "ppo/epochs": ("epochs", "passes over the batch that were made"),
     "env/reward_mean": ("score", "mean_reward, under its classic name"),
     "env/reward_std": ("score", "std_reward, under its classic name"),
@@ -64,7 +82,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "tokens_per_second": ("tokens/s", "response tokens over the whole iteration's time"),
     "time/generate": ("s", "sampling"),
     "time/score": ("s", "the reward"),
-    "time/reference": ("s", "log-probs of the reference, and of the policy where sampling did not leave them"),
+    "time/reference": (
+        "s",
+        "log-probs of the reference, and of the policy where sampling did not leave them",
+    ),
     "time/update": ("s", "clipped updates"),
     "time/iteration": ("s", "one iteration"),
     "peak_memory_gb": ("GiB", "peak memory: the GPU's, or the process's resident set"),
@@ -83,10 +104,21 @@ class Shaped:
 
 
 def iteration_metrics(
-    shaped: Shaped, raw: Scores, update: UpdateStats, *, cliprange: float, vf_coef: float, entropy_coef: float
+    shaped: Shaped,
+    raw: Scores,
+    update: UpdateStats,
+    *,
+    cliprange: float,
+    vf_coef: float,
+    entropy_coef: float,
 ) -> dict[str, float]:
     """Every metric of one iteration but its times, as floats."""
-    tensors = {**_objective(shaped), **_scores(shaped, raw), **_values(shaped), **_lengths(shaped.rollout)}
+    tensors = {
+        **_objective(shaped),
+        **_scores(shaped, raw),
+        **_values(shaped),
+        **_lengths(shaped.rollout),
+    }
     metrics = {name: float(value) for name, value in tensors.items()}
     clip_fraction = update.clipped_low + update.clipped_high
     returns_var = metrics["ppo/returns/var"]
@@ -98,7 +130,9 @@ def iteration_metrics(
         "cliprange": cliprange,
         "ppo/loss/policy": update.policy_loss,
         "ppo/loss/value": update.value_loss,
-        "ppo/loss/total": update.policy_loss + vf_coef * update.value_loss - entropy_coef * update.entropy,
+        "ppo/loss/total": update.policy_loss
+        + vf_coef * update.value_loss
+        - entropy_coef * update.entropy,
         "ppo/policy/approxkl": update.approxkl,
         "ppo/policy/policykl": update.policykl,
         "ppo/policy/clipfrac": clip_fraction,
@@ -130,7 +164,11 @@ def _objective(shaped: Shaped) -> dict[str, Tensor | float]:
         "objective/entropy": core.masked_sum(-rollout.logprobs, mask) / n,
         "objective/rlhf_reward": shaped.scores.mean() - shaped.kl_coef * penalty,
         "ppo/mean_non_score_reward": core.masked_mean(-shaped.kl_coef * shaped.penalty_kl, mask),
-        **({} if rollout.entropy is None else {"ppo/policy/entropy": core.masked_mean(rollout.entropy, mask)}),
+        **(
+            {}
+            if rollout.entropy is None
+            else {"ppo/policy/entropy": core.masked_mean(rollout.entropy, mask)}
+        ),
     }
 
 

@@ -12,14 +12,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class TFAdam(torch.optim.Optimizer):
-    """Adam with epsilon where TensorFlow 1 put it: outside the bias correction of the second moment.
+    """Adam with epsilon where TensorFlow 1 put it: outside the bias correction of the second
+    moment.
 
         theta <- theta - lr sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)
 
-    In the first steps, while v is small, this epsilon damps far more than torch's: updates are smaller, and fewer
-    tokens are clipped.
+    In the first steps, while v is small, this epsilon damps far more than torch's: updates are
+    smaller, and fewer tokens are clipped.
 
-    Source: Kingma and Ba 2015, arXiv:1412.6980, section 2 (last paragraph); Huang et al. 2023, "The N implementation
+    Source: Kingma and Ba 2015, arXiv:1412.6980, section 2 (last paragraph); Huang et al. 2023, "The
+        N implementation
     details of RLHF with PPO", for its effect on the clip fraction.
     """
 
@@ -32,7 +34,9 @@ class TFAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -46,13 +50,17 @@ class TFAdam(torch.optim.Optimizer):
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, (b1, b2) = self.state[parameter], group["betas"]
         if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+            state.update(
+                step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
+            )
         state["step"] += 1
         state["exp_avg"].lerp_(parameter.grad, 1 - b1)
         state["exp_avg_sq"].mul_(b2).addcmul_(parameter.grad, parameter.grad, value=1 - b2)
         rate = group["lr"] * math.sqrt(1 - b2 ** state["step"]) / (1 - b1 ** state["step"])
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(group["eps"]), value=-rate)
+        parameter.addcdiv_(
+            state["exp_avg"], state["exp_avg_sq"].sqrt().add_(group["eps"]), value=-rate
+        )
 
 
 def make_optimizer(
@@ -65,7 +73,9 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """Adam over what is trained of `model`, with the value head's own rate; `adam` is "torch" or "tf"."""
+    """Adam over what is trained of `model`, with the value head's own rate; `adam` is "torch" or
+    "tf".
+    """
     head = list(value_head.parameters())
     in_head = {id(p) for p in head}
     trunk = [p for p in model.parameters() if p.requires_grad and id(p) not in in_head]
@@ -76,18 +86,24 @@ def make_optimizer(
     if adam == "tf":
         return TFAdam(groups, lr=learning_rate, eps=eps, weight_decay=weight_decay)
     fused = all(p.device.type in ("cuda", "cpu") for p in trunk + head)
-    return torch.optim.AdamW(groups, lr=learning_rate, eps=eps, weight_decay=weight_decay, fused=fused)
+    return torch.optim.AdamW(
+        groups, lr=learning_rate, eps=eps, weight_decay=weight_decay, fused=fused
+    )
 
 
 def make_schedule(
     optimizer: torch.optim.Optimizer, *, lr_schedule: str, warmup_steps: int, steps: int
 ) -> LambdaLR:
-    """The learning rate over `steps` iterations: a linear rise over `warmup_steps`, then the named course to 0."""
+    """The learning rate over `steps` iterations: a linear rise over `warmup_steps`, then the named
+    course to 0.
+    """
 
     def factor(done: int) -> float:
         if done < warmup_steps:
             return (done + 1) / (warmup_steps + 1)
         left = max(steps - done, 0) / max(steps - warmup_steps, 1)
-        return {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[lr_schedule]
+        return {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[
+            lr_schedule
+        ]
 
     return LambdaLR(optimizer, factor)

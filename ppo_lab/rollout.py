@@ -1,7 +1,8 @@
 """Prompts and a policy in, responses out: the one place that samples, stops and slices.
 
-The noise of every token is keyed by (seed, stream, sample, position): the same tokens come out whatever the batch is
-split into and however many processes share it. Log-probabilities and values of the sampled tokens fall out on the way.
+The noise of every token is keyed by (seed, stream, sample, position): the same tokens come out
+whatever the batch is split into and however many processes share it. Log-probabilities and values
+of the sampled tokens fall out on the way.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from ppo_lab.types import Forward, Prompts, Tokens
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 leave the distribution whole.
+    """How responses are drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 leave the
+    distribution whole.
 
-    `min_new_tokens` tokens come before any end-of-sequence token is allowed; `batch_size` prompts are drawn at once
-    (0 = all). A response ends with its first token out of `eos_ids`, or with the token that completes one of
-    `stop_strings`; what ended it is part of it.
+    `min_new_tokens` tokens come before any end-of-sequence token is allowed; `batch_size` prompts
+    are drawn at once (0 = all). A response ends with its first token out of `eos_ids`, or with the
+    token that completes one of `stop_strings`; what ended it is part of it.
     """
 
     max_new_tokens: int
@@ -41,13 +43,17 @@ class Sampling:
 
     @property
     def logprob_temperature(self) -> float:
-        """The temperature at which log-probabilities are taken: that of sampling, or 1 for greedy decoding."""
+        """The temperature at which log-probabilities are taken: that of sampling, or 1 for greedy
+        decoding.
+        """
         return self.temperature or 1.0
 
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """What a sample's noise depends on beside its position: the run's seed, a stream (the iteration) and a place in it."""
+    """What a sample's noise depends on beside its position: the run's seed, a stream (the
+    iteration) and a place in it.
+    """
 
     seed: int
     stream: int
@@ -56,7 +62,11 @@ class NoiseKey:
     def uniforms(self, samples: int, positions: int) -> Float[Tensor, "samples positions"]:
         """One number in [0, 1) for every sample and position."""
         rows = [
-            np.random.Generator(np.random.Philox(key=[self.seed, self.stream], counter=[0, self.first_sample + i, 0, 0]))
+            np.random.Generator(
+                np.random.Philox(
+                    key=[self.seed, self.stream], counter=[0, self.first_sample + i, 0, 0]
+                )
+            )
             for i in range(samples)
         ]
         return torch.from_numpy(np.stack([row.random(positions) for row in rows]))
@@ -72,17 +82,23 @@ def sample(
     decode: Callable[[list[int]], str] | None = None,
     trunk: Trunk | None = None,
 ) -> tuple[Tokens, Forward]:
-    """Responses to `prompts` from `policy` (or from another `trunk`), with their log-probabilities and values.
+    """Responses to `prompts` from `policy` (or from another `trunk`), with their log-probabilities
+    and values.
 
-    Log-probabilities are of the raw distribution at the temperature, whatever top-k or top-p took away from it.
-    `decode` turns ids into text; stop strings need it.
+    Log-probabilities are of the raw distribution at the temperature, whatever top-k or top-p took
+    away from it. `decode` turns ids into text; stop strings need it.
     """
     queries = prompts.ids if isinstance(prompts, Prompts) else [list(p) for p in prompts]
     uniforms = noise.uniforms(len(queries), sampling.max_new_tokens)
     chunk = sampling.batch_size or len(queries)
     parts = [
         _sample_chunk(
-            policy, queries[i : i + chunk], uniforms[i : i + chunk], sampling, decode, trunk or policy.trunk
+            policy,
+            queries[i : i + chunk],
+            uniforms[i : i + chunk],
+            sampling,
+            decode,
+            trunk or policy.trunk,
         )
         for i in range(0, len(queries), chunk)
     ]
@@ -116,9 +132,15 @@ def _sample_chunk(
         alive.append(~ended)
         token = token.masked_fill(ended, sampling.pad_id)
         tokens.append(token)
-        seen.append(from_logits(logits, token, temperature=sampling.logprob_temperature, entropy=True))
+        seen.append(
+            from_logits(logits, token, temperature=sampling.logprob_temperature, entropy=True)
+        )
         values.append(policy.v_head(hidden))
-        ended = ended | torch.isin(token, eos) | _completes_stop(tokens, ended, sampling.stop_strings, decode)
+        ended = (
+            ended
+            | torch.isin(token, eos)
+            | _completes_stop(tokens, ended, sampling.stop_strings, decode)
+        )
         if bool(ended.all()):
             break
         ids = token[:, None]
@@ -147,16 +169,21 @@ def draw(
         return logits.argmax(-1)
     logits = keep_likely(logits / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    # Below the total, which is 1 but for rounding, so that a token of zero probability is never the last resort.
+    # Below the total, which is 1 but for rounding, so that a token of zero probability is never the
+    # last resort.
     threshold = uniforms.to(torch.float64) * cumulative[:, -1]
     index = torch.searchsorted(cumulative, threshold[:, None], right=True)
     return index.clamp(max=logits.shape[1] - 1).squeeze(1)
 
 
-def keep_likely(logits: Float[Tensor, "batch vocab"], *, top_k: int, top_p: float) -> Float[Tensor, "batch vocab"]:
-    """Logits with -inf outside the `top_k` most likely tokens (0 = all) and outside the nucleus of mass `top_p`.
+def keep_likely(
+    logits: Float[Tensor, "batch vocab"], *, top_k: int, top_p: float
+) -> Float[Tensor, "batch vocab"]:
+    """Logits with -inf outside the `top_k` most likely tokens (0 = all) and outside the nucleus of
+    mass `top_p`.
 
-    Source: Holtzman et al. 2020, arXiv:1904.09751, for the nucleus: the fewest tokens whose mass reaches `top_p`.
+    Source: Holtzman et al. 2020, arXiv:1904.09751, for the nucleus: the fewest tokens whose mass
+        reaches `top_p`.
     """
     if 0 < top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -164,19 +191,27 @@ def keep_likely(logits: Float[Tensor, "batch vocab"], *, top_k: int, top_p: floa
         ordered, order = logits.sort(-1, descending=True)
         probabilities = ordered.softmax(-1)
         outside = probabilities.cumsum(-1) - probabilities >= top_p
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -torch.inf)
+        logits = logits.masked_fill(
+            torch.zeros_like(outside).scatter(1, order, outside), -torch.inf
+        )
     return logits
 
 
 def _completes_stop(
-    tokens: list[Tensor], ended: Tensor, stops: tuple[str, ...], decode: Callable[[list[int]], str] | None
+    tokens: list[Tensor],
+    ended: Tensor,
+    stops: tuple[str, ...],
+    decode: Callable[[list[int]], str] | None,
 ) -> Bool[Tensor, " batch"]:
     """Which unfinished rows contain a stop string now."""
     if not stops:
         return torch.zeros_like(ended)
     assert decode is not None, "stop strings need a tokenizer's decode"
     rows = torch.stack(tokens, 1).tolist()
-    hits = [not done and any(s in decode(row) for s in stops) for row, done in zip(rows, ended.tolist(), strict=True)]
+    hits = [
+        not done and any(s in decode(row) for s in stops)
+        for row, done in zip(rows, ended.tolist(), strict=True)
+    ]
     return torch.tensor(hits, device=ended.device)
 
 
@@ -186,7 +221,9 @@ def _join(
     time = max(int(part[1].max()) for part in parts)
 
     def column(i: int, fill: float) -> Tensor:
-        padded = [torch.nn.functional.pad(p[i], (0, time - p[i].shape[1]), value=fill) for p in parts]
+        padded = [
+            torch.nn.functional.pad(p[i], (0, time - p[i].shape[1]), value=fill) for p in parts
+        ]
         return torch.cat(padded)
 
     responses, lengths = column(0, pad_id), torch.cat([part[1] for part in parts])

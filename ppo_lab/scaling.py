@@ -30,7 +30,9 @@ class RunningMoments:
         batch = scores.double()
         n, mean = len(batch), float(batch.mean())
         delta, total = mean - self.mean, self.count + n
-        self.sum_of_squares += float(((batch - mean) ** 2).sum()) + delta**2 * self.count * n / total
+        self.sum_of_squares += (
+            float(((batch - mean) ** 2).sum()) + delta**2 * self.count * n / total
+        )
         self.mean += delta * n / total
         self.count = total
 
@@ -52,9 +54,11 @@ def scale_scores(
     use_score_norm: bool,
     score_clip: float,
 ) -> Float[Tensor, " batch"]:
-    """Scores divided by their running deviation, less their running mean, clipped: each where it is asked for.
+    """Scores divided by their running deviation, less their running mean, clipped: each where it is
+    asked for.
 
-    Scores that never varied are not divided, where TRL's classic trainer divided them by a rounding error.
+    Scores that never varied are not divided, where TRL's classic trainer divided them by a rounding
+    error.
     """
     if use_score_scaling:
         moments.update(scores)

@@ -1,7 +1,8 @@
-"""The PPO trainer. One iteration is the page that everything serves; the classic verbs of TRL call the same page.
+"""The PPO trainer. One iteration is the page that everything serves; the classic verbs of TRL call
+the same page.
 
-    prompts -> sample -> score -> collect (log-probs, values, reference log-probs) -> KL-shaped rewards
-            -> advantages (GAE, whitened) -> clipped updates -> metrics
+prompts -> sample -> score -> collect (log-probs, values, reference log-probs) -> KL-shaped rewards
+        -> advantages (GAE, whitened) -> clipped updates -> metrics
 """
 
 from __future__ import annotations
@@ -34,19 +35,23 @@ Reward = Callable[..., Scores]
 
 
 class PPOTrainer:
-    """Proximal policy optimisation of a language model against a reward, held to a reference by a KL penalty.
+    """Proximal policy optimisation of a language model against a reward, held to a reference by a
+    KL penalty.
 
-    With `reward`, `iteration(prompts)` and `train(stream)` do everything. Without one, TRL's classic verbs are there:
-    `generate` answers queries and `step(queries, responses, scores)` learns from them; one query is enough.
+    With `reward`, `iteration(prompts)` and `train(stream)` do everything. Without one, TRL's
+    classic verbs are there: `generate` answers queries and `step(queries, responses, scores)`
+    learns from them; one query is enough.
 
     Args:
         config: the settings; `PPOConfig()` when None.
         model: the policy, a plain or PEFT causal language model (which is then given a value head).
-        ref_model: the reference; None for the policy as it is now (its trunk with the adapter off under PEFT).
+        ref_model: the reference; None for the policy as it is now (its trunk with the adapter off
+            under PEFT).
         tokenizer: for padding, end of sequence and texts.
-        dataset: optional; `dataloader` then yields batches of `config.batch_size` through `data_collator`.
-        optimizer, lr_scheduler: in place of Adam and the schedule of the config; stepped once an optimizer step, and
-            once an iteration.
+        dataset: optional; `dataloader` then yields batches of `config.batch_size` through
+            `data_collator`.
+        optimizer, lr_scheduler: in place of Adam and the schedule of the config; stepped once an
+            optimizer step, and once an iteration.
         sampling: how `iteration` draws responses.
         reward: called as `reward(prompts=..., completions=..., **columns)`, returning `Scores`.
         device: where to train; by default the GPU if there is one.
@@ -54,7 +59,8 @@ class PPOTrainer:
     Raises:
         ValueError: naming the argument that is missing or of the wrong type.
 
-    Source: Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909.08593; the verbs are TRL 0.11's.
+    Source: Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909.08593; the verbs
+        are TRL 0.11's.
     """
 
     def __init__(
@@ -77,7 +83,9 @@ class PPOTrainer:
         self.tokenizer, self.reward, self.dataset = tokenizer, reward, dataset
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.policy = classic.as_policy(model).to(self.device)
-        self.reference = Reference(self.policy, None if ref_model is None else ref_model.to(self.device))
+        self.reference = Reference(
+            self.policy, None if ref_model is None else ref_model.to(self.device)
+        )
         self.sampling = sampling or classic.default_sampling(self.policy, tokenizer)
         if self.config.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable()
@@ -93,10 +101,13 @@ class PPOTrainer:
         self._noise_streams = 0
         self._warned: set[str] = set()
 
-    # ---- The page ----------------------------------------------------------------------------------------------
+    # ---- The page
+    # ----------------------------------------------------------------------------------------------
 
     def train(self, stream: Any) -> Iterator[dict[str, float]]:
-        """The metrics of each iteration up to `config.steps`, one iteration made whenever the next are asked for."""
+        """The metrics of each iteration up to `config.steps`, one iteration made whenever the next
+        are asked for.
+        """
         while self.iterations_done < self.config.steps:
             yield self.iteration(stream.next_batch())
 
@@ -122,22 +133,29 @@ class PPOTrainer:
 
     @torch.no_grad()
     def collect(self, tokens: Tokens, seen: Forward | None = None) -> Rollout:
-        """Log-probs, values and entropies of the responses under the policy, and the reference's log-probs.
+        """Log-probs, values and entropies of the responses under the policy, and the reference's
+        log-probs.
 
         `seen` is what sampling left; responses from elsewhere are passed through the policy once.
         """
         with self.clock("reference"):
             self.policy.eval()
             at = {"temperature": self.sampling.logprob_temperature}
-            forward = seen or self.in_passes(tokens, lambda t: self.policy.score(t, **at, entropy=True))
+            forward = seen or self.in_passes(
+                tokens, lambda t: self.policy.score(t, **at, entropy=True)
+            )
             ref_logprobs = self.in_passes(tokens, lambda t: self.reference.logprobs(t, **at))
             full_kl = None
             if self.config.kl_penalty == "full":
                 full_kl = self.in_passes(tokens, lambda t: self.reference.full_kl(t, **at))
-        return Rollout(tokens, forward.logprobs, forward.values, ref_logprobs, forward.entropy, full_kl)
+        return Rollout(
+            tokens, forward.logprobs, forward.values, ref_logprobs, forward.entropy, full_kl
+        )
 
     def learn(self, rollout: Rollout, scores: Scores) -> dict[str, float]:
-        """Everything after collection: rewards, advantages, clipped updates, KL controller. Returns the metrics."""
+        """Everything after collection: rewards, advantages, clipped updates, KL controller.
+        Returns the metrics.
+        """
         shaped = self.shape(rollout, scores)
         with self.clock("update"):
             self.policy.train()
@@ -148,7 +166,12 @@ class PPOTrainer:
             )
         c = self.config
         metrics = iteration_metrics(
-            shaped, scores, update, cliprange=c.cliprange, vf_coef=c.vf_coef, entropy_coef=c.entropy_coef
+            shaped,
+            scores,
+            update,
+            cliprange=c.cliprange,
+            vf_coef=c.vf_coef,
+            entropy_coef=c.entropy_coef,
         )
         metrics["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self._check_invariants(metrics)
@@ -161,7 +184,9 @@ class PPOTrainer:
         """KL-shaped rewards, and the advantages and returns that the updates aim at."""
         c, mask = self.config, rollout.tokens.mask
         total = scores.total.to(self.device, torch.float32)
-        total = penalise_unended(total, rollout.tokens.ended, missing_eos_penalty=c.missing_eos_penalty)
+        total = penalise_unended(
+            total, rollout.tokens.ended, missing_eos_penalty=c.missing_eos_penalty
+        )
         total = scale_scores(
             total,
             self.moments,
@@ -170,7 +195,11 @@ class PPOTrainer:
             score_clip=c.score_clip,
         )
         kl = core.kl_estimate(
-            rollout.logprobs, rollout.ref_logprobs, mask, kl_penalty=c.kl_penalty, full_kl=rollout.full_kl
+            rollout.logprobs,
+            rollout.ref_logprobs,
+            mask,
+            kl_penalty=c.kl_penalty,
+            full_kl=rollout.full_kl,
         )
         beta = self.kl_controller.value
         rewards = core.shape_rewards(total, kl, mask, kl_coef=beta)
@@ -182,7 +211,8 @@ class PPOTrainer:
         batch = Batch(rollout.tokens, rollout.logprobs, rollout.values, advantages, returns)
         return Shaped(rollout, batch, total, kl, beta)
 
-    # ---- TRL's classic verbs -----------------------------------------------------------------------------------
+    # ---- TRL's classic verbs
+    # -----------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -195,13 +225,20 @@ class PPOTrainer:
     ) -> Any:
         """Responses to one query or to a list of queries, as a list of 1-D tensors of token ids.
 
-        With `return_prompt` each begins with its query, in which nothing is cut. `length_sampler()` draws the number
-        of new tokens; `generate_ref_response` also returns the reference's responses, as a second list. Keywords are
-        those of transformers' generation. Without any, the distribution is sampled whole, at temperature 1. The
-        temperature used is that of later log-probs.
+        With `return_prompt` each begins with its query, in which nothing is cut. `length_sampler()`
+        draws the number of new tokens; `generate_ref_response` also returns the reference's
+        responses, as a second list. Keywords are those of transformers' generation. Without any,
+        the distribution is sampled whole, at temperature 1. The temperature used is that of later
+        log-probs.
         """
         return classic.generate(
-            self, query_tensor, length_sampler, batch_size, return_prompt, generate_ref_response, generation_kwargs
+            self,
+            query_tensor,
+            length_sampler,
+            batch_size,
+            return_prompt,
+            generate_ref_response,
+            generation_kwargs,
         )
 
     def step(
@@ -213,8 +250,9 @@ class PPOTrainer:
     ) -> dict[str, Any]:
         """Learn from responses that were made anywhere, one score each; returns the statistics.
 
-        Queries and responses are 1-D tensors of token ids, responses without their query. Any non-empty batch will do.
-        `response_masks` are True on the response tokens to train on; the others stay context.
+        Queries and responses are 1-D tensors of token ids, responses without their query. Any
+        non-empty batch will do. `response_masks` are True on the response tokens to train on; the
+        others stay context.
 
         Raises:
             ValueError: naming the argument, where types, lengths or emptiness are wrong.
@@ -222,8 +260,12 @@ class PPOTrainer:
         tokens, raw = classic.check_step(self, queries, responses, scores, response_masks)
         return self.learn(self.collect(tokens), Scores(raw))
 
-    def log_stats(self, stats: dict[str, Any], batch: dict[str, Any], rewards: Any, **_: Any) -> None:
-        """Send one step's statistics, and a table of its texts, to the tracker that `config.log_with` names."""
+    def log_stats(
+        self, stats: dict[str, Any], batch: dict[str, Any], rewards: Any, **_: Any
+    ) -> None:
+        """Send one step's statistics, and a table of its texts, to the tracker that
+        `config.log_with` names.
+        """
         classic.log_stats(self, stats, batch, rewards)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -242,14 +284,17 @@ class PPOTrainer:
         self._noise_streams += 1
         return self._noise_streams
 
-    # ---- State and invariants ----------------------------------------------------------------------------------
+    # ---- State and invariants
+    # ----------------------------------------------------------------------------------
 
     def decode(self, ids: list[int]) -> str:
         """A response as text, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that changes while training but the prompt stream; all else follows from the config."""
+        """Everything that changes while training but the prompt stream; all else follows from the
+        config.
+        """
         return {
             "iterations_done": self.iterations_done,
             "policy": {name: p for name, p in self.policy.named_parameters() if p.requires_grad},
@@ -282,16 +327,23 @@ class PPOTrainer:
     def _check_invariants(self, metrics: dict[str, float]) -> None:
         """Warn, once each, where the first ratios or the first KL are not what they must be."""
         rounding = ROUNDING.get(self.policy.dtype, 1e-3)
-        if metrics["ppo/policy/first_minibatch_ratio_error"] > rounding:
+        error = metrics["ppo/policy/first_minibatch_ratio_error"]
+        if error > rounding:
             self._warn(
                 "ratio",
-                f"the policy's log-probs changed by {metrics['ppo/policy/first_minibatch_ratio_error']:.2g} before any "
-                "update: sampling and training do not see the same model (dropout, padding, or an adapter that did not "
+                f"the policy's log-probs changed by {error:.2g} before any update: sampling and "
+                "training do not see the same model (dropout, padding, or an adapter that did not "
                 "reach the sampler)",
             )
-        if self.iterations_done == 0 and self.reference.is_start and abs(metrics["kl_per_token"]) > rounding:
+        if (
+            self.iterations_done == 0
+            and self.reference.is_start
+            and abs(metrics["kl_per_token"]) > rounding
+        ):
             self._warn(
-                "kl", f"KL to the reference is {metrics['kl']:.3g} nats before the first update, where it must be 0"
+                "kl",
+                f"KL to the reference is {metrics['kl']:.3g} nats before the first update, "
+                "where it must be 0",
             )
 
     def _warn(self, key: str, message: str) -> None:
@@ -300,7 +352,9 @@ class PPOTrainer:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def in_passes(self, tokens: Tokens, function: Callable[[Tokens], Any]) -> Any:
-        """`function`, which gives a tensor or a `Forward`, over all samples, a mini-batch at a time."""
+        """`function`, which gives a tensor or a `Forward`, over all samples, a mini-batch at a
+        time.
+        """
 
         def attempt(size: int) -> Any:
             parts = [function(tokens[i : i + size]) for i in range(0, len(tokens), size)]
@@ -314,7 +368,9 @@ class PPOTrainer:
     def draw(
         self, prompts: Prompts, sampling: Sampling, noise: NoiseKey, trunk: Any = None
     ) -> tuple[Tokens, Forward]:
-        """Responses of the policy, or of another `trunk`, to all prompts, in as many parts as memory asks for."""
+        """Responses of the policy, or of another `trunk`, to all prompts, in as many parts as
+        memory asks for.
+        """
         self.policy.eval()
         return self.drawing.until_it_fits(
             lambda size: sample(
@@ -331,11 +387,15 @@ class PPOTrainer:
 
 def _controller(config: PPOConfig) -> FixedKLController:
     if config.adap_kl_ctrl:
-        return AdaptiveKLController(config.init_kl_coef, target=config.target, horizon=config.horizon)
+        return AdaptiveKLController(
+            config.init_kl_coef, target=config.target, horizon=config.horizon
+        )
     return FixedKLController(config.init_kl_coef)
 
 
-def _optimizer(policy: AutoModelForCausalLMWithValueHead, config: PPOConfig) -> torch.optim.Optimizer:
+def _optimizer(
+    policy: AutoModelForCausalLMWithValueHead, config: PPOConfig
+) -> torch.optim.Optimizer:
     return make_optimizer(
         policy,
         policy.v_head,
@@ -349,5 +409,8 @@ def _optimizer(policy: AutoModelForCausalLMWithValueHead, config: PPOConfig) -> 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: PPOConfig) -> Any:
     return make_schedule(
-        optimizer, lr_schedule=config.lr_schedule, warmup_steps=config.warmup_steps, steps=config.steps
+        optimizer,
+        lr_schedule=config.lr_schedule,
+        warmup_steps=config.warmup_steps,
+        steps=config.steps,
     )

@@ -10,14 +10,26 @@ if TYPE_CHECKING:
     from ppo_lab.models.logprobs import Head
 
 
-def chunked_logprobs(hidden: Tensor, head: Head, targets: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of `targets` and entropies with their gradients, one tile of the vocabulary at a time."""
+def chunked_logprobs(
+    hidden: Tensor, head: Head, targets: Tensor, *, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of `targets` and entropies with their gradients, one tile of the
+    vocabulary at a time.
+    """
     from trl.kernels import ChunkedLogProbFunction
 
     tile = 32768 if hidden.is_cuda else 8192
     softcap = head.softcap or None
     outputs: Any = ChunkedLogProbFunction.apply(
-        hidden, head.weight, head.bias, targets, temperature, tile, softcap, head.scale, ("entropy",)
+        hidden,
+        head.weight,
+        head.bias,
+        targets,
+        temperature,
+        tile,
+        softcap,
+        head.scale,
+        ("entropy",),
     )
     return outputs[0].float(), outputs[1].float()
 
@@ -39,7 +51,9 @@ def reward_parts() -> tuple[Any, Any]:
 
 
 def _without_telemetry() -> None:
-    """TRL's trainers report each use to the hub unless told not to; the hub's client reads this when it sends."""
+    """TRL's trainers report each use to the hub unless told not to; the hub's client reads this
+    when it sends.
+    """
     from huggingface_hub import constants
 
     constants.HF_HUB_DISABLE_TELEMETRY = True

@@ -1,8 +1,10 @@
 """The records that travel between the rooms of a PPO iteration: frozen, shapes annotated.
 
-Conventions, everywhere: queries are left-padded, responses right-padded, so that column j of every (batch, time)
-tensor is response token j. `mask` is True on the real response tokens, the first end-of-sequence token included.
-Masks come from lengths, never from comparing ids with the pad token (which may be the end-of-sequence token).
+Conventions, everywhere: queries are left-padded, responses right-padded, so that column j of every
+    (batch, time)
+tensor is response token j. `mask` is True on the real response tokens, the first end-of-sequence
+token included. Masks come from lengths, never from comparing ids with the pad token (which may be
+the end-of-sequence token).
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from torch import Tensor
 class Prompts:
     """A batch of prompts before any padding.
 
-    `ids` are token ids without padding; `texts` is what a reward is shown; `columns` holds every other column of the
-    data set, one value a prompt, and reaches the reward under its own name; `indices` are the prompts' places in
-    their data set.
+    `ids` are token ids without padding; `texts` is what a reward is shown; `columns` holds every
+    other column of the data set, one value a prompt, and reaches the reward under its own name;
+    `indices` are the prompts' places in their data set.
     """
 
     ids: list[list[int]]
@@ -68,10 +70,10 @@ class _Rows:
 class Tokens(_Rows):
     """Prompts and responses as rectangles of token ids.
 
-    `queries` is left-padded with `query_mask` True on real tokens. `responses` is right-padded; `lengths` counts its
-    tokens, and `mask` is True on those that are trained: all of them, unless some (the words of a tool, say) were
-    masked out, which stay context. `ended` is True where a stop condition was generated, False where the length limit
-    cut the response.
+    `queries` is left-padded with `query_mask` True on real tokens. `responses` is right-padded;
+    `lengths` counts its tokens, and `mask` is True on those that are trained: all of them, unless
+    some (the words of a tool, say) were masked out, which stay context. `ended` is True where a
+    stop condition was generated, False where the length limit cut the response.
     """
 
     queries: Int[Tensor, "batch query"]
@@ -96,7 +98,9 @@ class Tokens(_Rows):
         width, time = max(map(len, queries)), max(map(len, responses))
         return cls(
             queries=torch.tensor([[pad_id] * (width - len(q)) + list(q) for q in queries]),
-            query_mask=torch.tensor([[False] * (width - len(q)) + [True] * len(q) for q in queries]),
+            query_mask=torch.tensor(
+                [[False] * (width - len(q)) + [True] * len(q) for q in queries]
+            ),
             responses=torch.tensor([list(r) + [pad_id] * (time - len(r)) for r in responses]),
             mask=torch.tensor([list(m) + [False] * (time - len(m)) for m in masks]),
             lengths=torch.tensor([len(r) for r in responses]),
@@ -105,22 +109,27 @@ class Tokens(_Rows):
 
     @property
     def attended(self) -> Bool[Tensor, "batch time"]:
-        """True on every response token that later ones see: the trained ones and those masked out."""
+        """True on every response token that later ones see: the trained ones and those masked
+        out.
+        """
         columns = torch.arange(self.responses.shape[1], device=self.lengths.device)
         return columns < self.lengths[:, None]
 
     def response_lists(self) -> list[list[int]]:
         """The responses' token ids without padding."""
-        return [row[:n] for row, n in zip(self.responses.tolist(), self.lengths.tolist(), strict=True)]
+        return [
+            row[:n] for row, n in zip(self.responses.tolist(), self.lengths.tolist(), strict=True)
+        ]
 
 
 @dataclass(frozen=True)
 class Rollout(_Rows):
     """What one pass over freshly sampled responses records; nothing in it carries a gradient.
 
-    `logprobs` and `ref_logprobs` are those of the sampled tokens at the sampling temperature, under the policy and
-    under the reference; `values` is the value head on the state that predicts each token. `full_kl` is the exact KL
-    over the vocabulary, in nats per token, computed for `kl_penalty=full` alone. Padding holds zeros.
+    `logprobs` and `ref_logprobs` are those of the sampled tokens at the sampling temperature, under
+    the policy and under the reference; `values` is the value head on the state that predicts each
+    token. `full_kl` is the exact KL over the vocabulary, in nats per token, computed for
+    `kl_penalty=full` alone. Padding holds zeros.
     """
 
     tokens: Tokens
@@ -133,7 +142,8 @@ class Rollout(_Rows):
 
 @dataclass(frozen=True)
 class Scores:
-    """What the reward says of a batch of responses: one number a sample, and the named parts it is made of.
+    """What the reward says of a batch of responses: one number a sample, and the named parts it is
+    made of.
 
     `total` has the reward's weight in it; `parts` are the raw scores of each part before weights.
     """
@@ -157,7 +167,8 @@ class Batch(_Rows):
 class Forward(_Rows):
     """What one forward of the policy gives for response tokens: padding holds zeros.
 
-    `entropy` is that of the whole next-token distribution at the sampling temperature, in nats, when asked for.
+    `entropy` is that of the whole next-token distribution at the sampling temperature, in nats,
+    when asked for.
     """
 
     logprobs: Float[Tensor, "batch time"]

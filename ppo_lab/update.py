@@ -45,11 +45,13 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """What the clipped updates of one iteration did: means over real tokens of every pass that was made.
+    """What the clipped updates of one iteration did: means over real tokens of every pass that was
+    made.
 
-    `ratio_max` is the largest ratio seen; `first_ratio_error` is max |ratio - 1| before the first optimizer step,
-    which only rounding can move from 0; `grad_norm` is the mean norm before clipping; `skipped` counts the optimizer
-    steps not taken, `epochs` the passes over the batch that were.
+    `ratio_max` is the largest ratio seen; `first_ratio_error` is max |ratio - 1| before the first
+    optimizer step, which only rounding can move from 0; `grad_norm` is the mean norm before
+    clipping; `skipped` counts the optimizer steps not taken, `epochs` the passes over the batch
+    that were.
     """
 
     policy_loss: float
@@ -73,8 +75,9 @@ class UpdateStats:
 class ClippedUpdates:
     """Several epochs of clipped, mini-batched updates on one batch.
 
-    The loss of an optimizer step is the mean over the real tokens of its optimizer batch, so that neither the
-    mini-batch size nor `micro_batch_tokens` changes a step whose optimizer batch stays the same.
+    The loss of an optimizer step is the mean over the real tokens of its optimizer batch, so that
+    neither the mini-batch size nor `micro_batch_tokens` changes a step whose optimizer batch stays
+    the same.
     """
 
     def __init__(self, policy: Any, optimizer: torch.optim.Optimizer, config: PPOSection) -> None:
@@ -102,16 +105,22 @@ class ClippedUpdates:
         return _summary(totals, steps, epochs)
 
     def optimizer_batches(self, n: int, *, seed: tuple[int, ...]) -> Iterator[Tensor]:
-        """The rows of each optimizer step, shuffled; the last batch may be smaller, and no row is left out."""
+        """The rows of each optimizer step, shuffled; the last batch may be smaller, and no row is
+        left out.
+        """
         generator = torch.Generator().manual_seed(hash_seed(*seed))
         mini = self.config.mini_batch_size or self.config.batch_size
-        yield from torch.randperm(n, generator=generator).split(mini * self.config.gradient_accumulation_steps)
+        yield from torch.randperm(n, generator=generator).split(
+            mini * self.config.gradient_accumulation_steps
+        )
 
     def optimizer_step(self, batch: Batch, *, temperature: float) -> OptimizerStep:
         """One step on one optimizer batch, in as many passes as memory asks for."""
         groups = self._groups(batch)
         sums, extremes = self.passes.until_it_fits(
-            lambda size: self._backward(batch, [p for rows in groups for p in rows.split(size)], temperature),
+            lambda size: self._backward(
+                batch, [p for rows in groups for p in rows.split(size)], temperature
+            ),
             max(len(rows) for rows in groups),
         )
         limit = self.config.max_grad_norm or math.inf
@@ -121,8 +130,12 @@ class ClippedUpdates:
             self.optimizer.step()
         return done
 
-    def _backward(self, batch: Batch, passes: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
-        """Gradients of the batch's mean loss, summed over the passes; their sums and ratio extremes."""
+    def _backward(
+        self, batch: Batch, passes: list[Tensor], temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the batch's mean loss, summed over the passes; their sums and ratio
+        extremes.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         n_tokens = batch.tokens.mask.sum().clamp(min=1)
         sums = torch.zeros(len(SUMS), device=n_tokens.device)
@@ -131,11 +144,15 @@ class ClippedUpdates:
             loss, pass_sums, pass_extremes = self._losses(batch[rows], temperature)
             (loss / n_tokens).backward()
             sums += pass_sums
-            extremes = torch.stack([extremes[0].minimum(pass_extremes[0]), extremes[1].maximum(pass_extremes[1])])
+            extremes = torch.stack(
+                [extremes[0].minimum(pass_extremes[0]), extremes[1].maximum(pass_extremes[1])]
+            )
         return sums, extremes
 
     def _losses(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The summed loss of one pass, its sums for the statistics, and its smallest and largest ratio."""
+        """The summed loss of one pass, its sums for the statistics, and its smallest and largest
+        ratio.
+        """
         c, mask = self.config, batch.tokens.mask
         new = self.policy.score(batch.tokens, temperature=temperature, entropy=c.entropy_coef > 0)
         policy = core.policy_loss(
@@ -171,11 +188,15 @@ class ClippedUpdates:
         return core.masked_sum(loss, mask), sums, torch.stack([ratio.min(), ratio.max()])
 
     def _groups(self, batch: Batch) -> list[Tensor]:
-        """Rows of each forward and backward pass: mini-batches, split further by `micro_batch_tokens`.
+        """Rows of each forward and backward pass: mini-batches, split further by
+        `micro_batch_tokens`.
 
         Under a token limit rows are sorted by length, so that little padding is computed.
         """
-        mini, limit = self.config.mini_batch_size or self.config.batch_size, self.config.micro_batch_tokens
+        mini, limit = (
+            self.config.mini_batch_size or self.config.batch_size,
+            self.config.micro_batch_tokens,
+        )
         if not limit:
             return list(torch.arange(len(batch)).split(mini))
         lengths = (batch.tokens.query_mask.sum(1) + batch.tokens.lengths).cpu()
@@ -188,21 +209,25 @@ class ClippedUpdates:
         self.skipped_in_a_row = 0 if step.taken else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= self.config.max_skipped_updates:
             raise TrainingDiverged(
-                f"{self.skipped_in_a_row} optimizer steps in a row were skipped, the last with gradient norm "
-                f"{step.grad_norm:.3g} and mean ratio {ratio:.3g}: a loss or gradient is not finite, or the policy moved "
-                "too far in one iteration. Lower ppo.learning_rate or ppo.ppo_epochs, and look at "
+                f"{self.skipped_in_a_row} optimizer steps in a row were skipped, the last with "
+                f"gradient norm {step.grad_norm:.3g} and mean ratio {ratio:.3g}: a loss or gradient "
+                "is not finite, or the policy moved too far in one iteration. Lower ppo.learning_rate or ppo.ppo_epochs, and look at "
                 "ppo/policy/first_minibatch_ratio_error, which should be near 0",
                 batch,
             )
         return step.taken
 
     def _moved_too_far(self, sums: Tensor) -> bool:
-        return bool(sums[SUMS.index("policykl")] / sums[0].clamp(min=1) > 1.5 * self.config.target_kl)
+        return bool(
+            sums[SUMS.index("policykl")] / sums[0].clamp(min=1) > 1.5 * self.config.target_kl
+        )
 
 
 @dataclass
 class OptimizerStep:
-    """One optimizer step as numbers on the host: token sums, ratio extremes, the gradient's norm, whether it was taken."""
+    """One optimizer step as numbers on the host: token sums, ratio extremes, the gradient's norm,
+    whether it was taken.
+    """
 
     sums: Tensor
     ratio_min: float
@@ -223,7 +248,9 @@ class OptimizerStep:
 
 
 def pack_by_tokens(lengths: Tensor, *, limit: int) -> list[Tensor]:
-    """Rows, longest first, in groups whose padded size stays within `limit` tokens; a longer row stands alone."""
+    """Rows, longest first, in groups whose padded size stays within `limit` tokens; a longer row
+    stands alone.
+    """
     groups: list[list[int]] = []
     for row in lengths.argsort(descending=True, stable=True).tolist():
         if groups and int(lengths[groups[-1][0]]) * (len(groups[-1]) + 1) <= limit:

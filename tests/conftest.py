@@ -16,7 +16,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
-    """The folder of real small models and data beside the checkout; the test is skipped where there is none."""
+    """The folder of real small models and data beside the checkout; the test is skipped where
+    there is none.
+    """
     folder = Path(os.environ.get("PPO_LAB_ASSETS", SHARED / "assets"))
     if not folder.is_dir():
         pytest.skip(f"needs the real small models and data at {folder}")

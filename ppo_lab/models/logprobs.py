@@ -1,4 +1,6 @@
-"""Log-probabilities of chosen tokens straight from hidden states, without keeping logits of the whole vocabulary."""
+"""Log-probabilities of chosen tokens straight from hidden states, without keeping logits of the
+whole vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,11 @@ def token_logprobs(
     temperature: float,
     entropy: bool = False,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"] | None]:
-    """log softmax(logits / temperature) of each target, and the distributions' entropies when asked for, in nats.
+    """log softmax(logits / temperature) of each target, and the distributions' entropies when asked
+    for, in nats.
 
-    Memory does not grow with tokens x vocabulary: beyond TILE entries the vocabulary is walked through in tiles.
+    Memory does not grow with tokens x vocabulary: beyond TILE entries the vocabulary is walked
+    through in tiles.
     """
     if len(targets) * len(head.weight) <= TILE:
         return from_logits(head.logits(hidden), targets, temperature=temperature, entropy=entropy)
@@ -64,7 +68,9 @@ def token_full_kl(
     *,
     temperature: float,
 ) -> Float[Tensor, " tokens"]:
-    """The exact KL of each next-token distribution to the reference's, in nats, a few rows at a time."""
+    """The exact KL of each next-token distribution to the reference's, in nats, a few rows at a
+    time.
+    """
     rows = max(1, TILE // len(head.weight))
     pairs = zip(hidden.split(rows), ref_hidden.split(rows), strict=True)
     return torch.cat(
@@ -73,7 +79,11 @@ def token_full_kl(
 
 
 def from_logits(
-    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"], *, temperature: float, entropy: bool
+    logits: Float[Tensor, "tokens vocab"],
+    targets: Int[Tensor, " tokens"],
+    *,
+    temperature: float,
+    entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`token_logprobs` where the logits are there already."""
     logits = logits if temperature == 1.0 else logits / temperature

@@ -1,4 +1,6 @@
-"""The policy: a causal language model with a value head on its trunk, and the reference that it is held to."""
+"""The policy: a causal language model with a value head on its trunk, and the reference that it is
+held to.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,12 @@ REFERENCE_ADAPTER = "reference"
 
 
 class AutoModelForCausalLMWithValueHead(nn.Module):
-    """A causal language model (plain or PEFT) as `pretrained_model`, with a scalar value head `v_head` on its trunk.
+    """A causal language model (plain or PEFT) as `pretrained_model`, with a scalar value head
+    `v_head` on its trunk.
 
-    One pass through the trunk gives log-probabilities, values and entropies of response tokens. The value head stands
-    outside the PEFT model, so that switching the adapter off for the reference leaves it alone.
+    One pass through the trunk gives log-probabilities, values and entropies of response tokens. The
+    value head stands outside the PEFT model, so that switching the adapter off for the reference
+    leaves it alone.
     """
 
     def __init__(
@@ -49,21 +53,28 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         v_head_initializer_range: float = 0.0,
         **kwargs: Any,
     ) -> Self:
-        """A policy from a hub id, a folder (LoRA adapters and TRL 0.11's folders included) or a model in memory.
+        """A policy from a hub id, a folder (LoRA adapters and TRL 0.11's folders included) or a
+        model in memory.
 
-        A value head found in the folder is loaded, else it is drawn anew: "normal" with standard deviation
-        `v_head_initializer_range` (0 = 1 / sqrt(hidden_size + 1)), or "zero". `peft_config` wraps the model with a
-        fresh adapter; other keywords go to `AutoModelForCausalLM.from_pretrained`.
+        A value head found in the folder is loaded, else it is drawn anew: "normal" with standard
+        deviation `v_head_initializer_range` (0 = 1 / sqrt(hidden_size + 1)), or "zero".
+        `peft_config` wraps the model with a fresh adapter; other keywords go to
+        `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
-            ValueError: `peft_config` for a model that has an adapter already, or an unknown initialisation.
+            ValueError: `peft_config` for a model that has an adapter already, or an unknown
+                initialisation.
         """
         if v_head_init_strategy not in ("normal", "zero"):
-            raise ValueError(f"v_head_init_strategy is 'normal' or 'zero', not {v_head_init_strategy!r}")
+            raise ValueError(
+                f"v_head_init_strategy is 'normal' or 'zero', not {v_head_init_strategy!r}"
+            )
         model = _load(pretrained_model_name_or_path, kwargs)
         if peft_config is not None:
             model = _wrap(model, peft_config)
-        policy = cls(model, v_head_init=v_head_init_strategy, v_head_init_std=v_head_initializer_range)
+        policy = cls(
+            model, v_head_init=v_head_init_strategy, v_head_init_std=v_head_initializer_range
+        )
         policy.load_value_head(pretrained_model_name_or_path)
         return policy
 
@@ -76,7 +87,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         return weights is not None
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Write model (or adapter) and value head as safetensors; `AutoModelForCausalLM` or `PeftModel` load it."""
+        """Write model (or adapter) and value head as safetensors; `AutoModelForCausalLM` or
+        `PeftModel` load it.
+        """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         if self.is_peft_model:
@@ -85,7 +98,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         save_value_head(self.v_head, path)
 
     def forward(
-        self, input_ids: Int[Tensor, "batch time"], attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Int[Tensor, "batch time"],
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, None, Float[Tensor, "batch time"]]:
         """TRL's classic triple: logits of every position, None, values of every position."""
         attended = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -93,7 +109,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         return self.trunk.head.logits(hidden), None, self.v_head(hidden)
 
     def score(self, tokens: Tokens, *, temperature: float, entropy: bool = False) -> Forward:
-        """Log-probabilities and values (and entropies, when asked for) of the response tokens, in one pass."""
+        """Log-probabilities and values (and entropies, when asked for) of the response tokens, in
+        one pass.
+        """
         hidden = response_states(self.trunk, tokens)[tokens.mask]
         targets = tokens.responses[tokens.mask]
         logprobs, entropies = token_logprobs(
@@ -112,7 +130,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     @property
     def is_peft_model(self) -> bool:
         """Whether an adapter is trained rather than the model's own weights."""
-        return hasattr(self.pretrained_model, "peft_config") and hasattr(self.pretrained_model, "disable_adapter")
+        return hasattr(self.pretrained_model, "peft_config") and hasattr(
+            self.pretrained_model, "disable_adapter"
+        )
 
     @property
     def config(self) -> Any:
@@ -144,8 +164,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 class Reference:
     """The frozen model that KL is measured against: the policy as it was when this was made.
 
-    Of a policy with a fresh adapter it is the same trunk with the adapter off, of one with a trained adapter a frozen
-    copy of that adapter on the same trunk, else a frozen copy of the model, or `model` where one is given.
+    Of a policy with a fresh adapter it is the same trunk with the adapter off, of one with a
+    trained adapter a frozen copy of that adapter on the same trunk, else a frozen copy of the
+    model, or `model` where one is given.
     """
 
     def __init__(self, policy: AutoModelForCausalLMWithValueHead, model: Any = None) -> None:
@@ -158,7 +179,11 @@ class Reference:
             self._trunk = Trunk(_frozen(copy.deepcopy(policy.trunk.model)))
         else:
             self._trunk = policy.trunk
-            self._adapter = _clone_adapter(policy.pretrained_model) if _is_trained(policy.pretrained_model) else "off"
+            self._adapter = (
+                _clone_adapter(policy.pretrained_model)
+                if _is_trained(policy.pretrained_model)
+                else "off"
+            )
 
     @torch.no_grad()
     def logprobs(self, tokens: Tokens, *, temperature: float) -> Float[Tensor, "batch time"]:
@@ -171,16 +196,22 @@ class Reference:
 
     @torch.no_grad()
     def full_kl(self, tokens: Tokens, *, temperature: float) -> Float[Tensor, "batch time"]:
-        """The exact KL of the policy to the reference at each response token, over the vocabulary, in nats."""
+        """The exact KL of the policy to the reference at each response token, over the vocabulary,
+        in nats.
+        """
         hidden = response_states(self._policy.trunk, tokens)[tokens.mask]
         with self.active() as trunk:
             ref_hidden = response_states(trunk, tokens)[tokens.mask]
-            kl = token_full_kl(hidden, ref_hidden, self._policy.trunk.head, trunk.head, temperature=temperature)
+            kl = token_full_kl(
+                hidden, ref_hidden, self._policy.trunk.head, trunk.head, temperature=temperature
+            )
         return _spread(kl, tokens.mask)
 
     @contextmanager
     def active(self) -> Iterator[Trunk]:
-        """The reference's trunk; with a shared trunk, its adapter is switched for the while and switched back."""
+        """The reference's trunk; with a shared trunk, its adapter is switched for the while and
+        switched back.
+        """
         model = self._policy.pretrained_model
         if self._adapter == "off":
             with model.disable_adapter():
@@ -232,12 +263,16 @@ def _wrap(model: Any, peft_config: Any) -> Any:
     from peft import PeftModel, get_peft_model
 
     if isinstance(model, PeftModel):
-        raise ValueError("peft_config was given for a model that has an adapter already: leave one of them out")
+        raise ValueError(
+            "peft_config was given for a model that has an adapter already: leave one of them out"
+        )
     return get_peft_model(model, peft_config)
 
 
 def _plain(model: Any) -> Any:
-    wrapped = model.pretrained_model if isinstance(model, AutoModelForCausalLMWithValueHead) else model
+    wrapped = (
+        model.pretrained_model if isinstance(model, AutoModelForCausalLMWithValueHead) else model
+    )
     return _frozen(wrapped)
 
 

@@ -1,7 +1,8 @@
 """Any causal language model as a trunk that gives hidden states and a head that gives logits.
 
-PPO needs log-probabilities and values of response tokens alone. Asking the model for its logits would build them for
-every position and the whole vocabulary; asking its decoder for hidden states, and the head for what is needed, does not.
+PPO needs log-probabilities and values of response tokens alone. Asking the model for its logits
+would build them for every position and the whole vocabulary; asking its decoder for hidden states,
+and the head for what is needed, does not.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ class Trunk:
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.decoder: Any = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
+        self.decoder: Any = (
+            self.model.get_decoder()
+            if hasattr(self.model, "get_decoder")
+            else self.model.base_model
+        )
         parameters = inspect.signature(self.decoder.forward).parameters
         self._takes_positions = "position_ids" in parameters
 
@@ -38,7 +43,9 @@ class Trunk:
     def head(self) -> Head:
         """The head as it stands now."""
         output, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        scale = getattr(config, "logit_scale", None) or 1.0 / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         scale = scale * (getattr(config, "lm_head_multiplier", None) or 1.0)
         softcap = getattr(config, "final_logit_softcapping", None) or 0.0
         return Head(output.weight, getattr(output, "bias", None), float(scale), float(softcap))
@@ -50,15 +57,22 @@ class Trunk:
         *,
         cache: Any = None,
     ) -> Float[Tensor, "batch new hidden"]:
-        """The last hidden states of `ids`, the newest of the `seen` positions; `cache` holds the earlier ones.
+        """The last hidden states of `ids`, the newest of the `seen` positions; `cache` holds the
+        earlier ones.
 
         Positions count real tokens alone, so that left padding moves nothing.
         """
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": attention.long(), "use_cache": cache is not None}
+        inputs: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": attention.long(),
+            "use_cache": cache is not None,
+        }
         if cache is not None:
             inputs["past_key_values"] = cache
         if self._takes_positions:
-            inputs["position_ids"] = (attention.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            inputs["position_ids"] = (attention.long().cumsum(1) - 1).clamp(min=0)[
+                :, -ids.shape[1] :
+            ]
         return self.decoder(**inputs).last_hidden_state
 
     @torch.no_grad()
@@ -71,11 +85,15 @@ class Trunk:
         ids = torch.arange(4, device=self.head.weight.device)[None] % len(self.head.weight)
         attention = torch.ones_like(ids, dtype=torch.bool)
         ours = self.head.logits(self.hidden(ids, attention)[:, -1])
-        theirs = self.model(input_ids=ids, attention_mask=attention.long(), use_cache=False).logits[:, -1].float()
+        theirs = (
+            self.model(input_ids=ids, attention_mask=attention.long(), use_cache=False)
+            .logits[:, -1]
+            .float()
+        )
         tolerance = 1e-3 if theirs.dtype == self.head.weight.dtype else 5e-2
         error = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)
         if not error <= tolerance:
             raise UnknownHead(
-                f"{type(self.model).__name__}: its logits are not its head applied to its decoder's last hidden state "
-                f"(relative error {error.item():.2g}); this architecture cannot be trained here"
+                f"{type(self.model).__name__}: its logits are not its head applied to its decoder's "
+                f"last hidden state (relative error {error.item():.2g}); this architecture cannot be trained here"
             )

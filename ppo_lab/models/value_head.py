@@ -1,4 +1,6 @@
-"""The value head, and the files in which it travels: ours and those of TRL's classic `save_pretrained`."""
+"""The value head, and the files in which it travels: ours and those of TRL's classic
+`save_pretrained`.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ _PREFIX = "v_head."
 
 
 class ValueHead(nn.Module):
-    """A linear map in float32 from the hidden state that predicts a token to the value of that state.
+    """A linear map in float32 from the hidden state that predicts a token to the value of that
+    state.
 
-    `init` "normal" draws weights from N(0, std^2), std 1 / sqrt(hidden_size + 1) when given as 0; "zero" starts at 0.
+    `init` "normal" draws weights from N(0, std^2), std 1 / sqrt(hidden_size + 1) when given as 0;
+    "zero" starts at 0.
 
     Source: Ziegler et al. 2019's released code for the default scale; parameter names are TRL's.
     """
@@ -33,21 +37,24 @@ class ValueHead(nn.Module):
         else:
             nn.init.normal_(self.summary.weight, std=std or 1.0 / math.sqrt(hidden_size + 1))
 
-    def forward(self, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "..."]:
+    def forward(self, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, ...]:
         """The values, in float32 whatever the trunk's dtype."""
         return self.summary(hidden.to(self.summary.weight.dtype)).squeeze(-1)
 
 
 def save_value_head(head: ValueHead, folder: Path) -> None:
     """Write the head beside a saved model, as safetensors."""
-    save_file({_PREFIX + k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, folder / VALUE_HEAD_FILE)
+    save_file(
+        {_PREFIX + k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()},
+        folder / VALUE_HEAD_FILE,
+    )
 
 
 def find_value_head(folder: Path) -> dict[str, Tensor] | None:
     """The value head's weights in a saved folder, None where there is none.
 
-    Looks in our own file, then where TRL 0.11 put it: among the model's weights (safetensors, or a .bin that is read
-    with `weights_only=True`), sharded or not.
+    Looks in our own file, then where TRL 0.11 put it: among the model's weights (safetensors, or a
+    .bin that is read with `weights_only=True`), sharded or not.
     """
     for name in (VALUE_HEAD_FILE, *_shards(folder), "model.safetensors", "pytorch_model.bin"):
         found = _read_prefixed(folder / name) if (folder / name).is_file() else {}
@@ -67,6 +74,12 @@ def _shards(folder: Path) -> list[str]:
 def _read_prefixed(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".bin":
         weights = torch.load(file, map_location="cpu", weights_only=True)
-        return {k.removeprefix(_PREFIX): v.float() for k, v in weights.items() if k.startswith(_PREFIX)}
+        return {
+            k.removeprefix(_PREFIX): v.float() for k, v in weights.items() if k.startswith(_PREFIX)
+        }
     with safe_open(file, framework="pt") as f:
-        return {k.removeprefix(_PREFIX): f.get_tensor(k).float() for k in f.keys() if k.startswith(_PREFIX)}  # noqa: SIM118
+        return {
+            k.removeprefix(_PREFIX): f.get_tensor(k).float()
+            for k in f.keys()
+            if k.startswith(_PREFIX)
+        }
