@@ -210,8 +210,9 @@ class ClippedUpdates:
         if self.skipped_in_a_row >= self.config.max_skipped_updates:
             raise TrainingDiverged(
                 f"{self.skipped_in_a_row} optimizer steps in a row were skipped, the last with "
-                f"gradient norm {step.grad_norm:.3g} and mean ratio {ratio:.3g}: a loss or gradient "
-                "is not finite, or the policy moved too far in one iteration. Lower ppo.learning_rate or ppo.ppo_epochs, and look at "
+                f"gradient norm {step.grad_norm:.3g} and mean ratio {ratio:.3g}: a loss or "
+                "gradient is not finite, or the policy moved too far in one iteration. Lower "
+                "ppo.learning_rate or ppo.ppo_epochs, and look at "
                 "ppo/policy/first_minibatch_ratio_error, which should be near 0",
                 batch,
             )

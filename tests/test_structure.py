@@ -58,7 +58,8 @@ def test_only_entries_import_hydra() -> None:
 
 def test_only_one_module_imports_trl() -> None:
     guilty = {f.stem for f in modules() if any(m.split(".")[0] == "trl" for m in imports(f))}
-    assert guilty == {"trl_parts"}
+    # The benchmark's workers run older TRLs, each in an environment of its own.
+    assert {name for name in guilty if not name.endswith("_worker")} == {"trl_parts"}
 
 
 def test_only_the_experiment_and_the_entries_know_the_trainer_and_the_trackers() -> None:

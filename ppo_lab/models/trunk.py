@@ -94,6 +94,7 @@ class Trunk:
         error = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)
         if not error <= tolerance:
             raise UnknownHead(
-                f"{type(self.model).__name__}: its logits are not its head applied to its decoder's "
-                f"last hidden state (relative error {error.item():.2g}); this architecture cannot be trained here"
+                f"{type(self.model).__name__}: its logits are not its head applied to its "
+                f"decoder's last hidden state (relative error {error.item():.2g}); this architecture "
+                "cannot be trained here"
             )

@@ -80,6 +80,6 @@ def _read_prefixed(file: Path) -> dict[str, Tensor]:
     with safe_open(file, framework="pt") as f:
         return {
             k.removeprefix(_PREFIX): f.get_tensor(k).float()
-            for k in f.keys()
+            for k in f.keys()  # noqa: SIM118, a file is no mapping
             if k.startswith(_PREFIX)
         }
