@@ -21,6 +21,7 @@ from ppo_lab.memory import check_fits
 from ppo_lab.models.loading import (
     check_vocabulary,
     eos_ids,
+    keep_quiet,
     load_causal_lm,
     load_config,
     load_tokenizer,
@@ -76,6 +77,7 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
         ConfigError: what only models and data could show to be wrong.
         Preempted: SIGTERM or SIGINT asked the run to stop, and it left a checkpoint.
     """
+    keep_quiet()
     if config.resume:
         if found := differences(config):
             raise ConfigError(found)

@@ -9,6 +9,7 @@ that is loaded here can run code, unless `model.trust_remote_code` says so.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import torch
 import transformers
 from torch import nn
@@ -48,6 +50,7 @@ __all__ = [
     "load_causal_lm",
     "load_config",
     "load_tokenizer",
+    "keep_quiet",
     "max_context",
     "parameter_bytes",
     "resolved_revision",
@@ -435,6 +438,15 @@ def _sentence(error: Exception) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
+def keep_quiet() -> None:
+    """For a whole program: no bars but those of downloads, no warnings of libraries to libraries."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()
+    for library in ("transformers", "peft", "trl", "accelerate", "torch"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers' bars and load reports off the terminal: what matters of them is raised."""
@@ -442,6 +454,7 @@ def _quiet() -> Iterator[None]:
     verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()
     try:
         yield
     finally:
