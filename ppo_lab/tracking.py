@@ -7,6 +7,7 @@ and at the end it is waited for during a bounded time alone.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import queue
@@ -162,7 +163,7 @@ class WandbTracker:
         self._finish_timeout = ARTIFACT_TIMEOUT if section.log_model else FINISH_TIMEOUT
         self._aside_timeout = ARTIFACT_TIMEOUT if section.log_model else TABLE_TIMEOUT
         self._aside: threading.Thread | None = None
-        self._sent_through = -1
+        self._sent_through = self._at = -1
         self._last_table = -math.inf
         self._samples: tuple[list[Sample], int] | None = None
         self._troubled = False
@@ -231,7 +232,7 @@ class WandbTracker:
             return self._tell(f"W&B: none, {why}")
         import wandb
 
-        wandb.setup(settings=wandb.Settings(show_info=False))  # its chatter off, its prompts too
+        _quieten(wandb)
         if mode == "online":
             why = _no_credentials(wandb)
             mode = "offline" if why else "online"
@@ -240,7 +241,7 @@ class WandbTracker:
         except wandb.errors.Error as error:
             mode, why = "offline", f"since the server cannot be had ({brief(error)})"
             wandb.teardown()  # or the id counts as in use
-            wandb.setup(settings=wandb.Settings(show_info=False))
+            _quieten(wandb)
             run = wandb.init(mode=mode, **self._options(wandb))
         later = f"{why}; upload: wandb sync {_short(Path(run.dir).parent)}"
         self._tell(f"W&B: {mode}, {later if mode == 'offline' else run.url}")
@@ -289,6 +290,7 @@ class WandbTracker:
     def _send(self, run: Any, row: dict[str, float]) -> None:
         if row[X_AXIS] > self._sent_through:
             run.log(row)
+            self._at = int(row[X_AXIS])
 
     def _take_samples(self, run: Any, samples: tuple[list[Sample], int]) -> None:
         self._samples = samples
@@ -300,7 +302,7 @@ class WandbTracker:
         if self._samples and self._is_free(0.0):
             (samples, step), self._samples = self._samples, None
             self._last_table = step
-            self._go_aside(lambda: _send_table(run, samples, step))
+            self._go_aside(lambda: _send_table(run, samples, step, at_least=self._at))
 
     def _go_aside(self, job: Callable[[], Any]) -> None:
         """Do what the client waits for the server with, so that no row stands behind it."""
@@ -382,6 +384,12 @@ def _mode(wanted: str) -> tuple[Literal["online", "offline", "disabled"], str]:
     return ("offline", "as asked") if wanted == "offline" else ("online", "")
 
 
+def _quieten(wandb: Any) -> None:
+    """Turn the client's chatter off, and with it its prompts; its warnings stay."""
+    wandb.setup(settings=wandb.Settings(show_info=False))
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+
+
 def _no_credentials(wandb: Any) -> str:
     """Why W&B would not know who this is, by the client's own rules; empty where it would."""
     from wandb.sdk.lib import wbauth
@@ -418,7 +426,7 @@ def log_classic_stats(
 
 
 def _open_classic(wandb: Any, project: str) -> Any:
-    wandb.setup(settings=wandb.Settings(show_info=False))
+    _quieten(wandb)
     mode = "offline" if _mode("auto")[0] != "online" or _no_credentials(wandb) else "online"
     settings = wandb.Settings(
         init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, quiet=True, show_info=False
@@ -438,12 +446,13 @@ def _chartable(wandb: Any, stats: Mapping[str, Any]) -> dict[str, Any]:
     return charts
 
 
-def _send_table(run: Any, samples: Sequence[Sample], step: int) -> None:
+def _send_table(run: Any, samples: Sequence[Sample], step: int, *, at_least: int) -> None:
+    """A table under its own iteration, or that of rows sent meanwhile: x never goes back."""
     import wandb
 
     columns: list[Any] = ["iteration", *Sample.__dataclass_fields__]
     rows = [[step, *(_encodable(value) for value in asdict(sample).values())] for sample in samples]
-    run.log({"samples": wandb.Table(columns=columns, data=rows)})
+    run.log({X_AXIS: max(step, at_least), "samples": wandb.Table(columns=columns, data=rows)})
 
 
 def _send_model(run: Any, folder: Path, status: str) -> None:
@@ -477,3 +486,10 @@ def _default_name(config: Mapping[str, Any], overrides: Sequence[str]) -> str:
 def _short(path: Path) -> str:
     """The path from here, where that is shorter."""
     return min(str(path), os.path.relpath(path), key=len)
+
+
+def wandb_api() -> Any:
+    """W&B's public API, for whoever reads runs back; wandb's errors are the caller's."""
+    import wandb
+
+    return wandb.Api()
