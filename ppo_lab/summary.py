@@ -66,7 +66,7 @@ def verdict(
     """
     status, steps = summary.get("status", "finished"), summary.get("steps")
     if status != "finished":
-        reason = f": {visible(str(summary['error']))}" if summary.get("error") else ""
+        reason = f": {visible(str(summary['reason']))}" if summary.get("reason") else ""
         return [(f"the run was {status} after {steps or 0} iterations{reason}", "bold red")]
     first, last = _evaluations(summary)
     remarks = [*_about_score(first, last), *_about_gold(first, last, gold_history)]

@@ -210,7 +210,7 @@ def test_an_epsilon_that_never_binds_is_said():
 
 @pytest.mark.parametrize("status", ["failed", "preempted"])
 def test_a_run_that_did_not_finish_has_no_verdict(status):
-    text = remarks(run(status=status, error="loss is NaN"))
+    text = remarks(run(status=status, reason="loss is NaN"))
     assert text == f"the run was {status} after 20 iterations: loss is NaN"
 
 
