@@ -147,12 +147,18 @@ def prune(run: Path, *, keep: int, best: int | None = None) -> None:
 
 
 def set_aside_later(run: Path, step: int) -> None:
-    """Rename the checkpoints after iteration `step`: a run that goes on there makes its own."""
+    """Rename the checkpoints after iteration `step`: a run that goes on there makes its own.
+
+    Torn ones are of no use to anybody and go.
+    """
     for later, folder in all_in(run):
         if later > step:
             old = folder.with_name(f"{folder.name}.old")
             shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
+            if damage(folder):
+                shutil.rmtree(folder)
+            else:
+                folder.rename(old)
 
 
 def _write(folder: Path, state: dict[str, Any]) -> None:

@@ -1,0 +1,254 @@
+"""A run goes on from its checkpoint to the same numbers, or says why it does not. Ledger: C-01, C-02, C-10."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+from tiny_runs import Killed, kill, metrics, outcome, tiny
+
+from ppo_lab import checkpoint
+from ppo_lab.continuation import alone_in
+from ppo_lab.errors import ConfigError
+from ppo_lab.experiment import run
+from ppo_lab.resume import differences, is_finished, resume_command, resumed_command
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Could not find a config file:UserWarning"  # PEFT, of a model that has no folder
+)
+
+# Two evaluations come before the first iteration (policy and reference), one every two iterations.
+CALLS_BEFORE_THE_FIFTH_ITERATION = 2 + 4 + 2
+
+
+@pytest.fixture(autouse=True)
+def _no_fuse_is_left() -> None:
+    tiny_runs.fuses.clear()
+
+
+def killed_in_the_fifth_iteration(config: Any, folder: Path) -> None:
+    tiny_runs.fuses[CALLS_BEFORE_THE_FIFTH_ITERATION + 1] = kill
+    with pytest.raises(Killed):
+        run(config, folder)
+    assert len(metrics(folder)) == 4
+    assert [step for step, _ in checkpoint.all_in(folder)] == [3]
+
+
+@pytest.mark.parametrize("r", [4, 0], ids=["lora", "full"])
+@pytest.mark.parametrize("adaptive", [False, True], ids=["fixed", "adaptive"])
+def test_a_killed_run_ends_with_the_numbers_of_one_that_was_not(
+    tmp_path: Path, r: int, adaptive: bool
+) -> None:
+    ppo = {"adap_kl_ctrl": adaptive, "horizon": 100, "lr_schedule": "cosine", "warmup_steps": 2}
+    config = tiny(tmp_path, lora={"r": r}, ppo=ppo)
+    run(config, tmp_path / "straight")
+    killed_in_the_fifth_iteration(config, tmp_path / "killed")
+    run(replace(config, resume=str(tmp_path / "killed")), tmp_path / "elsewhere")
+    expected, found = outcome(tmp_path / "straight"), outcome(tmp_path / "killed")
+    assert found == expected
+    assert len(expected["files"]) >= 3
+    if adaptive:
+        assert len({row["kl_coef"] for row in expected["metrics"]}) > 1
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six iterations with checkpoints after 3 and 6, not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    tiny_runs.fuses.clear()
+    run(tiny(folder), folder / "run")
+    return folder
+
+
+@pytest.fixture
+def again(finished: Path, tmp_path: Path) -> tuple[Any, Path]:
+    """A copy of that run as if it had been killed before its end, and what resumes it."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished / "run", folder)
+    (folder / "summary.json").unlink()
+    return replace(tiny(finished), resume=str(folder)), folder
+
+
+def test_a_torn_checkpoint_is_said_and_the_one_before_is_taken(
+    again: tuple[Any, Path], finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, folder = again
+    torn = folder / "checkpoints/step-000006" / checkpoint.TENSORS
+    torn.write_bytes(torn.read_bytes()[:-100])
+    run(config, folder)
+    assert "iteration 6 is torn and passed over" in capfd.readouterr().err
+    assert outcome(folder) == outcome(finished / "run")
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew_in_silence(
+    again: tuple[Any, Path],
+) -> None:
+    config, folder = again
+    for place in (folder / "checkpoints").iterdir():
+        (place / checkpoint.NUMBERS).unlink()
+    with pytest.raises(ConfigError, match="no whole checkpoint is left"):
+        run(config, folder)
+
+
+@pytest.mark.parametrize("piece", ["optimizer", "kl_controller", "moments", "policy"])
+def test_a_checkpoint_that_lacks_a_piece_is_refused(again: tuple[Any, Path], piece: str) -> None:
+    config, folder = again
+    state = checkpoint.read(checkpoint.latest(folder) or folder)
+    del state["trainer"][piece]
+    checkpoint.save(folder, state, step=6)
+    with pytest.raises(ConfigError, match=piece):
+        run(config, folder)
+
+
+def test_a_named_checkpoint_is_gone_on_from_and_later_ones_are_set_aside(
+    again: tuple[Any, Path], finished: Path
+) -> None:
+    config, folder = again
+    named = folder / "checkpoints/step-000003"
+    run(replace(config, resume=str(named)), folder)
+    assert outcome(folder) == outcome(finished / "run")
+    assert (folder / "checkpoints/step-000006.old").is_dir()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(
+    again: tuple[Any, Path], finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, folder = again
+    shutil.rmtree(folder / "checkpoints")
+    run(config, folder)
+    assert "begins again" in capfd.readouterr().err
+    assert outcome(folder) == outcome(finished / "run")
+
+
+def test_more_steps_go_on_where_a_finished_run_ended(again: tuple[Any, Path]) -> None:
+    config, folder = again
+    before = metrics(folder)
+    run(replace(config, ppo=replace(config.ppo, steps=8)), folder)
+    assert [row["step"] for row in metrics(folder)] == list(range(1, 9))
+    assert metrics(folder)[:6] == before
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 8
+    recorded = (folder / ".hydra/config.yaml").read_text()
+    assert "steps: 8" in recorded
+
+
+def test_a_finished_run_is_not_trained_again(finished: Path) -> None:
+    config = replace(tiny(finished), resume=str(finished / "run"))
+    assert is_finished(finished / "run")
+    assert "has finished its 6 iterations" in differences(config)[0]
+    with pytest.raises(ConfigError, match="above 6"):
+        run(config, finished / "run")
+
+
+def test_what_changes_the_numbers_is_refused_with_the_list_of_it(finished: Path) -> None:
+    config = replace(
+        tiny(finished, ppo={"cliprange": 0.1, "steps": 9}, lora={"r": 8}, evaluation={"every": 1}),
+        resume=str(finished / "run"),
+        seed=3,
+    )
+    found = differences(config)
+    assert [line.partition(":")[0] for line in found[:-1]] == [
+        "seed=3",
+        "lora.r=8",
+        "ppo.cliprange=0.1",
+    ]
+    assert "the run has ppo.cliprange=0.2" in found[2]
+    assert "may change" in found[-1]
+
+
+def test_another_kind_of_reward_is_refused(finished: Path) -> None:
+    from ppo_lab.config import ConstantReward
+
+    config = replace(tiny(finished), resume=str(finished / "run"))
+    found = differences(replace(config, reward=ConstantReward(name="variety")))
+    assert any(line.startswith("reward.target=") for line in found)
+
+
+def test_more_steps_are_refused_where_the_learning_rate_is_tied_to_their_number(
+    tmp_path: Path,
+) -> None:
+    config = tiny(tmp_path, ppo={"steps": 1, "lr_schedule": "linear"})
+    run(config, tmp_path / "run")
+    longer = replace(config, ppo=replace(config.ppo, steps=2), resume=str(tmp_path / "run"))
+    assert "lr_schedule=linear" in differences(longer)[0]
+
+
+def test_other_prompts_in_the_same_file_are_noticed(
+    again: tuple[Any, Path], tmp_path: Path
+) -> None:
+    config, folder = again
+    texts = [f"Other question {i}?" for i in range(22)]
+    _, data = tiny_runs.inputs(tmp_path / "other", texts)
+    recorded = folder / ".hydra/config.yaml"
+    recorded.write_text(recorded.read_text().replace(config.data.path, str(data)))
+    moved = replace(config, data=replace(config.data, path=str(data)))
+    with pytest.raises(ConfigError, match="the prompts are not those"):
+        run(moved, folder)
+
+
+def test_checkpoints_behind_a_link_are_refused(again: tuple[Any, Path], tmp_path: Path) -> None:
+    config, folder = again
+    (folder / "checkpoints").rename(tmp_path / "outside")
+    (folder / "checkpoints").symlink_to(tmp_path / "outside")
+    with pytest.raises(ConfigError, match="leads out of the run's folder"):
+        run(config, folder)
+
+
+def test_a_record_behind_a_link_is_refused(again: tuple[Any, Path], tmp_path: Path) -> None:
+    config, folder = again
+    (folder / ".hydra").rename(tmp_path / "outside")
+    (folder / ".hydra").symlink_to(tmp_path / "outside")
+    with pytest.raises(ConfigError, match="leads out of the run's folder"):
+        run(config, folder)
+
+
+def test_two_processes_do_not_train_in_one_folder(again: tuple[Any, Path]) -> None:
+    config, folder = again
+    with alone_in(folder), pytest.raises(ConfigError, match="another process"):
+        run(config, folder)
+
+
+def test_nothing_resumes_by_accident(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished / "run", folder)
+    run(tiny(finished, ppo={"steps": 1}), folder)
+    assert len(metrics(folder)) == 1
+
+
+def test_a_command_that_resumes_repeats_the_runs_own_overrides_before_its_own(
+    again: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, folder = again
+    monkeypatch.chdir(tmp_path)
+    (folder / ".hydra/overrides.yaml").write_text("[model=gpt2, ppo.steps=6, resume=old]")
+    (folder / ".hydra/hydra.yaml").write_text(f"hydra: {{runtime: {{cwd: {folder}}}}}")
+    words = resumed_command([f"resume={folder}", "ppo.steps=9", "tracking=none"])
+    assert words == [
+        *("model=gpt2", "ppo.steps=9", "tracking=none", f"resume={folder}"),
+        *(f"hydra.run.dir={folder}", "hydra.output_subdir=null"),
+    ]
+    assert Path.cwd() == folder
+    assert resumed_command(["ppo.steps=9"]) == ["ppo.steps=9"]
+    assert resumed_command(["resume="]) == ["resume="]
+    assert str(folder) in resume_command(folder)
+
+
+def test_a_sweep_cannot_resume_one_run(again: tuple[Any, Path]) -> None:
+    _, folder = again
+    with pytest.raises(ConfigError, match="without -m"):
+        resumed_command(["-m", f"resume={folder}"])
+
+
+@pytest.mark.parametrize("missing", [".hydra", ".hydra/overrides.yaml", ""])
+def test_a_folder_that_holds_no_run_cannot_be_resumed(tmp_path: Path, missing: str) -> None:
+    folder = tmp_path / "run"
+    if missing:
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / ".hydra/config.yaml").write_text("{}")
+    with pytest.raises(ConfigError, match="no such folder|holds no run"):
+        resumed_command([f"resume={folder}"])
