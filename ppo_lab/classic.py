@@ -6,15 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ppo_lab.config import PPOConfig
+from ppo_lab.models.loading import disable_dropout, eos_ids
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
-from ppo_lab.rollout import NoiseKey, Sampling, sample
-from ppo_lab.types import Tokens
+from ppo_lab.rollout import NoiseKey, Sampling
+from ppo_lab.types import Prompts, Tokens
 
 if TYPE_CHECKING:
     from ppo_lab.trainer import PPOTrainer
@@ -31,6 +33,10 @@ OWN = {
     "do_sample",
 }
 OWN |= {"eos_token_id", "pad_token_id", "stop_strings"}
+# Of the others, those that leave every token's probability as it is.
+NEUTRAL = {"max_length", "max_time", "use_cache", "cache_implementation", "tokenizer", "streamer"}
+# The streams of noise that `generate` draws from begin here: no iteration has these numbers.
+CLASSIC_STREAM = 2**62
 
 
 def check_constructor(config: Any, model: Any, ref_model: Any, tokenizer: Any) -> None:
@@ -51,45 +57,79 @@ def check_constructor(config: Any, model: Any, ref_model: Any, tokenizer: Any) -
         raise ValueError(
             "model is missing: give a causal language model, with or without a value head"
         )
+    if ref_model is not None and _trained_in_both(model, ref_model):
+        raise ValueError(
+            "ref_model shares weights with model that are to be trained: give a copy, or leave it "
+            "out, and the model as it is now is the reference"
+        )
     if tokenizer is None or not hasattr(tokenizer, "decode"):
         raise ValueError(
             f"tokenizer must be a transformers tokenizer, not {type(tokenizer).__name__}"
         )
 
 
+def _trained_in_both(model: torch.nn.Module, ref_model: torch.nn.Module) -> bool:
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    return any(id(p) in trained for p in ref_model.parameters())
+
+
 def as_policy(model: Any) -> AutoModelForCausalLMWithValueHead:
-    """`model` with a value head, which is drawn anew where it had none."""
-    if isinstance(model, AutoModelForCausalLMWithValueHead):
-        return model
-    return AutoModelForCausalLMWithValueHead(model)
+    """`model` with a value head, which is drawn anew where it had none, and without dropout.
+
+    Raises:
+        ValueError: nothing of the model is trainable.
+    """
+    policy = model
+    if not isinstance(model, AutoModelForCausalLMWithValueHead):
+        policy = AutoModelForCausalLMWithValueHead(model)
+    disable_dropout(policy)  # adapters that came after the value head brought their own
+    if not any(p.requires_grad for p in policy.pretrained_model.parameters()):
+        raise ValueError(
+            "model: none of its weights is trainable (requires_grad); load a saved adapter with "
+            "is_trainable=True"
+        )
+    return policy
 
 
 def default_sampling(policy: AutoModelForCausalLMWithValueHead, tokenizer: Any) -> Sampling:
     """The whole distribution at temperature 1, ending where model or tokenizer say that a text
     ends.
     """
-    from ppo_lab.models.loading import eos_ids
-
     ends = eos_ids(tokenizer, policy.trunk.model)
-    pad = tokenizer.pad_token_id
-    if pad is None:
+    pad, rows = tokenizer.pad_token_id, policy.trunk.model.get_input_embeddings().weight.shape[0]
+    # Padding is never looked at, and must only have a row in the embedding, which a token added
+    # later has not.
+    if pad is None or pad >= rows:
         pad = ends[0] if ends else 0
     return Sampling(max_new_tokens=DEFAULT_NEW_TOKENS, eos_ids=ends, pad_id=pad)
 
 
 def dataloader(dataset: Any, data_collator: Any, config: PPOConfig) -> Any:
-    """Shuffled batches of the data set, None without one."""
+    """Shuffled batches of the data set, None without one; without a collator each column is a list.
+
+    Raises:
+        ValueError: the data set has fewer rows than a batch.
+    """
     if dataset is None:
         return None
+    if len(dataset) < config.batch_size:
+        raise ValueError(
+            f"dataset has {len(dataset)} rows, fewer than one batch of batch_size="
+            f"{config.batch_size}"
+        )
     generator = torch.Generator().manual_seed(config.seed)
     return torch.utils.data.DataLoader(
         dataset,
         batch_size=config.batch_size,
-        collate_fn=data_collator,
+        collate_fn=data_collator or _columns,
         shuffle=True,
         drop_last=True,
         generator=generator,
     )
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def generate(
@@ -105,13 +145,15 @@ def generate(
     queries = _queries(query_tensor)
     if length_sampler is not None:
         kwargs["max_new_tokens"] = int(length_sampler())
-    trainer.sampling = _sampling(trainer.sampling, kwargs, batch_size)
+    trainer.drawn = _sampling(trainer.sampling, kwargs, batch_size)
     answers = [_answers(trainer, queries, kwargs)]
     if generate_ref_response:
         with trainer.reference.active() as trunk:
             answers.append(_answers(trainer, queries, kwargs, trunk))
     if return_prompt:
         answers = [[torch.cat([q, r]) for q, r in zip(queries, a, strict=True)] for a in answers]
+    if isinstance(query_tensor, Tensor):
+        answers = [answer[0][None] for answer in answers]
     return tuple(answers) if generate_ref_response else answers[0]
 
 
@@ -135,67 +177,77 @@ def _queries(query_tensor: Any) -> list[Tensor]:
 
 
 def _sampling(sampling: Sampling, kwargs: dict[str, Any], batch_size: int) -> Sampling:
-    """The trainer's sampling as generation keywords change it; it stays so for later log-probs."""
-    temperature = kwargs.get("temperature", sampling.temperature)
+    """The trainer's sampling as generation keywords change it."""
+    given = {name: value for name, value in kwargs.items() if value is not None}
     eos = kwargs.get("eos_token_id", sampling.eos_ids)
-    pad = kwargs.get("pad_token_id")
-    stops = kwargs.get("stop_strings") or ()
+    stops = given.get("stop_strings", sampling.stop_strings)
+    temperature = float(given.get("temperature", sampling.temperature))
+    foreign = sorted(set(given) - OWN - NEUTRAL)
     return replace(
         sampling,
-        max_new_tokens=int(kwargs.get("max_new_tokens", sampling.max_new_tokens)),
-        min_new_tokens=max(int(kwargs.get("min_new_tokens", 0) or 0), 0),
-        temperature=float(temperature) if kwargs.get("do_sample", True) else 0.0,
-        top_k=max(int(kwargs.get("top_k", 0) or 0), 0),
-        top_p=float(kwargs.get("top_p", 1.0)),
+        max_new_tokens=int(given.get("max_new_tokens", sampling.max_new_tokens)),
+        min_new_tokens=max(int(given.get("min_new_tokens", sampling.min_new_tokens)), 0),
+        temperature=temperature if given.get("do_sample", True) else 0.0,
+        top_k=max(int(given.get("top_k", sampling.top_k)), 0),
+        top_p=float(given.get("top_p", sampling.top_p)),
         eos_ids=tuple(eos)
         if isinstance(eos, (list, tuple))
         else (int(eos),)
         if eos is not None
         else (),
-        pad_id=sampling.pad_id if pad is None else int(pad),
+        pad_id=int(given.get("pad_token_id", sampling.pad_id)),
         stop_strings=(stops,) if isinstance(stops, str) else tuple(stops),
-        batch_size=batch_size,
+        batch_size=batch_size or sampling.batch_size,
+        foreign=tuple(f"{name}={given[name]!r}" for name in foreign),
     )
 
 
 def _answers(
     trainer: PPOTrainer, queries: list[Tensor], kwargs: dict[str, Any], trunk: Any = None
 ) -> list[Tensor]:
-    if set(kwargs) <= OWN and kwargs.get("min_length", -1) <= 0:
-        trainer.policy.eval()
-        noise = NoiseKey(trainer.config.seed, trainer.next_noise_stream())
-        ids = [q.tolist() for q in queries]
-        tokens, _ = sample(
-            trainer.policy,
-            ids,
-            sampling=trainer.sampling,
-            noise=noise,
-            decode=trainer.decode,
-            trunk=trunk,
+    if set(kwargs) <= OWN and (kwargs.get("min_length") or 0) <= 0:
+        noise = NoiseKey(trainer.config.seed, CLASSIC_STREAM + trainer.next_noise_stream())
+        tokens, _ = trainer.draw(
+            Prompts([q.tolist() for q in queries], []), trainer.drawn, noise, trunk
         )
         return [torch.tensor(row) for row in tokens.response_lists()]
-    return [_by_transformers(trainer, q, kwargs, trunk) for q in queries]
+    trainer.policy.eval()
+    model = (trunk or trainer.policy.trunk).model
+    settings = _for_transformers(trainer, kwargs)
+    return [_by_transformers(model, q.to(trainer.device), settings).cpu() for q in queries]
+
+
+def _for_transformers(trainer: PPOTrainer, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The sampling in transformers' words, and the keywords that only it knows."""
+    drawn = trainer.drawn
+    settings: dict[str, Any] = {
+        "do_sample": drawn.temperature > 0,
+        "eos_token_id": list(drawn.eos_ids) or None,
+        "pad_token_id": drawn.pad_id,
+        "min_new_tokens": drawn.min_new_tokens or None,
+    }
+    if drawn.temperature > 0:
+        settings |= {"temperature": drawn.temperature, "top_k": drawn.top_k, "top_p": drawn.top_p}
+    if "max_length" not in kwargs:
+        settings["max_new_tokens"] = drawn.max_new_tokens
+    if drawn.stop_strings:
+        settings |= {"stop_strings": list(drawn.stop_strings), "tokenizer": trainer.tokenizer}
+    return settings | {name: value for name, value in kwargs.items() if name not in settings}
 
 
 @torch.no_grad()
-def _by_transformers(
-    trainer: PPOTrainer, query: Tensor, kwargs: dict[str, Any], trunk: Any
-) -> Tensor:
-    """One response by transformers' own `generate`, for keywords that our sampler does not know."""
-    model = trainer.policy.pretrained_model if trunk is None else trunk.model
-    settings = {
-        "do_sample": True,
-        "top_k": 0,
-        "top_p": 1.0,
-        "max_new_tokens": DEFAULT_NEW_TOKENS,
-        **kwargs,
-    }
-    settings.setdefault("pad_token_id", trainer.sampling.pad_id)
-    if "stop_strings" in settings:
-        settings["tokenizer"] = trainer.tokenizer
-    ids = query[None].to(trainer.device)
-    full = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-    return full[0, len(query) :].cpu()
+def _by_transformers(model: Any, query: Tensor, settings: dict[str, Any]) -> Tensor:
+    """One response by transformers' own `generate`; nothing of the model's own settings leaks in."""
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        full = model.generate(
+            input_ids=query[None], attention_mask=torch.ones_like(query[None]), **settings
+        )
+    finally:
+        model.generation_config = own
+    return full[0, len(query) :]
 
 
 def check_step(
@@ -218,26 +270,33 @@ def check_step(
         if response_masks is None
         else [m.bool().tolist() for m in _masks(response_masks, responses)]
     )
-    for name, value in (
+    each = (
         ("responses", responses),
         ("scores", raw),
-        ("response_masks", masks or queries),
-    ):
+        ("response_masks", queries if masks is None else masks),
+    )
+    for name, value in each:
         if len(value) != len(queries):
             raise ValueError(
                 f"{name} has {len(value)} items and queries has {len(queries)}: one each is needed"
             )
+    _check_vocabulary(trainer, queries=queries, responses=responses)
     ids = [r.tolist() for r in responses]
-    ends = set(trainer.sampling.eos_ids)
     tokens = Tokens.pack(
         [q.tolist() for q in queries],
         ids,
-        pad_id=trainer.sampling.pad_id,
+        pad_id=trainer.drawn.pad_id,
         masks=masks,
-        ended=[not ends or bool(ends & set(r)) for r in ids],
+        ended=[_has_ended(trainer, r) for r in ids],
     )
-    _check_vocabulary(trainer, tokens)
     return tokens.to(trainer.device), raw.to(trainer.device)
+
+
+def _has_ended(trainer: PPOTrainer, response: list[int]) -> bool:
+    """Whether a stop condition is in the response; True where none is known."""
+    ends, stops = trainer.drawn.eos_ids, trainer.drawn.stop_strings
+    text = trainer.decode(response) if stops else ""
+    return not (ends or stops) or any(i in response for i in ends) or any(s in text for s in stops)
 
 
 def _check_ids(name: str, tensors: Sequence[Any]) -> None:
@@ -254,14 +313,14 @@ def _check_ids(name: str, tensors: Sequence[Any]) -> None:
 
 
 def _scores(scores: Any) -> Tensor:
-    if not isinstance(scores, (list, tuple, Tensor)):
+    if not isinstance(scores, (list, tuple, Tensor)) or (
+        isinstance(scores, Tensor) and scores.dim() == 0
+    ):
         raise ValueError(
             f"scores must be a list of numbers or scalar tensors, not {type(scores).__name__}"
         )
     for i, score in enumerate(scores):
-        single = (
-            score.numel() == 1 if isinstance(score, Tensor) else isinstance(score, (int, float))
-        )
+        single = score.numel() == 1 if isinstance(score, Tensor) else isinstance(score, Real)
         if not single:
             raise ValueError(f"scores[{i}] must be one number, not {score!r}")
     raw = torch.tensor([float(score) for score in scores], dtype=torch.float32)
@@ -291,14 +350,15 @@ def _masks(response_masks: Any, responses: Sequence[Tensor]) -> Sequence[Tensor]
     return response_masks
 
 
-def _check_vocabulary(trainer: PPOTrainer, tokens: Tokens) -> None:
+def _check_vocabulary(trainer: PPOTrainer, **named: Sequence[Tensor]) -> None:
     size = trainer.policy.trunk.model.get_input_embeddings().weight.shape[0]
-    for name, ids in (("queries", tokens.queries), ("responses", tokens.responses)):
-        worst = int(ids.max()), int(ids.min())
-        if worst[0] >= size or worst[1] < 0:
-            raise ValueError(
-                f"{name} hold the token id {max(worst)}, and the model's vocabulary has {size}"
-            )
+    for name, tensors in named.items():
+        for i, ids in enumerate(tensors):
+            wrong = ids[(ids < 0) | (ids >= size)].tolist()
+            if wrong:
+                raise ValueError(
+                    f"{name}[{i}] holds the token id {wrong[0]}; the model's vocabulary has {size}"
+                )
 
 
 def log_stats(

@@ -28,7 +28,8 @@ class Sampling:
 
     `min_new_tokens` tokens come before any end-of-sequence token is allowed; `batch_size` prompts
     are drawn at once (0 = all). A response ends with its first token out of `eos_ids`, or with the
-    token that completes one of `stop_strings`; what ended it is part of it.
+    token that completes one of `stop_strings`; what ended it is part of it. `foreign` names
+    settings that another sampler honoured.
     """
 
     max_new_tokens: int
@@ -40,6 +41,7 @@ class Sampling:
     top_p: float = 1.0
     stop_strings: tuple[str, ...] = ()
     batch_size: int = 0
+    foreign: tuple[str, ...] = ()
 
     @property
     def logprob_temperature(self) -> float:
@@ -47,6 +49,17 @@ class Sampling:
         decoding.
         """
         return self.temperature or 1.0
+
+    @property
+    def departures(self) -> tuple[str, ...]:
+        """The settings that move sampling away from the distribution that log-probs are of."""
+        settings = {
+            f"min_new_tokens={self.min_new_tokens}": self.min_new_tokens > 0 and bool(self.eos_ids),
+            "temperature=0": self.temperature == 0.0,
+            f"top_k={self.top_k}": self.top_k > 0,
+            f"top_p={self.top_p}": self.top_p < 1.0,
+        }
+        return (*(name for name, departs in settings.items() if departs), *self.foreign)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from ppo_lab.config import PPOConfig
 from ppo_lab.kl import AdaptiveKLController, FixedKLController
 from ppo_lab.memory import Passes
 from ppo_lab.metrics import Shaped, iteration_metrics
-from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead, Reference
+from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_lab.models.reference import Reference
 from ppo_lab.optim import make_optimizer, make_schedule
 from ppo_lab.rollout import NoiseKey, Sampling, sample
 from ppo_lab.scaling import RunningMoments, penalise_unended, scale_scores
@@ -87,6 +88,7 @@ class PPOTrainer:
             self.policy, None if ref_model is None else ref_model.to(self.device)
         )
         self.sampling = sampling or classic.default_sampling(self.policy, tokenizer)
+        self.drawn = self.sampling  # how the responses at hand were drawn, which log-probs follow
         if self.config.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable()
         self.optimizer = optimizer or _optimizer(self.policy, self.config)
@@ -121,6 +123,7 @@ class PPOTrainer:
     def sample(self, prompts: Prompts) -> tuple[Tokens, Forward]:
         """Responses of the policy, with the log-probs and values that fell out of sampling them."""
         noise = NoiseKey(self.config.seed, self.iterations_done)
+        self.drawn = self.sampling
         with self.clock("generate"):
             return self.draw(prompts, self.sampling, noise)
 
@@ -140,7 +143,7 @@ class PPOTrainer:
         """
         with self.clock("reference"):
             self.policy.eval()
-            at = {"temperature": self.sampling.logprob_temperature}
+            at = {"temperature": self.drawn.logprob_temperature}
             forward = seen or self.in_passes(
                 tokens, lambda t: self.policy.score(t, **at, entropy=True)
             )
@@ -161,7 +164,7 @@ class PPOTrainer:
             self.policy.train()
             update = self.updates.run(
                 shaped.batch,
-                temperature=self.sampling.logprob_temperature,
+                temperature=self.drawn.logprob_temperature,
                 seed=(self.config.seed, self.iterations_done),
             )
         c = self.config
@@ -223,13 +226,15 @@ class PPOTrainer:
         generate_ref_response: bool = False,
         **generation_kwargs: Any,
     ) -> Any:
-        """Responses to one query or to a list of queries, as a list of 1-D tensors of token ids.
+        """Responses to a list of queries as a list of 1-D tensors of token ids; to one query, as a
+        tensor of one row.
 
         With `return_prompt` each begins with its query, in which nothing is cut. `length_sampler()`
         draws the number of new tokens; `generate_ref_response` also returns the reference's
-        responses, as a second list. Keywords are those of transformers' generation. Without any,
-        the distribution is sampled whole, at temperature 1. The temperature used is that of later
-        log-probs.
+        responses, beside the others. Keywords are those of transformers' generation, and hold for
+        this call and the `step` after it, whose log-probs are taken at the same temperature. What
+        they leave open is as the trainer's `sampling`: by default the whole distribution at
+        temperature 1, whatever the model's own generation config says.
         """
         return classic.generate(
             self,
@@ -325,7 +330,13 @@ class PPOTrainer:
         self.iterations_done = state["iterations_done"]
 
     def _check_invariants(self, metrics: dict[str, float]) -> None:
-        """Warn, once each, where the first ratios or the first KL are not what they must be."""
+        """Warn, once each, where ratios or KL before an update are not what they must be."""
+        if self.drawn.departures:
+            self._warn(
+                "departures",
+                f"responses are drawn with {', '.join(self.drawn.departures)}, not from the whole "
+                "distribution, which log-probs are of: KL estimates are biased, and may be negative",
+            )
         rounding = ROUNDING.get(self.policy.dtype, 1e-3)
         error = metrics["ppo/policy/first_minibatch_ratio_error"]
         if error > rounding:

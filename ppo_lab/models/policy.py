@@ -1,12 +1,7 @@
-"""The policy: a causal language model with a value head on its trunk, and the reference that it is
-held to.
-"""
+"""The policy: a causal language model with a value head on its trunk."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,12 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ppo_lab.models.loading import disable_dropout
-from ppo_lab.models.logprobs import token_full_kl, token_logprobs
+from ppo_lab.models.logprobs import token_logprobs
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.models.value_head import ValueHead, find_value_head, save_value_head
 from ppo_lab.types import Forward, Tokens
-
-REFERENCE_ADAPTER = "reference"
 
 
 class AutoModelForCausalLMWithValueHead(nn.Module):
@@ -36,6 +29,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         self, pretrained_model: Any, *, v_head_init: str = "normal", v_head_init_std: float = 0.0
     ) -> None:
         super().__init__()
+        check_causal(pretrained_model)
         disable_dropout(pretrained_model)  # or the ratio would not be 1 before the first update
         self.pretrained_model: Any = pretrained_model
         self.trunk = Trunk(pretrained_model)
@@ -56,14 +50,17 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         """A policy from a hub id, a folder (LoRA adapters and TRL 0.11's folders included) or a
         model in memory.
 
+        Weights are float32 unless `dtype` says otherwise, whatever they were saved in: in half
+        precision, Adam's small steps would be lost to rounding.
+
         A value head found in the folder is loaded, else it is drawn anew: "normal" with standard
         deviation `v_head_initializer_range` (0 = 1 / sqrt(hidden_size + 1)), or "zero".
         `peft_config` wraps the model with a fresh adapter; other keywords go to
         `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
-            ValueError: `peft_config` for a model that has an adapter already, or an unknown
-                initialisation.
+            ValueError: nothing that a policy can be made of, `peft_config` for a model that has an
+                adapter already, or an unknown initialisation.
         """
         if v_head_init_strategy not in ("normal", "zero"):
             raise ValueError(
@@ -93,8 +90,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         if self.is_peft_model:
-            kwargs.setdefault("selected_adapters", [self.pretrained_model.active_adapter])
+            kwargs["selected_adapters"] = [self.pretrained_model.active_adapter]
         self.pretrained_model.save_pretrained(path, **kwargs)
+        if self.is_peft_model:
+            _move_up(path / self.pretrained_model.active_adapter)
         save_value_head(self.v_head, path)
 
     def forward(
@@ -118,9 +117,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             hidden, self.trunk.head, targets, temperature=temperature, entropy=entropy
         )
         return Forward(
-            logprobs=_spread(logprobs, tokens.mask),
-            values=_spread(self.v_head(hidden), tokens.mask),
-            entropy=None if entropies is None else _spread(entropies, tokens.mask),
+            logprobs=spread(logprobs, tokens.mask),
+            values=spread(self.v_head(hidden), tokens.mask),
+            entropy=None if entropies is None else spread(entropies, tokens.mask),
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -156,75 +155,15 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass; with an adapter, gradients still reach it."""
-        self.pretrained_model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = self.pretrained_model
+        # The second name is that of transformers before 5.23.
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None)
+            or model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
         if self.is_peft_model:
             self.pretrained_model.enable_input_require_grads()
-
-
-class Reference:
-    """The frozen model that KL is measured against: the policy as it was when this was made.
-
-    Of a policy with a fresh adapter it is the same trunk with the adapter off, of one with a
-    trained adapter a frozen copy of that adapter on the same trunk, else a frozen copy of the
-    model, or `model` where one is given.
-    """
-
-    def __init__(self, policy: AutoModelForCausalLMWithValueHead, model: Any = None) -> None:
-        self._policy = policy
-        self.is_start = model is None
-        self._adapter = ""
-        if model is not None:
-            self._trunk = Trunk(_plain(model))
-        elif not policy.is_peft_model:
-            self._trunk = Trunk(_frozen(copy.deepcopy(policy.trunk.model)))
-        else:
-            self._trunk = policy.trunk
-            self._adapter = (
-                _clone_adapter(policy.pretrained_model)
-                if _is_trained(policy.pretrained_model)
-                else "off"
-            )
-
-    @torch.no_grad()
-    def logprobs(self, tokens: Tokens, *, temperature: float) -> Float[Tensor, "batch time"]:
-        """Log-probabilities of the response tokens under the reference."""
-        with self.active() as trunk:
-            hidden = response_states(trunk, tokens)[tokens.mask]
-            targets = tokens.responses[tokens.mask]
-            logprobs, _ = token_logprobs(hidden, trunk.head, targets, temperature=temperature)
-        return _spread(logprobs, tokens.mask)
-
-    @torch.no_grad()
-    def full_kl(self, tokens: Tokens, *, temperature: float) -> Float[Tensor, "batch time"]:
-        """The exact KL of the policy to the reference at each response token, over the vocabulary,
-        in nats.
-        """
-        hidden = response_states(self._policy.trunk, tokens)[tokens.mask]
-        with self.active() as trunk:
-            ref_hidden = response_states(trunk, tokens)[tokens.mask]
-            kl = token_full_kl(
-                hidden, ref_hidden, self._policy.trunk.head, trunk.head, temperature=temperature
-            )
-        return _spread(kl, tokens.mask)
-
-    @contextmanager
-    def active(self) -> Iterator[Trunk]:
-        """The reference's trunk; with a shared trunk, its adapter is switched for the while and
-        switched back.
-        """
-        model = self._policy.pretrained_model
-        if self._adapter == "off":
-            with model.disable_adapter():
-                yield self._trunk
-        elif self._adapter:
-            trained = model.active_adapter
-            model.set_adapter(self._adapter)
-            try:
-                yield self._trunk
-            finally:
-                model.set_adapter(trained)
-        else:
-            yield self._trunk
 
 
 def response_states(trunk: Trunk, tokens: Tokens) -> Float[Tensor, "batch time hidden"]:
@@ -243,20 +182,64 @@ def response_states(trunk: Trunk, tokens: Tokens) -> Float[Tensor, "batch time h
     return torch.nn.functional.pad(hidden, (0, 0, 0, time - longest))
 
 
-def _spread(x: Float[Tensor, " tokens"], mask: Tensor) -> Float[Tensor, "batch time"]:
+def spread(x: Float[Tensor, " tokens"], mask: Tensor) -> Float[Tensor, "batch time"]:
+    """Numbers of the real tokens in their places, zeros on padding."""
     return x.new_zeros(mask.shape).masked_scatter(mask, x)
 
 
 def _load(source: Any, kwargs: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     if not isinstance(source, (str, Path)):
         return source
-    if (Path(source) / "adapter_config.json").is_file():
+    trainable = kwargs.pop("is_trainable", True)
+    if "torch_dtype" not in kwargs:
+        kwargs.setdefault("dtype", torch.float32)
+    if find_adapter_config_file(str(source)) is not None:
         from peft import AutoPeftModelForCausalLM
 
-        return AutoPeftModelForCausalLM.from_pretrained(str(source), is_trainable=True, **kwargs)
+        return AutoPeftModelForCausalLM.from_pretrained(
+            str(source), is_trainable=trainable, **kwargs
+        )
     return AutoModelForCausalLM.from_pretrained(str(source), **kwargs)
+
+
+def check_causal(model: Any) -> None:
+    """Refuse what is no causal language model, and adapters whose effect the trunk would not see.
+
+    Raises:
+        ValueError: saying which.
+    """
+    from transformers import PreTrainedModel
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = type(base).__name__
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(
+            f"model must be a causal language model of transformers, plain or PEFT, not {name}"
+        )
+    if base.config.is_encoder_decoder or base.get_output_embeddings() is None:
+        raise ValueError(f"model must be a decoder with a language-model head, which {name} is not")
+    if hasattr(base.get_output_embeddings(), "base_layer"):
+        raise ValueError(
+            f"model: the adapter is on the output head of {name}, which is never adapted, since "
+            "log-probs are made from its own weight; leave the head out of target_modules"
+        )
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:
+        raise ValueError(
+            f"model: {adapter.peft_type.value} learns a prompt, and only adapters inside of the "
+            "model (such as LoRA) can be trained here"
+        )
+
+
+def _move_up(folder: Path) -> None:
+    """Put the files of an adapter that has a name of its own where one is looked for."""
+    if folder.is_dir():
+        for file in folder.iterdir():
+            file.replace(folder.parent / file.name)
+        folder.rmdir()
 
 
 def _wrap(model: Any, peft_config: Any) -> Any:
@@ -267,32 +250,3 @@ def _wrap(model: Any, peft_config: Any) -> Any:
             "peft_config was given for a model that has an adapter already: leave one of them out"
         )
     return get_peft_model(model, peft_config)
-
-
-def _plain(model: Any) -> Any:
-    wrapped = (
-        model.pretrained_model if isinstance(model, AutoModelForCausalLMWithValueHead) else model
-    )
-    return _frozen(wrapped)
-
-
-def _frozen(model: Any) -> Any:
-    return model.requires_grad_(False).eval()
-
-
-def _is_trained(model: Any) -> bool:
-    """Whether a LoRA adapter already changes the model: some `lora_B` is not zero."""
-    return any(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name)
-
-
-def _clone_adapter(model: Any) -> str:
-    """Add a frozen copy of the active adapter under the reference's name."""
-    trained = model.active_adapter
-    model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[trained]))
-    weights = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in weights.items():
-            if f".{trained}." in name or name.endswith(f".{trained}"):
-                weights[name.replace(f".{trained}", f".{REFERENCE_ADAPTER}")].copy_(parameter)
-    model.set_adapter(trained)
-    return REFERENCE_ADAPTER

@@ -1,0 +1,150 @@
+"""The frozen model that a policy is held to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ppo_lab.models.loading import disable_dropout
+from ppo_lab.models.logprobs import token_full_kl, token_logprobs
+from ppo_lab.models.policy import (
+    AutoModelForCausalLMWithValueHead,
+    check_causal,
+    response_states,
+    spread,
+)
+from ppo_lab.models.trunk import Trunk
+from ppo_lab.types import Tokens
+
+REFERENCE_ADAPTER = "reference"
+
+
+class Reference:
+    """The frozen model that KL is measured against: the policy as it was when this was made.
+
+    Of a policy with a fresh adapter it is the same trunk with the adapter off, of one with a
+    trained adapter a frozen copy of that adapter on the same trunk, else a frozen copy of the
+    model, or `model` where one is given (which is then frozen).
+    """
+
+    def __init__(self, policy: AutoModelForCausalLMWithValueHead, model: Any = None) -> None:
+        self._policy = policy
+        self.is_start = model is None
+        self._adapter = ""
+        if model is not None:
+            self._trunk = Trunk(_plain(model))
+        elif not policy.is_peft_model:
+            self._trunk = Trunk(_frozen(copy.deepcopy(policy.trunk.model)))
+        else:
+            self._trunk = policy.trunk
+            self._adapter = (
+                _clone_adapter(policy.pretrained_model)
+                if _is_trained(policy.pretrained_model)
+                else "off"
+            )
+
+    @torch.no_grad()
+    def logprobs(self, tokens: Tokens, *, temperature: float) -> Float[Tensor, "batch time"]:
+        """Log-probabilities of the response tokens under the reference."""
+        with self.active() as trunk:
+            hidden = response_states(trunk, tokens)[tokens.mask]
+            targets = tokens.responses[tokens.mask]
+            logprobs, _ = token_logprobs(hidden, trunk.head, targets, temperature=temperature)
+        return spread(logprobs, tokens.mask)
+
+    @torch.no_grad()
+    def full_kl(self, tokens: Tokens, *, temperature: float) -> Float[Tensor, "batch time"]:
+        """The exact KL of the policy to the reference at each response token, over the vocabulary,
+        in nats.
+        """
+        hidden = response_states(self._policy.trunk, tokens)[tokens.mask]
+        with self.active() as trunk:
+            ref_hidden = response_states(trunk, tokens)[tokens.mask]
+            kl = token_full_kl(
+                hidden, ref_hidden, self._policy.trunk.head, trunk.head, temperature=temperature
+            )
+        return spread(kl, tokens.mask)
+
+    @contextmanager
+    def active(self) -> Iterator[Trunk]:
+        """The reference's trunk; with a shared trunk, its adapter is switched for the while and
+        switched back.
+        """
+        model = self._policy.pretrained_model
+        if self._adapter == "off":
+            with model.disable_adapter():
+                yield self._trunk
+        elif self._adapter:
+            trained = model.active_adapter
+            model.set_adapter(self._adapter, inference_mode=True)
+            try:
+                yield self._trunk
+            finally:
+                model.set_adapter(trained)
+        else:
+            yield self._trunk
+
+
+def _plain(model: Any) -> Any:
+    wrapped = (
+        model.pretrained_model if isinstance(model, AutoModelForCausalLMWithValueHead) else model
+    )
+    check_causal(wrapped)
+    return _frozen(wrapped)
+
+
+def _frozen(model: Any) -> Any:
+    disable_dropout(model)
+    return model.requires_grad_(False).eval()
+
+
+def _is_trained(model: Any) -> bool:
+    """Whether the adapter already changes the model, which a fresh one of LoRA's does not.
+
+    A fresh one holds zeros in `lora_B` (of embeddings: in A) and copies in `modules_to_save`. Of
+    adapters of another
+    kind nothing is known: they count as trained.
+    """
+    if model.active_peft_config.peft_type != "LORA":
+        return True
+    if any(
+        bool(p.any())
+        for name, p in model.named_parameters()
+        if "lora_B" in name or "lora_embedding_A" in name
+    ):
+        return True
+    saved = [module for module in model.modules() if hasattr(module, "original_module")]
+    return any(
+        _differ(copied, module.original_module)
+        for module in saved
+        for copied in module.modules_to_save.values()
+    )
+
+
+def _differ(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return any(not torch.equal(a, b) for a, b in pairs)
+
+
+def _clone_adapter(model: Any) -> str:
+    """Add a frozen copy of the active adapter under a name that is not taken, and return that."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    trained, name = model.active_adapter, REFERENCE_ADAPTER
+    while name in model.peft_config:
+        name += "_"
+    config = copy.deepcopy(model.peft_config[trained])
+    # Some ways to start an adapter (PiSSA, OLoRA) take what they put into it out of the trunk.
+    config.init_lora_weights = True
+    model.add_adapter(name, config)
+    weights = get_peft_model_state_dict(model, adapter_name=trained, save_embedding_layers=False)
+    set_peft_model_state_dict(model, weights, adapter_name=name)
+    disable_dropout(model)
+    model.set_adapter(trained)
+    return name
