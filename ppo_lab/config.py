@@ -195,6 +195,9 @@ class LoraSection:
     )
     use_rslora: bool = knob(False, "scale by alpha / sqrt(r) instead (rsLoRA)")
     use_dora: bool = knob(False, "learn magnitude and direction apart (DoRA)")
+    learning_rate_factor: float = knob(
+        1.0, "the adapter's step size, as a multiple of the learning rate", above=0
+    )
 
 
 @dataclass

@@ -132,7 +132,7 @@ def build(config: Config, folder: Path, overrides: Sequence[str] = ()) -> Lab:
     reward = build_reward(config.reward, device=device)
     policy = load_policy(config, tokenizer, device)
     trainer = PPOTrainer(
-        PPOConfig(**asdict(config.ppo), seed=config.seed, model_name=config.model.name),
+        ppo_config(config),
         policy,
         tokenizer=tokenizer,
         sampling=sampling(config.generation, policy, tokenizer, eos_token=config.model.eos_token),
@@ -203,6 +203,15 @@ def evaluate(lab: Lab, step: int) -> Metrics:
     lab.evaluations[1:] = [evaluation]
     lab.trackers.log_samples(evaluation.samples, step)
     return {f"eval/{name}": value for name, value in evaluation.metrics.items()}
+
+
+def ppo_config(config: Config) -> PPOConfig:
+    """The `ppo` section as the trainer takes it; an adapter has a step size of its own."""
+    settings = asdict(config.ppo)
+    if config.lora.r:
+        settings["value_learning_rate"] = config.ppo.value_learning_rate or config.ppo.learning_rate
+        settings["learning_rate"] = config.ppo.learning_rate * config.lora.learning_rate_factor
+    return PPOConfig(**settings, seed=config.seed, model_name=config.model.name)
 
 
 def load_policy(config: Config, tokenizer: Any, device: str) -> AutoModelForCausalLMWithValueHead:

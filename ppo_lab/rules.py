@@ -27,7 +27,7 @@ from ppo_lab.config import (
     WeightedReward,
 )
 from ppo_lab.data import problems as data_problems
-from ppo_lab.resume import differences
+from ppo_lab.resume import MISSING_ONLY, differences
 from ppo_lab.rewards.checks import problems as reward_problems
 
 Problems = Iterator[str]
@@ -297,7 +297,7 @@ def metric_rules(config: Config) -> Problems:
 
 def resume_rules(config: Config) -> Problems:
     """A run to continue that is not there, or settings that would change its numbers."""
-    if config.resume:
+    if config.resume not in ("", MISSING_ONLY):
         yield from differences(config)
 
 
@@ -348,9 +348,15 @@ DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
             "lora.target_modules",
             "lora.use_rslora",
             "lora.use_dora",
+            "lora.learning_rate_factor",
         ),
         lambda c: c.lora.r == 0,
         "since lora.r=0 trains the whole model; choose lora=r8, r16 or r64",
+    ),
+    (
+        ("lora.dropout",),
+        lambda c: c.lora.dropout > 0,
+        "since PPO compares log-probs and switches dropout off; the stages before PPO use it",
     ),
     (
         ("data.prompt_column",),
