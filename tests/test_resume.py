@@ -1,4 +1,4 @@
-"""A run goes on from its checkpoint to the same numbers, or says why it does not. Ledger: C-01, C-02, C-10."""
+"""A run goes on from its checkpoint to the same numbers, or says why not: C-01, C-02, C-10."""
 
 from __future__ import annotations
 
@@ -250,5 +250,5 @@ def test_a_folder_that_holds_no_run_cannot_be_resumed(tmp_path: Path, missing: s
     if missing:
         (folder / ".hydra").mkdir(parents=True)
         (folder / ".hydra/config.yaml").write_text("{}")
-    with pytest.raises(ConfigError, match="no such folder|holds no run"):
+    with pytest.raises(ConfigError, match=r"no such folder|holds no run"):
         resumed_command([f"resume={folder}"])

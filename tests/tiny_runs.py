@@ -36,6 +36,7 @@ ARCHITECTURE = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "max_position_embeddings": 96,
+    "initializer_range": 0.4,
 }
 TIMINGS = ("tokens_per_second", "peak_memory_gb")
 

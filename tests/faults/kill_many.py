@@ -1,0 +1,93 @@
+"""Kill a run with SIGKILL at random moments, resume it each time, and hold the end to a run left alone.
+
+    python tests/faults/kill_many.py --kills 50
+
+Moments are drawn over the whole life of a process: imports, building, iterations, checkpoints being
+written, the end. The run that was killed must end with the same metrics, samples and weights, to
+the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tiny_runs import command, outcome, start
+
+from ppo_lab.resume import is_finished
+
+
+def main() -> int:
+    arguments = parse()
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="kill_many-"))
+    words = command(folder, f"ppo.steps={arguments.steps}", "ppo.lr_schedule=linear")
+    begun = time.monotonic()
+    left_alone, killed = folder / "straight", folder / "killed"
+    finish(folder, *words, f"hydra.run.dir={left_alone}")
+    life = time.monotonic() - begun
+    print(f"left alone: {life:.1f} s", flush=True)
+    kills = kill_often(folder, words, killed, arguments.kills, life, random.Random(arguments.seed))
+    same = outcome(killed) == outcome(left_alone)
+    print(f"killed {kills} times: {'the same to the last bit' if same else 'NOT THE SAME'}")
+    return 0 if same and kills == arguments.kills else 1
+
+
+def kill_often(
+    folder: Path, words: list[str], run: Path, kills: int, life: float, draw: random.Random
+) -> int:
+    """Kill and resume so many times, then let the run end; the number of times it was killed."""
+    done = 0
+    while done < kills:
+        if is_finished(run):  # the end came before the last kill: the same run, begun anew
+            print("finished early, raise --steps", flush=True)
+            return done
+        process = start(folder, *going_on(words, run))
+        time.sleep(draw.uniform(0.2, life))
+        process.kill()
+        output, _ = process.communicate()
+        done += process.returncode == -9
+        print(f"kill {done}: {progress(run)}", flush=True)
+        if process.returncode not in (-9, 0):
+            raise SystemExit(output)
+    if not is_finished(run):
+        finish(folder, *going_on(words, run))
+    return done
+
+
+def going_on(words: list[str], run: Path) -> list[str]:
+    """The command that begins the run, or resumes it once there is something to resume."""
+    begun = (run / ".hydra/overrides.yaml").exists() and (run / ".hydra/config.yaml").exists()
+    return [f"resume={run}"] if begun else [*words, f"hydra.run.dir={run}"]
+
+
+def progress(run: Path) -> str:
+    kept = sorted(entry.name for entry in (run / "checkpoints").glob("*"))
+    lines = (run / "metrics.jsonl").read_bytes().count(b"\n") if kept else 0
+    return f"{lines} iterations logged, {', '.join(kept) or 'no checkpoint'}"
+
+
+def finish(folder: Path, *words: str) -> None:
+    process = start(folder, *words)
+    output, _ = process.communicate()
+    if process.returncode != 0:
+        raise SystemExit(output)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,432 @@
+"""What a run survives, and how it ends where it cannot. The slow ones lie in tests/faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from safetensors.torch import load_file
+from tiny_runs import command, metrics, outcome, start, tiny
+
+from ppo_lab import checkpoint, secrecy
+from ppo_lab.config import ModelSection
+from ppo_lab.errors import ConfigError
+from ppo_lab.experiment import build, run
+from ppo_lab.guards import warn_of_remote_code
+from ppo_lab.memory import Passes, check_fits
+from ppo_lab.rewards.scoring import RewardError
+from ppo_lab.signals import EXIT_CODE, Preempted
+from ppo_lab.update import TrainingDiverged
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Could not find a config file:UserWarning"  # PEFT, of a model that has no folder
+)
+
+# Policy and reference are evaluated first, then the policy after every second iteration.
+CALLS_BEFORE = {1: 2, 2: 3, 3: 5, 4: 6, 5: 8, 6: 9}
+
+
+@pytest.fixture(autouse=True)
+def _no_fuse_is_left() -> None:
+    tiny_runs.fuses.clear()
+
+
+def in_iteration(number: int, what: Callable[[], Any]) -> None:
+    """Have the reward do that when it is called in this iteration."""
+    tiny_runs.fuses[CALLS_BEFORE[number] + 1] = what
+
+
+def raising(error: BaseException) -> Callable[[], Any]:
+    def do() -> None:
+        raise error
+
+    return do
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("straight")
+    tiny_runs.fuses.clear()
+    run(tiny(folder), folder / "run")
+    return folder / "run"
+
+
+# ---- Signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_iteration_leaves_a_checkpoint_and_the_run_goes_on_exactly(
+    straight: Path, tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    in_iteration(4, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Preempted) as stopped:
+        run(tiny(tmp_path), tmp_path / "run")
+    assert stopped.value.code == EXIT_CODE == 75
+    assert "once more stops at once" in capfd.readouterr().err
+    assert summary(tmp_path / "run")["status"] == "preempted"
+    assert max(checkpoint.all_in(tmp_path / "run"))[0] == 4
+    run(replace(tiny(tmp_path), resume=str(tmp_path / "run")), tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(straight)
+
+
+def test_under_an_agent_of_wandb_a_stopped_run_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    assert Preempted("SIGTERM").code == 0
+
+
+def test_a_signal_in_the_last_iteration_lets_the_run_finish(tmp_path: Path) -> None:
+    in_iteration(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run(tiny(tmp_path), tmp_path / "run")
+    assert summary(tmp_path / "run")["status"] == "finished"
+
+
+def test_handlers_are_put_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    run(tiny(tmp_path, ppo={"steps": 1}), tmp_path / "run")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ---- Numbers that are none, and runs that lead nowhere ---------------------------------------------
+
+
+def test_updates_that_are_not_finite_are_skipped_and_counted_and_the_run_ends_well(
+    tmp_path: Path,
+) -> None:
+    config = tiny(tmp_path, ppo={"steps": 2, "ratio_threshold": 1.0001, "learning_rate": 1.0})
+    run(config, tmp_path / "run")
+    assert any(row["ppo/skipped_updates"] > 0 for row in metrics(tmp_path / "run"))
+    assert summary(tmp_path / "run")["status"] == "finished"
+
+
+def test_too_many_skipped_updates_stop_the_run_name_the_iteration_and_keep_the_batch(
+    tmp_path: Path,
+) -> None:
+    config = tiny(tmp_path, ppo={"learning_rate": 1e30, "max_skipped_updates": 3})
+    with pytest.raises(TrainingDiverged, match=r"iteration 1: 3 optimizer steps in a row"):
+        run(config, tmp_path / "run")
+    batch = load_file(tmp_path / "run/failed/iteration-000001.safetensors")
+    assert batch["tokens.responses"].shape == batch["logprobs"].shape == batch["advantages"].shape
+    assert "iteration 1" in summary(tmp_path / "run")["reason"]
+
+
+def test_a_ceiling_of_kl_stops_the_run_which_can_go_on_with_a_higher_one(
+    straight: Path, tmp_path: Path
+) -> None:
+    ceiling = max(row["kl"] for row in metrics(straight)[1:5]) - 1e-6
+    assert ceiling > 0
+    config = tiny(tmp_path, ppo={"max_kl": ceiling})
+    with pytest.raises(TrainingDiverged, match=r"iteration \d: kl is .* above ppo.max_kl"):
+        run(config, tmp_path / "run")
+    stopped = len(metrics(tmp_path / "run"))
+    assert stopped < 6
+    assert summary(tmp_path / "run")["status"] == "failed"
+    freed = replace(tiny(tmp_path), resume=str(tmp_path / "run"))
+    run(freed, tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(straight)
+
+
+# ---- Rewards ---------------------------------------------------------------------------------------
+
+
+def test_a_reward_that_raises_ends_the_run_after_its_last_whole_iteration(
+    straight: Path, tmp_path: Path
+) -> None:
+    in_iteration(5, raising(RuntimeError("the service is gone")))
+    with pytest.raises(RewardError, match="the service is gone"):
+        run(tiny(tmp_path), tmp_path / "run")
+    assert summary(tmp_path / "run")["status"] == "failed"
+    assert max(checkpoint.all_in(tmp_path / "run"))[0] == 4
+    run(replace(tiny(tmp_path), resume=str(tmp_path / "run")), tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(straight)
+
+
+def test_a_reward_that_hangs_is_given_up_after_its_time(straight: Path, tmp_path: Path) -> None:
+    in_iteration(2, lambda: time.sleep(30))
+    begun = time.monotonic()
+    with pytest.raises(RewardError, match="timeout"):
+        run(tiny(tmp_path, reward={"timeout": 0.5}), tmp_path / "run")
+    assert time.monotonic() - begun < 20
+    assert max(checkpoint.all_in(tmp_path / "run"))[0] == 1
+
+
+def test_a_reward_that_fails_now_and_then_is_asked_again(straight: Path, tmp_path: Path) -> None:
+    in_iteration(2, raising(ConnectionError("again, please")))
+    run(tiny(tmp_path, reward={"retries": 2, "retry_wait": 0.01}), tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(straight)
+
+
+def test_scores_that_are_no_numbers_end_the_run_with_the_sample(tmp_path: Path) -> None:
+    config = tiny(tmp_path, reward={"target": "test_faults:not_a_number"})
+    with pytest.raises(RewardError, match="nan"):
+        run(config, tmp_path / "run")
+
+
+def not_a_number(completions: list[str], **_: Any) -> list[float]:
+    return [float("nan")] * len(completions)
+
+
+# ---- The disk --------------------------------------------------------------------------------------
+
+
+def test_a_folder_deleted_under_way_is_made_again(tmp_path: Path) -> None:
+    in_iteration(4, lambda: shutil.rmtree(tmp_path / "run"))
+    run(tiny(tmp_path), tmp_path / "run")
+    assert summary(tmp_path / "run")["status"] == "finished"
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [4, 5, 6]
+    assert max(checkpoint.all_in(tmp_path / "run"))[0] == 6
+
+
+def test_checkpoints_that_cannot_be_written_are_said_once_and_tried_again(
+    straight: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "run" / checkpoint.FOLDER
+    in_iteration(1, lambda: place.write_text("in the way"))
+    in_iteration(4, place.unlink)
+    run(tiny(tmp_path, checkpoint={"every": 1}), tmp_path / "run")
+    said = capfd.readouterr()
+    assert (said.out + said.err).count("could not be written") == 1
+    assert max(checkpoint.all_in(tmp_path / "run"))[0] == 6
+    assert metrics(tmp_path / "run") == metrics(straight)
+
+
+def test_metrics_that_cannot_be_written_wait_until_they_can(straight: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run/metrics.jsonl"
+
+    def block() -> None:
+        file.rename(file.with_suffix(".aside"))
+        file.mkdir()
+
+    def free() -> None:
+        file.rmdir()
+        file.with_suffix(".aside").rename(file)
+
+    in_iteration(2, block)
+    in_iteration(5, free)
+    run(tiny(tmp_path), tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(straight)
+
+
+# ---- Memory ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def room_for(model: torch.nn.Module, samples: int) -> Iterator[None]:
+    """Passes of more samples than this run out of memory."""
+
+    def check(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if len(kwargs["input_ids"]) > samples:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = model.register_forward_pre_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_passes_are_halved_when_memory_runs_out_and_the_numbers_stay(tmp_path: Path) -> None:
+    rows = []
+    for samples in (99, 1):
+        lab = build(tiny(tmp_path, lora={"r": 0}), tmp_path / f"run{samples}")
+        decoder = lab.trainer.policy.trunk.decoder
+        with room_for(decoder, samples):
+            if samples == 1:
+                with pytest.warns(RuntimeWarning, match="done again with") as said:
+                    rows.append([lab.trainer.iteration(lab.stream.next_batch()) for _ in range(2)])
+                assert len(said) == 2  # once for sampling, once for training
+            else:
+                rows.append([lab.trainer.iteration(lab.stream.next_batch()) for _ in range(2)])
+    for roomy, tight in zip(*rows, strict=True):
+        for name, value in roomy.items():
+            if not name.startswith(("time/", "tokens_per", "peak", "ppo/policy/first")):
+                assert tight[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+def test_memory_for_not_even_one_sample_is_an_error() -> None:
+    def attempt(size: int) -> None:
+        raise torch.OutOfMemoryError(f"{size} do not fit")
+
+    with pytest.raises(torch.OutOfMemoryError, match="1 do not fit"), pytest.warns(RuntimeWarning):
+        Passes("a test").until_it_fits(attempt, 4)
+
+
+def test_a_model_that_memory_cannot_hold_is_refused_with_figures(tmp_path: Path) -> None:
+    config = tiny(tmp_path, lora={"r": 0})
+    tiny_runs.inputs(tmp_path, vocab_size=4_000_000_000, hidden_size=1024)
+    with pytest.raises(ConfigError, match=r"needs \d+.\d GiB .*weights .*Adam.*GiB are free.*lora"):
+        check_fits(config, "cpu")
+    check_fits(tiny(tmp_path), "cpu")
+
+
+# ---- Odd texts and tokenizers ------------------------------------------------------------------------
+
+
+def test_odd_prompts_go_through_a_whole_run(tmp_path: Path) -> None:
+    odd = [
+        "😀🏳️‍🌈",
+        "مرحبا بالعالم",
+        "a\x00b",
+        "\ud7ff\uffff",
+        "x" * 500,
+        " ",
+        "ﬁ",
+        "\u202eabc",
+        "é",
+    ]
+    config = tiny(tmp_path, ppo={"steps": 1})
+    tiny_runs.inputs(tmp_path, odd * 2)
+    run(config, tmp_path / "run")
+    assert summary(tmp_path / "run")["status"] == "finished"
+
+
+@pytest.mark.parametrize("ends", ["at once", "never"])
+def test_responses_that_end_at_once_or_never_are_learnt_from(tmp_path: Path, ends: str) -> None:
+    lab = build(tiny(tmp_path), tmp_path / "run")
+    eos = tuple(range(320)) if ends == "at once" else ()
+    lab.trainer.sampling = replace(lab.trainer.sampling, eos_ids=eos)
+    found = [lab.trainer.iteration(lab.stream.next_batch()) for _ in range(2)]
+    length = 1 if ends == "at once" else 6
+    assert all(row["tokens/responses_len_mean"] == length for row in found)
+    assert all(row["tokens/eos_rate"] == (ends == "at once") for row in found)
+    assert all(map(torch.isfinite, (torch.tensor(row["ppo/loss/total"]) for row in found)))
+
+
+def test_padding_with_eos_changes_no_number(straight: Path, tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    lab = build(config, tmp_path / "run")
+    eos = lab.trainer.sampling.eos_ids[0]
+    lab.trainer.sampling = replace(lab.trainer.sampling, pad_id=eos)
+    first = lab.trainer.iteration(lab.stream.next_batch())
+    for name, value in metrics(straight)[0].items():
+        if name in first:
+            assert first[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_a_tokenizer_without_pad_bos_and_eos_will_do(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate("? Question : why is so unknown".split())}
+    inner = Tokenizer(models.WordLevel(words, unk_token="unknown"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(tmp_path / "words")
+    config = tiny(tmp_path, model={"tokenizer": str(tmp_path / "words")}, ppo={"steps": 1})
+    texts = ["Question why " * (i + 1) for i in range(12)]
+    tiny_runs.inputs(tmp_path, texts, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    run(config, tmp_path / "run")
+    assert metrics(tmp_path / "run")[0]["tokens/eos_rate"] == 0
+
+
+# ---- Secrets -----------------------------------------------------------------------------------------
+
+KEYS = {
+    "WANDB_API_KEY": "f00dfeed" * 5,
+    "HF_TOKEN": "hf_" + "Abcd1234" * 4,
+    "MY_SERVICE_KEY": "hush-hush-123",
+}
+
+
+def test_secrets_reach_no_file_and_no_output_of_a_run(tmp_path: Path) -> None:
+    words = command(tmp_path, "ppo.steps=1", "tracking=wandb", "tracking.mode=offline")
+    words += ["reward=function", "reward.target=tiny_runs:variety", "hydra.run.dir=run"]
+    words += ["+reward.kwargs.api_key='${oc.env:MY_SERVICE_KEY}'"]
+    words.remove("reward=length")
+    words.remove("reward.unit=characters")
+    words.remove("tracking=none")
+    process = start(tmp_path, *words, env={**KEYS, "WANDB_MODE": "offline"})
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert any(file.suffix == ".wandb" for file in files)
+    for name, secret in KEYS.items():
+        assert secret not in output, name
+        assert not [f for f in files if secret.encode() in f.read_bytes()], name
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "reward.kwargs.api_key=plainly",
+        "+reward.kwargs.token=plainly",
+        "tracking.notes=hf_" + "Abcd1234" * 4,
+        "model.path=https://me:plainly@example.org/model",
+        "tracking.notes=hush-hush-123",
+    ],
+)
+def test_a_secret_on_the_command_line_is_refused_without_being_repeated(
+    override: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_SERVICE_KEY", "hush-hush-123")
+    (message,) = secrecy.secret_overrides(["ppo.steps=3", override])
+    assert override.partition("=")[2] not in message
+    assert "oc.env" in message
+
+
+def test_ordinary_tokens_are_no_secrets() -> None:
+    words = ["model.eos_token=</s>", "generation.max_new_tokens=32", "model.revision=" + "a1" * 20]
+    assert list(secrecy.secret_overrides(words)) == []
+
+
+def test_secrets_are_blotted_out_of_what_is_uploaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SERVICE_KEY", "hush-hush-123")
+    config = {"reward": {"kwargs": {"api_key": "x", "n": 3}}, "a": ["see hush-hush-123"]}
+    assert secrecy.hidden(config) == {
+        "reward": {"kwargs": {"api_key": "***", "n": 3}},
+        "a": ["see ***"],
+    }
+
+
+def test_code_of_a_model_is_announced_before_it_runs() -> None:
+    said: list[str] = []
+    warn_of_remote_code(ModelSection(path="some/model"), said.append)
+    assert said == []
+    warn_of_remote_code(ModelSection(path="some/model", trust_remote_code=True), said.append)
+    assert "run on this machine with your rights" in said[0]
+
+
+# ---- Slow: real processes, really killed ---------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    script = Path(__file__).parent / "faults/kill_many.py"
+    done = subprocess.run(
+        [os.sys.executable, str(script), "--kills", "3", "--folder", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_two_signals_stop_a_process_at_once(tmp_path: Path) -> None:
+    words = command(tmp_path, "ppo.steps=100000", "hydra.run.dir=run")
+    process = start(tmp_path, *words)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run/checkpoints").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    process.communicate(timeout=20)
+    assert time.monotonic() - begun < 10
+    assert process.returncode in (-signal.SIGINT, -signal.SIGTERM)
