@@ -37,10 +37,10 @@ def _visible_character(character: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """A number as people read it: three significant digits, `-` for none."""
+    """A number as people read it: three significant digits, `-` for none, 0 below 0.0001."""
     if value is None or value != value:
         return "-"
-    value = float(value)
+    value = 0.0 if abs(value) < 1e-4 else float(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 

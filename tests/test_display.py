@@ -225,6 +225,11 @@ def test_missing_and_not_a_number_are_dashes():
     assert re.search(r"mean_reward +-0.5 ± 0.8 +- ± 0.4", text)
 
 
+def test_numbers_are_short_and_rounding_noise_is_zero():
+    shown = [number(x) for x in (5.9e-08, -5.9e-08, 0.00123456, -1.23456, 12345.6)]
+    assert shown == ["0", "0", "0.00123", "-1.23", "12,346"]
+
+
 def test_durations_read_like_a_clock():
     assert [duration(s) for s in (0, 59.6, 3600, 100000)] == ["0:00", "1:00", "1:00:00", "27:46:40"]
 
