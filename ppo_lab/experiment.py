@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from safetensors import SafetensorError
 
 from ppo_lab import checkpoint
 from ppo_lab.config import Config, EvaluationSection, GenerationSection, PPOConfig
@@ -31,7 +34,7 @@ from ppo_lab.models.loading import (
 from ppo_lab.models.lora import wrap_lora
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.record import to_stderr
-from ppo_lab.resume import RECORD, differences, record_again, run_folder
+from ppo_lab.resume import RECORD, differences, record_again, resume_command, run_folder
 from ppo_lab.rewards import build_reward
 from ppo_lab.rewards.scoring import RewardError
 from ppo_lab.rollout import Sampling
@@ -85,17 +88,31 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder), Preemption() as preemption:
         if config.resume or not (folder / RECORD / "config.yaml").exists():
-            record_again(folder, config, overrides)
+            with writing(folder, RECORD):
+                record_again(folder, config, overrides)
         lab = build(resolve(config), folder, overrides)
         try:
             train(lab, preemption)
-            lab.trainer.save_pretrained(str(folder / "model"))
+            with writing(folder, "model"):
+                lab.trainer.save_pretrained(str(folder / "model"))
             summary = summarise(lab)
         except BaseException as error:
             fail(lab, error)
             raise
         lab.trackers.finish("finished", summary)
         return summary["objective"]
+
+
+@contextmanager
+def writing(folder: Path, name: str) -> Iterator[None]:
+    """A disk that refuses what a run cannot do without ends it with a message."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{folder / name}: cannot be written ({error}); what was learnt is in the last "
+            f"checkpoint: make room, then {resume_command(folder)}"
+        ) from error
 
 
 def fail(lab: Lab, error: BaseException) -> None:

@@ -68,7 +68,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-# ---- Signals -------------------------------------------------------------------------------------
+# ---- Signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -105,7 +105,7 @@ def test_handlers_are_put_back(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-# ---- Numbers that are none, and runs that lead nowhere ---------------------------------------------
+# ---- Numbers that are none, and runs that lead nowhere
 
 
 def test_updates_that_are_not_finite_are_skipped_and_counted_and_the_run_ends_well(
@@ -144,7 +144,7 @@ def test_a_ceiling_of_kl_stops_the_run_which_can_go_on_with_a_higher_one(
     assert outcome(tmp_path / "run") == outcome(straight)
 
 
-# ---- Rewards ---------------------------------------------------------------------------------------
+# ---- Rewards
 
 
 def test_a_reward_that_raises_ends_the_run_after_its_last_whole_iteration(
@@ -184,7 +184,7 @@ def not_a_number(completions: list[str], **_: Any) -> list[float]:
     return [float("nan")] * len(completions)
 
 
-# ---- The disk --------------------------------------------------------------------------------------
+# ---- The disk
 
 
 def test_a_folder_deleted_under_way_is_made_again(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_metrics_that_cannot_be_written_wait_until_they_can(straight: Path, tmp_
     assert outcome(tmp_path / "run") == outcome(straight)
 
 
-# ---- Memory ----------------------------------------------------------------------------------------
+# ---- Memory
 
 
 @contextmanager
@@ -277,7 +277,7 @@ def test_a_model_that_memory_cannot_hold_is_refused_with_figures(tmp_path: Path)
     check_fits(tiny(tmp_path), "cpu")
 
 
-# ---- Odd texts and tokenizers ------------------------------------------------------------------------
+# ---- Odd texts and tokenizers
 
 
 def test_odd_prompts_go_through_a_whole_run(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_a_tokenizer_without_pad_bos_and_eos_will_do(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: i for i, word in enumerate("? Question : why is so unknown".split())}
+    words = {word: i for i, word in enumerate(["?", "Question", ":", "why", "is", "so", "unknown"])}
     inner = Tokenizer(models.WordLevel(words, unk_token="unknown"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(tmp_path / "words")
@@ -336,7 +336,7 @@ def test_a_tokenizer_without_pad_bos_and_eos_will_do(tmp_path: Path) -> None:
     assert metrics(tmp_path / "run")[0]["tokens/eos_rate"] == 0
 
 
-# ---- Secrets -----------------------------------------------------------------------------------------
+# ---- Secrets
 
 KEYS = {
     "WANDB_API_KEY": "f00dfeed" * 5,
@@ -403,7 +403,7 @@ def test_code_of_a_model_is_announced_before_it_runs() -> None:
     assert "run on this machine with your rights" in said[0]
 
 
-# ---- Slow: real processes, really killed ---------------------------------------------------------------
+# ---- Slow: real processes, really killed
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Kill a run with SIGKILL at random moments, resume it each time, and hold the end to a run left alone.
+"""Kill a run with SIGKILL at random moments, resume it each time, compare it with one left alone.
 
     python tests/faults/kill_many.py --kills 50
 

@@ -74,9 +74,7 @@ def report(run_folder: Path, steps: int, seconds: float) -> int:
     lines = (run_folder / "metrics.jsonl").read_bytes().count(b"\n")
     kept = sorted(entry.name for entry in (run_folder / "checkpoints").iterdir())
     print(f"\n{steps} iterations in {seconds:.0f} s")
-    print(
-        f"resident memory: {first / 2**20:.1f} MiB, at the end {last / 2**20:.1f} MiB: {growth:+.2%}"
-    )
+    print(f"resident memory: {first / 2**20:.1f} to {last / 2**20:.1f} MiB, {growth:+.2%}")
     print(f"file handles: {files[0]} to {files[-1]}; threads: {threads[0]} to {threads[-1]}")
     print(f"metrics.jsonl: {lines} lines; checkpoints: {', '.join(kept)}")
     well = growth < 0.02 and files[-1] <= files[0] and threads[-1] <= threads[0]
