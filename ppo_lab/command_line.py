@@ -25,7 +25,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -33,7 +33,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from ppo_lab.config import REWARDS, SOURCES, conf_folder, register_schema
 from ppo_lab.errors import ConfigError
-from ppo_lab.resume import resumed_command
+from ppo_lab.multirun import resumed_sweep, what_is_missing
+from ppo_lab.resume import MISSING_ONLY, resumed_command
 from ppo_lab.rules import TYPE_NAMES, allowed, suggestion
 from ppo_lab.secrecy import secret_overrides
 
@@ -67,7 +68,10 @@ def launch(job: Job, *, check: Check, config_name: str = "config") -> None:
     """
     register_schema()
     try:
-        sys.argv[1:] = resumed_command(sys.argv[1:])
+        given = sys.argv[1:]
+        missing_only = {f"resume={value}" for value in MISSING_ONLY} & set(given)
+        resumed = resumed_sweep if missing_only else resumed_command
+        sys.argv[1:] = resumed(given)
         if found := list(secret_overrides(sys.argv[1:])):
             raise ConfigError(found)
         if found := command_problems(sys.argv[1:], check=check, config_name=config_name):
@@ -166,7 +170,10 @@ class CommandReader:
         return overrides
 
     def _runs(self, overrides: list[Override], found: list[str]) -> Iterator[list[Override]]:
-        """The overrides of each run of a sweep."""
+        """The overrides of each run of a sweep; of one that a search makes up, of one run."""
+        if any(o.key_or_group == "hydra/sweeper" for o in overrides):
+            yield self._parsed([_one_of(override) for override in overrides], found)
+            return
         try:
             batches = BasicSweeper.split_arguments(overrides, max_batch_size=None)
         except Exception as error:
@@ -339,6 +346,16 @@ def _folder_problems(key: str, path: str) -> Iterator[str]:
         yield f"{key}={path}: cannot be written ({error.strerror or error})"
 
 
+def _one_of(override: Override) -> str:
+    """An override with one value, the first, of those that a search may choose from."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return f"{override.get_key_element()}={value.start}"
+    if override.is_sweep_override():
+        return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+    return str(override.input_line)
+
+
 def _grammar_hint(text: str) -> str:
     """How to write a value that holds what Hydra's grammar takes for its own."""
     key, equals, value = text.partition("=")
@@ -371,6 +388,10 @@ def _hydra_job(job: Job, check: Check) -> Callable[[DictConfig], float | None]:
             stated = frozenset(
                 text.lstrip("+~").partition("=")[0] for text in settings.overrides.task
             )
+            if getattr(config, "resume", "") in MISSING_ONLY:
+                config = what_is_missing(config, Path(settings.runtime.output_dir))
+            if isinstance(config, float):
+                return config
             if found := check(config, stated):
                 raise ConfigError(found)
             return job(config, Path(settings.runtime.output_dir), list(settings.overrides.task))

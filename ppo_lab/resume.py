@@ -22,6 +22,7 @@ from ppo_lab.record import write_atomically
 from ppo_lab.secrecy import BLOT, hidden
 
 RECORD = ".hydra"
+MISSING_ONLY = ("true", "True")  # of a sweep: each run finds its folder again, see `multirun`
 # What may change under way, since no number of the iterations still to come depends on it.
 FREE = (
     "resume",
@@ -76,7 +77,7 @@ def resumed_command(argv: Sequence[str]) -> list[str]:
     """
     wanted = [text.partition("=")[2] for text in argv if text.startswith("resume=")]
     value = _unquoted(wanted[-1]) if wanted else ""
-    if not value or value == "true":
+    if not value or value in MISSING_ONLY:
         return list(argv)
     if {"-m", "--multirun"} & set(argv):
         raise ConfigError(f"resume={value}: a run goes on by itself, without -m")

@@ -297,7 +297,7 @@ def metric_rules(config: Config) -> Problems:
 
 def resume_rules(config: Config) -> Problems:
     """A run to continue that is not there, or settings that would change its numbers."""
-    if config.resume not in ("", MISSING_ONLY):
+    if config.resume not in ("", *MISSING_ONLY):
         yield from differences(config)
 
 

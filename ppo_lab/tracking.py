@@ -486,10 +486,3 @@ def _default_name(config: Mapping[str, Any], overrides: Sequence[str]) -> str:
 def _short(path: Path) -> str:
     """The path from here, where that is shorter."""
     return min(str(path), os.path.relpath(path), key=len)
-
-
-def wandb_api() -> Any:
-    """W&B's public API, for whoever reads runs back; wandb's errors are the caller's."""
-    import wandb
-
-    return wandb.Api()

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ppo_lab.compare.runs import Run, columns, flat
-from ppo_lab.tracking import X_AXIS, wandb_api
+from ppo_lab.tracking import X_AXIS
 
 ALIASES = ("beta", "epsilon", "_wandb")  # said again elsewhere in the config
 OF_SUMMARY = ("status", "reason", "steps", "objective", "wall_s", "tokens_per_second")
@@ -23,7 +23,9 @@ def fetch_runs(path: str) -> list[Run]:
     parts = path.strip("/").split("/")
     if len(parts) not in (2, 3):
         raise ValueError(f"{path}: must be entity/project or entity/project/sweep")
-    api = wandb_api()
+    import wandb
+
+    api = wandb.Api()
     found = api.sweep(path).runs if len(parts) == 3 else api.runs(path, order="+created_at")
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(_fetched, found))
@@ -47,7 +49,9 @@ def _fetched(remote: Any) -> Run:
 def _config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys; groups that a sweep's own values displaced come back under their names."""
     own = {key: value for key, value in config.items() if key not in ALIASES}
-    displaced = {key.removesuffix("_cfg"): own.pop(key) for key in list(own) if key.endswith("_cfg")}
+    displaced = {
+        key.removesuffix("_cfg"): own.pop(key) for key in list(own) if key.endswith("_cfg")
+    }
     return flat({**own, **displaced})
 
 
