@@ -25,17 +25,18 @@ class Recipe:
     hidden_size: int = 128
     n_layer: int = 2
     n_head: int = 4
-    sft_examples: int = 8_000
+    initializer_range: float = 0.06
+    sft_examples: int = 9_000
     pairs: int = 4_000
     held_out: int = 400
     sft: FitSection = field(
         default_factory=lambda: FitSection(
-            epochs=2, batch_size=64, learning_rate=4e-3, lr_schedule="cosine", max_length=128
+            epochs=2, batch_size=24, learning_rate=6e-3, lr_schedule="cosine", max_length=128
         )
     )
     reward: FitSection = field(
         default_factory=lambda: FitSection(
-            epochs=1, batch_size=32, learning_rate=1e-3, lr_schedule="cosine", max_length=128
+            epochs=1, batch_size=16, learning_rate=1e-3, lr_schedule="cosine", max_length=128
         )
     )
 
@@ -100,6 +101,7 @@ def _build_policy(folder: Path, recipe: Recipe) -> dict[str, Any]:
         hidden_size=recipe.hidden_size,
         n_layer=recipe.n_layer,
         n_head=recipe.n_head,
+        initializer_range=recipe.initializer_range,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

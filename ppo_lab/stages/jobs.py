@@ -81,6 +81,8 @@ def run_reward_model(config: RewardModelConfig, folder: Path, overrides: list[st
         center_rewards_coefficient=config.center_rewards_coefficient,
         **parts.arguments(model, task="SEQ_CLS"),
     )
+    if report["pairs_too_long"]:
+        print(f"left out           {report['pairs_too_long']} pairs longer than fit.max_length")
     if "held_out_accuracy" in report:
         accuracy, count = report["held_out_accuracy"], report["held_out"]
         print(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_lab import trl_parts
+from ppo_lab.errors import ConfigError
 from ppo_lab.stages.config import FitSection
 from ppo_lab.stages.fitting import quiet, run, save, scratch_folder, silence, training_arguments
 
@@ -49,11 +50,30 @@ def fit_reward_model(
             peft_config=peft_config,
         )
         silence(trainer)
-        report = {"pairs": len(train), **run(trainer, what)}
+        _refuse_empty(trainer, train, held_out, max_length=fit.max_length)
+        kept = len(trainer.train_dataset)
+        report = {"pairs": kept, "pairs_too_long": len(train) - kept, **run(trainer, what)}
         if held_out is not None:
             report |= _held_out(trainer)
         save(trainer, tokenizer, folder, report)
     return report
+
+
+def _refuse_empty(trainer: Any, train: Any, held_out: Any, *, max_length: int) -> None:
+    """Nothing, if the length bound leaves pairs to train on and to hold out.
+
+    Raises:
+        ConfigError: otherwise; an accuracy over no pairs would say nothing.
+    """
+    for what, given, kept in (
+        ("to train on", train, trainer.train_dataset),
+        ("held out", held_out, trainer.eval_dataset),
+    ):
+        if given is not None and not len(kept):
+            raise ConfigError(
+                f"fit.max_length={max_length}: all {len(given)} pairs {what} are longer, in tokens; "
+                "raise it."
+            )
 
 
 def _held_out(trainer: Any) -> dict[str, float]:
@@ -72,6 +92,6 @@ def _held_out(trainer: Any) -> dict[str, float]:
             pairs += len(chosen)
     return {
         "held_out": float(pairs),
-        "held_out_accuracy": right / max(pairs, 1),
-        "held_out_loss": loss / max(pairs, 1),
+        "held_out_accuracy": right / pairs,
+        "held_out_loss": loss / pairs,
     }

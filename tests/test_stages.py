@@ -1,0 +1,151 @@
+"""The stages before PPO: what they read, what they refuse, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppo_lab.config import LoraSection, ModelSection
+from ppo_lab.errors import ConfigError
+from ppo_lab.stages.config import (
+    FitSection,
+    PairDataSection,
+    RewardModelConfig,
+    SFTConfig,
+    SFTDataSection,
+)
+from ppo_lab.stages.examples import data_problems, read_rows, split_rows
+from ppo_lab.stages.jobs import problems, run_reward_model, run_sft
+
+CHAT = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+FIT = FitSection(batch_size=8, learning_rate=5e-3, max_length=96)
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> str:
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_the_format_follows_from_the_columns(tmp_path: Path) -> None:
+    for row in (
+        {"text": "a"},
+        {"prompt": "a", "completion": " b"},
+        {"text": "a", "prompt": "p", "completion": "c"},
+    ):
+        path = write(tmp_path, [row])
+        wanted = row if "completion" not in row else {k: row[k] for k in ("prompt", "completion")}
+        assert read_rows(SFTDataSection(path=path), chats=True, seed=0) == [wanted]
+
+
+def test_a_chat_stays_a_chat_or_becomes_lines_of_text(tmp_path: Path) -> None:
+    section = SFTDataSection(path=write(tmp_path, [{"messages": CHAT}]))
+    assert read_rows(section, chats=True, seed=0) == [{"messages": CHAT}]
+    assert read_rows(section, chats=False, seed=0) == [{"text": "Hi?\nYes."}]
+
+
+def test_compared_chats_become_text_as_rewards_read_them(tmp_path: Path) -> None:
+    row = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": "No."}
+    section = PairDataSection(path=write(tmp_path, [row]))
+    assert read_rows(section, chats=False, seed=0) == [
+        {"prompt": "Hi?\n", "chosen": "Yes.", "rejected": "No."}
+    ]
+
+
+def test_a_row_without_text_is_named(tmp_path: Path) -> None:
+    section = SFTDataSection(path=write(tmp_path, [{"text": "a"}, {"text": None}]))
+    with pytest.raises(ConfigError, match="row 2 of column text"):
+        read_rows(section, chats=True, seed=0)
+
+
+def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path) -> None:
+    section = PairDataSection(
+        path=write(tmp_path, [{"prompt": "a", "chosn": "b", "rejected": "c"}])
+    )
+    (problem,) = data_problems(section)
+    assert "data.chosen_column=chosen" in problem
+    assert "chosn?" in problem
+
+
+def test_the_split_keeps_every_row_once_and_refuses_to_keep_none() -> None:
+    rows = [{"text": str(i)} for i in range(10)]
+    train, held_out = split_rows(rows, 0.2)
+    assert (len(train), len(held_out)) == (8, 2)
+    assert sorted(r["text"] for r in train + held_out) == sorted(r["text"] for r in rows)
+    assert len(split_rows(rows, 3)[1]) == 3
+    with pytest.raises(ConfigError, match=r"data\.held_out"):
+        split_rows(rows, 10)
+
+
+def test_what_a_stage_does_not_read_is_refused(tmp_path: Path) -> None:
+    config = SFTConfig(
+        model=ModelSection(path="owner/name", load_in_4bit=True),
+        lora=LoraSection(r=0),
+        data=SFTDataSection(path=write(tmp_path, [{"text": "a"}])),
+        fit=FitSection(epochs=0),
+        output=str(tmp_path),
+    )
+    found = problems(config, {"ppo.steps", "lora.alpha", "model.v_head_init"})
+    for key in ("fit.epochs", "load_in_4bit", "output", "ppo.steps", "lora.alpha", "v_head_init"):
+        assert any(key in line for line in found), key
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_sft_on_real_data_lowers_the_loss_and_leaves_a_model(
+    assets: Path, tmp_path: Path, rank: int
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = SFTConfig(
+        model=ModelSection(path=str(assets / "stories260K")),
+        lora=LoraSection(r=rank),
+        data=SFTDataSection(path=str(assets / "data/sentence_polarity.jsonl"), limit=120),
+        fit=FIT,
+        device="cpu",
+    )
+    run_sft(config, tmp_path, [])
+    report = json.loads((tmp_path / "model/report.json").read_text())
+    assert report["held_out_loss"] < report["held_out_loss_before"] - 0.1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == "<s>"
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_reward_model_learns_which_stories_are_happier(
+    assets: Path, tmp_path: Path, rank: int
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    config = RewardModelConfig(
+        model=ModelSection(path=str(assets / "stories260K")),
+        lora=LoraSection(r=rank),
+        data=PairDataSection(
+            path=str(assets / "data/story_preferences.jsonl"), limit=320, held_out=64
+        ),
+        fit=FIT,
+        device="cpu",
+    )
+    accuracy = run_reward_model(config, tmp_path, [])
+    assert accuracy > 0.65
+    loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "model", output_loading_info=True
+    )
+    assert not loaded[1]["missing_keys"]
+    assert loaded[0].config.num_labels == 1
+
+
+def test_pairs_that_are_all_too_long_are_refused(assets: Path, tmp_path: Path) -> None:
+    config = RewardModelConfig(
+        model=ModelSection(path=str(assets / "stories260K")),
+        lora=LoraSection(r=0),
+        data=PairDataSection(path=str(assets / "data/story_preferences.jsonl"), limit=20),
+        fit=FitSection(max_length=4),
+        device="cpu",
+    )
+    with pytest.raises(ConfigError, match=r"fit\.max_length=4"):
+        run_reward_model(config, tmp_path, [])
