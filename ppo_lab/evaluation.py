@@ -113,6 +113,18 @@ class Evaluator:
         ]
 
 
+def latest_samples(trainer: Any, count: int) -> list[Sample]:
+    """The first prompts, responses and scores of the trainer's latest iteration, as texts."""
+    if trainer.latest is None:
+        return []
+    prompts, tokens, scores = trainer.latest
+    responses = tokens.response_lists()[:count]
+    return [
+        Sample(as_text(prompts.texts[i]), trainer.decode(ids), float(scores.total[i]))
+        for i, ids in enumerate(responses)
+    ]
+
+
 def distinct(texts: Sequence[str], *, n: int) -> float:
     """The share of different n-grams among all n-grams of words, over all texts; 0 where there is
     none.

@@ -18,7 +18,7 @@ from ppo_lab import checkpoint
 from ppo_lab.config import Config, EvaluationSection, GenerationSection, PPOConfig
 from ppo_lab.continuation import Keeper, alone_in, find, identity, restore, summarised
 from ppo_lab.errors import ConfigError
-from ppo_lab.evaluation import Evaluation, Evaluator, Gold
+from ppo_lab.evaluation import Evaluation, Evaluator, Gold, latest_samples
 from ppo_lab.guards import check_ceiling, explain, warn_of_remote_code
 from ppo_lab.memory import check_fits
 from ppo_lab.models.loading import (
@@ -196,6 +196,7 @@ def train(lab: Lab, preemption: Preemption) -> None:
         Preempted: the run was asked to stop; its last whole iteration is in a checkpoint.
     """
     every, steps = lab.config.evaluation.every, lab.config.ppo.steps
+    shown = lab.config.tracking.samples_every
     preemption.deferred = True
     if not lab.evaluations:
         evaluate(lab, 0)
@@ -204,6 +205,9 @@ def train(lab: Lab, preemption: Preemption) -> None:
         step = lab.trainer.iterations_done
         if step == steps or (every and step % every == 0):
             metrics |= evaluate(lab, step)
+        elif shown and step % shown == 0:
+            samples = latest_samples(lab.trainer, lab.config.evaluation.samples)
+            lab.trackers.log_samples(samples, step)
         lab.trackers.log(metrics, step)
         lab.history.append(summarised(metrics))
         lab.place = lab.stream.state_dict()

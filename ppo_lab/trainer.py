@@ -100,11 +100,11 @@ class PPOTrainer:
         self.iterations_done = 0
         self.clock = Clock(self.device)
         self.dataloader = classic.dataloader(dataset, data_collator, self.config)
+        self.latest: tuple[Prompts, Tokens, Scores] | None = None
         self._noise_streams = 0
         self._warned: set[str] = set()
 
-    # ---- The page
-    # ----------------------------------------------------------------------------------------------
+    # ------ The page --------------------------------------------------------------------------------
 
     def train(self, stream: Any) -> Iterator[dict[str, float]]:
         """The metrics of each iteration up to `config.steps`, one iteration made whenever the next
@@ -118,6 +118,7 @@ class PPOTrainer:
         tokens, seen = self.sample(prompts)
         scores = self.score(prompts, tokens)
         rollout = self.collect(tokens, seen)
+        self.latest = (prompts, tokens, scores)
         return self.learn(rollout, scores)
 
     def sample(self, prompts: Prompts) -> tuple[Tokens, Forward]:
@@ -214,8 +215,7 @@ class PPOTrainer:
         batch = Batch(rollout.tokens, rollout.logprobs, rollout.values, advantages, returns)
         return Shaped(rollout, batch, total, kl, beta)
 
-    # ---- TRL's classic verbs
-    # -----------------------------------------------------------------------------------
+    # ------ TRL's classic verbs ---------------------------------------------------------------------
 
     def generate(
         self,
@@ -289,8 +289,7 @@ class PPOTrainer:
         self._noise_streams += 1
         return self._noise_streams
 
-    # ---- State and invariants
-    # ----------------------------------------------------------------------------------
+    # ------ State and invariants --------------------------------------------------------------------
 
     def decode(self, ids: list[int]) -> str:
         """A response as text, without special tokens."""
@@ -335,7 +334,7 @@ class PPOTrainer:
             self._warn(
                 "departures",
                 f"responses are drawn with {', '.join(self.drawn.departures)}, not from the whole "
-                "distribution, which log-probs are of: KL estimates are biased, and may be negative",
+                "distribution, which log-probs are of: KL estimates are biased and may be negative",
             )
         rounding = ROUNDING.get(self.policy.dtype, 1e-3)
         error = metrics["ppo/policy/first_minibatch_ratio_error"]
