@@ -417,7 +417,7 @@ class TrackingSection:
     id: str = knob("", "id of the run, to continue one; empty = a new one")
     tags: list[str] = field(default_factory=list, metadata={"meaning": "tags of the run"})
     notes: str = knob("", "notes of the run")
-    samples_every: int = knob(10, "iterations between tables of samples; 0 = none", at_least=0)
+    samples_every: int = knob(10, "iterations between samples of training; 0 = none", at_least=0)
     log_model: bool = knob(False, "upload the trained adapter as an artifact")
 
 

@@ -398,7 +398,6 @@ DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
             "tracking.id",
             "tracking.tags",
             "tracking.notes",
-            "tracking.samples_every",
             "tracking.log_model",
         ),
         lambda c: c.tracking.type == "none",

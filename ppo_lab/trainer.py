@@ -104,7 +104,7 @@ class PPOTrainer:
         self._noise_streams = 0
         self._warned: set[str] = set()
 
-    # ------ The page --------------------------------------------------------------------------------
+    # ------ The page -----------------------------------------------------------------------------
 
     def train(self, stream: Any) -> Iterator[dict[str, float]]:
         """The metrics of each iteration up to `config.steps`, one iteration made whenever the next
@@ -215,7 +215,7 @@ class PPOTrainer:
         batch = Batch(rollout.tokens, rollout.logprobs, rollout.values, advantages, returns)
         return Shaped(rollout, batch, total, kl, beta)
 
-    # ------ TRL's classic verbs ---------------------------------------------------------------------
+    # ------ TRL's classic verbs ------------------------------------------------------------------
 
     def generate(
         self,
@@ -289,7 +289,7 @@ class PPOTrainer:
         self._noise_streams += 1
         return self._noise_streams
 
-    # ------ State and invariants --------------------------------------------------------------------
+    # ------ State and invariants -----------------------------------------------------------------
 
     def decode(self, ids: list[int]) -> str:
         """A response as text, without special tokens."""
