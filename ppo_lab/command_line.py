@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -33,7 +34,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from ppo_lab.config import REWARDS, SOURCES, conf_folder, register_schema
 from ppo_lab.errors import ConfigError
-from ppo_lab.multirun import resumed_sweep, what_is_missing
+from ppo_lab.multirun import resumed_sweep, what_is_missing, with_search_defaults
 from ppo_lab.resume import MISSING_ONLY, resumed_command
 from ppo_lab.rules import TYPE_NAMES, allowed, suggestion
 from ppo_lab.secrecy import secret_overrides
@@ -42,6 +43,14 @@ Check = Callable[[Any, frozenset[str]], list[str]]
 Job = Callable[[Any, Path, list[str]], float | None]
 
 MOST_RUNS_CHECKED = 32
+# Launchers and sweepers -> (the plugin's package, the extra that installs it).
+PLUGINS = {
+    "joblib": ("hydra_joblib_launcher", "joblib"),
+    "submitit_local": ("hydra_submitit_launcher", "slurm"),
+    "submitit_slurm": ("hydra_submitit_launcher", "slurm"),
+    "ray": ("hydra_ray_launcher", "ray"),
+    "optuna": ("hydra_optuna_sweeper", "optuna"),
+}
 ALIASES = {
     "beta": "ppo.init_kl_coef",
     "kl_coef": "ppo.init_kl_coef",
@@ -71,7 +80,7 @@ def launch(job: Job, *, check: Check, config_name: str = "config") -> None:
         given = sys.argv[1:]
         missing_only = {f"resume={value}" for value in MISSING_ONLY} & set(given)
         resumed = resumed_sweep if missing_only else resumed_command
-        sys.argv[1:] = resumed(given)
+        sys.argv[1:] = with_search_defaults(resumed(given))
         if found := list(secret_overrides(sys.argv[1:])):
             raise ConfigError(found)
         if found := command_problems(sys.argv[1:], check=check, config_name=config_name):
@@ -225,7 +234,9 @@ class CommandReader:
         if override.is_delete():
             return
         value, options = override.value(), self.loader.get_group_options(override.key_or_group)
-        if not isinstance(value, str) or value not in options:
+        if extra := _missing_extra(override):
+            yield f"{override.input_line}: needs an extra: pip install 'ppo_lab[{extra}]'"
+        elif not isinstance(value, str) or value not in options:
             near = suggestion(str(value), options)
             listed = ", ".join(options)
             yield f"{override.input_line}: no such option; must be one of {listed}{near}"
@@ -344,6 +355,14 @@ def _folder_problems(key: str, path: str) -> Iterator[str]:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         yield f"{key}={path}: cannot be written ({error.strerror or error})"
+
+
+def _missing_extra(override: Override) -> str:
+    """The extra of this project that brings a launcher or sweeper, where it is not installed."""
+    is_plugin = override.key_or_group in ("hydra/launcher", "hydra/sweeper")
+    plugin, extra = PLUGINS.get(str(override.value()), ("", "")) if is_plugin else ("", "")
+    found = find_spec("hydra_plugins") and find_spec(f"hydra_plugins.{plugin}")
+    return "" if found else extra
 
 
 def _one_of(override: Override) -> str:

@@ -26,6 +26,7 @@ from ppo_lab.record import brief, write_atomically
 from ppo_lab.secrecy import hidden_text
 
 SWEEPS = "outputs/multirun/*/*/multirun.yaml"
+SEARCH = ("hydra.sweeper.direction=maximize", "hydra.sweeper.max_failure_rate=1.0")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -39,12 +40,25 @@ def resumed_sweep(argv: Sequence[str]) -> list[str]:
         raise ConfigError(
             "resume=true: goes on with a sweep and needs -m; for a run, resume=FOLDER"
         )
+    if any(_key(text) == "hydra/sweeper" for text in argv):
+        raise ConfigError("resume=true: a search goes on by hydra.sweeper.storage and study_name")
     if any(_key(text) == "hydra.sweep.dir" for text in argv):
         return list(argv)
     for record in sorted(Path().glob(SWEEPS), key=lambda file: file.stat().st_mtime, reverse=True):
         if _settings(_overrides_in(record)) == _settings(argv):
             return [*argv, f"hydra.sweep.dir={record.parent}"]
     raise ConfigError("resume=true: outputs/multirun holds no sweep by this command; leave it out")
+
+
+def with_search_defaults(argv: Sequence[str]) -> list[str]:
+    """The command line of a search by Optuna, which maximises and takes a failed run for a trial.
+
+    The plugin's own defaults minimise, and end the search at the first failure.
+    """
+    stated = {_key(text) for text in argv}
+    if "hydra/sweeper=optuna" not in argv:
+        return list(argv)
+    return [*argv, *(text for text in SEARCH if _key(text) not in stated)]
 
 
 def what_is_missing(config: Config, folder: Path) -> Config | float:
@@ -86,6 +100,8 @@ def _tell_failures(sweep: Path) -> None:
     runs = sorted(
         (file.parent.parent for file in sweep.glob("*/.hydra/overrides.yaml")), key=_place
     )
+    if not runs:
+        return
     own = {run: _overrides_in(run / ".hydra" / "overrides.yaml") for run in runs}
     shared = set.intersection(*map(set, own.values())) if len(runs) > 1 else set()
     unfinished = [
