@@ -237,7 +237,7 @@ def _for_transformers(trainer: PPOTrainer, kwargs: dict[str, Any]) -> dict[str, 
 
 @torch.no_grad()
 def _by_transformers(model: Any, query: Tensor, settings: dict[str, Any]) -> Tensor:
-    """One response by transformers' own `generate`; nothing of the model's own settings leaks in."""
+    """One response by transformers' own `generate`, free of the model's own settings."""
     from transformers import GenerationConfig
 
     own, model.generation_config = model.generation_config, GenerationConfig()

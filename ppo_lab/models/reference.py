@@ -39,8 +39,8 @@ class Reference:
         self._adapter = ""
         if model is not None:
             self._trunk = Trunk(_plain(model))
-        elif not policy.is_peft_model:
-            self._trunk = Trunk(_frozen(copy.deepcopy(policy.trunk.model)))
+        elif not policy.is_peft_model or not _switches_whole(policy.pretrained_model):
+            self._trunk = Trunk(_frozen(copy.deepcopy(policy.pretrained_model)))
         else:
             self._trunk = policy.trunk
             self._adapter = (
@@ -104,15 +104,17 @@ def _frozen(model: Any) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def _is_trained(model: Any) -> bool:
-    """Whether the adapter already changes the model, which a fresh one of LoRA's does not.
+def _switches_whole(model: Any) -> bool:
+    """Whether all that the adapter trains can be switched off and cloned: LoRA without biases."""
+    adapter = model.active_peft_config
+    return adapter.peft_type == "LORA" and adapter.bias == "none"
 
-    A fresh one holds zeros in `lora_B` (of embeddings: in A) and copies in `modules_to_save`. Of
-    adapters of another
-    kind nothing is known: they count as trained.
+
+def _is_trained(model: Any) -> bool:
+    """Whether the adapter already changes the model, which a fresh one does not.
+
+    A fresh one holds zeros in `lora_B` (of embeddings: in A) and copies in `modules_to_save`.
     """
-    if model.active_peft_config.peft_type != "LORA":
-        return True
     if any(
         bool(p.any())
         for name, p in model.named_parameters()
