@@ -155,6 +155,13 @@ def summarised(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: math.nan if value is None else float(value) for name, value in found.items()}
 
 
+def seed_random_state(seed: int) -> None:
+    """Begin every global random generator from the run's seed; rewards may draw from them."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """The state of every global random generator: Python's, NumPy's, torch's on CPU and GPUs."""
     numpy_state: Any = np.random.get_state(legacy=False)

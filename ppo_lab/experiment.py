@@ -16,7 +16,15 @@ from safetensors import SafetensorError
 
 from ppo_lab import checkpoint
 from ppo_lab.config import Config, EvaluationSection, GenerationSection, PPOConfig
-from ppo_lab.continuation import Keeper, alone_in, find, identity, restore, summarised
+from ppo_lab.continuation import (
+    Keeper,
+    alone_in,
+    find,
+    identity,
+    restore,
+    seed_random_state,
+    summarised,
+)
 from ppo_lab.errors import ConfigError
 from ppo_lab.evaluation import Evaluation, Evaluator, Gold, latest_samples
 from ppo_lab.guards import check_ceiling, explain, warn_of_remote_code
@@ -239,7 +247,7 @@ def load_policy(config: Config, tokenizer: Any, device: str) -> AutoModelForCaus
     """The trunk with its adapter, if there is one, and its value head."""
     import torch
 
-    torch.manual_seed(config.seed)
+    seed_random_state(config.seed)
     # Adam's small steps would be lost to rounding in bfloat16 weights; a frozen trunk may be coarse.
     dtype = torch.float32 if config.model.dtype == "auto" and not config.lora.r else None
     model = load_causal_lm(config.model, device=device, dtype=dtype, seed=config.seed)

@@ -45,7 +45,7 @@ def test_a_killed_run_ends_with_the_numbers_of_one_that_was_not(
     tmp_path: Path, r: int, adaptive: bool
 ) -> None:
     ppo = {"adap_kl_ctrl": adaptive, "horizon": 100, "lr_schedule": "cosine", "warmup_steps": 2}
-    config = tiny(tmp_path, lora={"r": r}, ppo=ppo)
+    config = tiny(tmp_path, lora={"r": r}, ppo=ppo, reward={"target": "tiny_runs:noisy"})
     run(config, tmp_path / "straight")
     killed_in_the_fifth_iteration(config, tmp_path / "killed")
     run(replace(config, resume=str(tmp_path / "killed")), tmp_path / "elsewhere")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from ppo_lab import checkpoint
 from ppo_lab.config import (
@@ -53,6 +57,12 @@ def variety(completions: list[str], **_: Any) -> list[float]:
         else:
             todo()
     return [float(len(set(text))) for text in completions]
+
+
+def noisy(completions: list[str], **_: Any) -> list[float]:
+    """The same with noise of every global generator on it."""
+    noise = random.random() + np.random.random() + float(torch.rand(()))
+    return [score + noise for score in variety(completions)]
 
 
 class Killed(BaseException):
