@@ -1,4 +1,4 @@
-"""`python -m ppo_lab.reward_model`: train a reward model on compared answers, as `conf/reward_model.yaml` and the command line say."""
+"""`python -m ppo_lab.reward_model`: train a reward model on compared answers."""
 
 from __future__ import annotations
 

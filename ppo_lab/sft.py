@@ -1,4 +1,4 @@
-"""`python -m ppo_lab.sft`: fine-tune a language model on texts, prompts with completions, or chats, as `conf/sft.yaml` and the command line say."""
+"""`python -m ppo_lab.sft`: fine-tune a language model on texts, completions or chats."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The embedded default: a help desk in miniature, with its own text, policy, reward model and gold score.
+"""The embedded default: a help desk in miniature, with its own text, models and gold score.
 
-`prompts` and `gold` need nothing; `policy_path` and `reward_path` build their models on first use and cache them.
+`prompts` and `gold` need nothing; `policy_path` and `reward_path` build their models on first use
+and cache them.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 REWARD_INPUT = "{prompt}{completion}</s>"
-"""What the embedded reward model reads: prompt and completion with nothing between, then its tokenizer's EOS.
+"""What the embedded reward model reads: prompt, completion, its tokenizer's EOS, nothing between.
 
-A completion normally begins with a space. The tokenizer saved with the reward model puts one where it is missing
-between sentences and takes any other white space for one, so that the answers of other policies score the same with a
-space, a line break or nothing in front.
+A completion normally begins with a space. The tokenizer saved with the reward model puts one where
+it is missing between sentences and takes any other white space for one, so that the answers of
+other policies score the same with a space, a line break or nothing in front.
 """
 
 
@@ -25,7 +26,7 @@ def prompts(split: str) -> list[str]:
 
 
 def gold(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """The gold score of each completion, about -3 to 3.3: rules that neither policy nor reward model has seen."""
+    """The gold score of each completion, about -3 to 3.3: rules that neither model has seen."""
     from ppo_lab.embedded.rules import gold_score
 
     return [
@@ -42,7 +43,7 @@ def policy_path() -> Path:
 
 
 def reward_path() -> Path:
-    """The folder of the reward model, a sequence classifier with one output and its own tokenizer."""
+    """The folder of the reward model, a classifier with one output and its own tokenizer."""
     from ppo_lab.embedded.build import ensure
 
     return ensure() / "reward"

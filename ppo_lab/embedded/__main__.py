@@ -1,4 +1,4 @@
-"""`python -m ppo_lab.embedded [--rebuild]`: build the help desk's models and say where and how good they are."""
+"""`python -m ppo_lab.embedded [--rebuild]`: build the help desk's models, say where they are."""
 
 from __future__ import annotations
 
@@ -17,12 +17,8 @@ def main() -> None:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     policy, reward = report["policy"], report["reward"]
     print(f"folder         {folder}")
-    print(
-        f"policy         held-out loss {policy['held_out_loss']:.3f} nats per token, {policy['seconds']:.0f} s"
-    )
-    print(
-        f"reward model   held-out accuracy {reward['held_out_accuracy']:.3f}, {reward['seconds']:.0f} s"
-    )
+    print(f"policy         held-out loss {policy['held_out_loss']:.3f}, {policy['seconds']:.0f} s")
+    print(f"reward model   accuracy {reward['held_out_accuracy']:.3f}, {reward['seconds']:.0f} s")
     print(f"whole build    {report['seconds']:.0f} s")
 
 

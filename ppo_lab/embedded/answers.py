@@ -1,4 +1,4 @@
-"""The clerks' answers: from curt, rude or off the point to polite and helpful, each drawn from the grammar.
+"""The clerks' answers: from curt, rude or off the point to polite and helpful, by the grammar.
 
 An answer begins with a space, so that `prompt + answer` is plain text.
 """
@@ -50,7 +50,7 @@ def _some(patterns: tuple[str, ...], question: Question, rng: Random, count: int
 
 
 def _helpful(question: Question, rng: Random) -> list[str]:
-    """Politely, the right action: a courtesy before it or after it, at times both, at times a detail."""
+    """Politely, the right action: a courtesy before it, after it or both; at times a detail."""
     before, after = rng.choice(((1, 0), (0, 1), (1, 1)))
     courtesies = _some(g.COURTESIES, question, rng, before + after)
     details = _some(g.DETAILS, question, rng, int(rng.random() < 0.3 and before + after == 1))

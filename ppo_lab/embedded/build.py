@@ -1,4 +1,4 @@
-"""From the grammar to the two models: tokenizer, SFT policy and reward model, each by the same stages as anybody's."""
+"""From the grammar to tokenizer, SFT policy and reward model, by the same stages as anybody's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "transformers", "trl", "tokenizers", "datasets")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes and settings of the embedded models. Scores are in standard deviations of the clerks' answers' scores."""
+    """Sizes and settings of the embedded models."""
 
     seed: int = 0
     vocab_size: int = 1024
@@ -73,7 +73,7 @@ def build(folder: Path, recipe: Recipe | None = None) -> dict[str, Any]:
     begun = time.perf_counter()
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        report = {"policy": _build_policy(folder / "policy", recipe)}
+        report: dict[str, Any] = {"policy": _build_policy(folder / "policy", recipe)}
         report["reward"] = _build_reward(folder, recipe)
     report["seconds"] = time.perf_counter() - begun
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -147,7 +147,7 @@ def _build_reward(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def _scale_to_unit(model: Any, tokenizer: Any, folder: Path, recipe: Recipe) -> float:
-    """Divide the head so that the clerks' answers to held-out questions score with standard deviation 1."""
+    """Divide the head so that the clerks' answers score with standard deviation 1; what it was."""
     import torch
 
     from ppo_lab.stages.fitting import quiet

@@ -1,4 +1,4 @@
-"""A folder of things built once: named by what they are made of, put in place whole or not at all."""
+"""A folder of things built once: named by what they are made of, put in place whole."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cache_folder() -> Path:
 
 
 def fingerprint(sources: Iterable[Path], *, packages: Iterable[str]) -> str:
-    """Twelve hexadecimal digits that change with the text of any source and the version of any package."""
+    """Twelve hexadecimal digits that change with any source's text or package's version."""
     digest = hashlib.sha256()
     for source in sorted(sources):
         digest.update(f"{source.name}\0".encode() + source.read_bytes() + b"\0")
@@ -29,11 +29,12 @@ def fingerprint(sources: Iterable[Path], *, packages: Iterable[str]) -> str:
     return digest.hexdigest()[:12]
 
 
-def built(folder: Path, build: Callable[[Path], None], *, anew: bool = False) -> Path:
+def built(folder: Path, build: Callable[[Path], object], *, anew: bool = False) -> Path:
     """`folder`, filled by `build(empty folder)` unless it is there already.
 
-    Processes that ask for the same folder at once wait for the first. The folder appears whole, by a rename; what an
-    interrupted build leaves is never taken for one. `anew` builds in any case and replaces it.
+    Processes that ask for the same folder at once wait for the first. The folder appears whole, by
+    a rename; what an interrupted build leaves is never taken for one. `anew` builds in any case
+    and replaces it.
     """
     from filelock import FileLock
 
@@ -47,9 +48,9 @@ def built(folder: Path, build: Callable[[Path], None], *, anew: bool = False) ->
         try:
             build(scratch)
             if folder.is_dir():
-                os.replace(folder, scratch / "replaced")
-                os.replace(scratch / "replaced", f"{scratch}-old")
-            os.replace(scratch, folder)
+                folder.replace(scratch / "replaced")
+                (scratch / "replaced").replace(f"{scratch}-old")
+            scratch.replace(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
             shutil.rmtree(f"{scratch}-old", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The corpora of the two stages before PPO: clerks' answers to imitate, and pairs of answers that annotators compared.
+"""The corpora of the stages before PPO: answers to imitate, pairs that annotators compared.
 
 The same seed gives the same rows, on every machine.
 """
@@ -12,21 +12,21 @@ from ppo_lab.embedded.answers import Answer, answer
 from ppo_lab.embedded.questions import Question, questions
 
 CLERKS = {
-    "helpful": 0.11,
-    "plain": 0.14,
-    "off the point": 0.16,
-    "empty": 0.10,
-    "vague": 0.16,
-    "curt": 0.14,
-    "rude": 0.11,
-    "grudging": 0.08,
+    "helpful": 0.13,
+    "plain": 0.18,
+    "off the point": 0.09,
+    "empty": 0.08,
+    "vague": 0.15,
+    "curt": 0.15,
+    "rude": 0.12,
+    "grudging": 0.10,
 }
-COMPARED = CLERKS | {"helpful": 0.2, "gushing": 0.2, "broken": 0.15}
+COMPARED = CLERKS | {"helpful": 0.2, "off the point": 0.2, "gushing": 0.2, "broken": 0.15}
 ANNOTATOR_NOISE = 0.3
 
 
 def sft_rows(count: int, *, split: str, seed: int) -> list[dict[str, str]]:
-    """Rows of `prompt` and `completion`: questions with whatever a clerk happened to answer, mostly mediocre."""
+    """Rows of `prompt` and `completion`: questions with what a clerk happened to answer."""
     rng = Random(f"sft {split} {seed}")
     asked = rng.choices(questions(split), k=count)
     return [{"prompt": q.text, "completion": answer(q, rng, CLERKS).text} for q in asked]
@@ -40,7 +40,7 @@ def _liking(question: Question, given: Answer, rng: Random) -> float:
 
 
 def preference_rows(count: int, *, split: str, seed: int) -> list[dict[str, str]]:
-    """Rows of `prompt`, `chosen` and `rejected`, as annotators who are swayed by courtesy labelled them."""
+    """Rows of `prompt`, `chosen` and `rejected`, as annotators swayed by courtesy label them."""
     rng = Random(f"preferences {split} {seed}")
     rows = []
     for question in rng.choices(questions(split), k=count):

@@ -1,4 +1,4 @@
-"""The customers' questions, split so that what is held out is never seen by the policy, the reward model or PPO."""
+"""The customers' questions, split so that what is held out is never seen in any training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Question:
 
 
 def _held_out(task: str, pattern: str) -> bool:
-    """Whether this way of asking for this task is held out, in all its contexts; a stable coin flip."""
+    """Whether this way of asking for this task is held out in all contexts; a stable coin."""
     if (task, pattern) == (TOPICS[0].tasks[0], QUESTIONS[0]):
         return False
     digest = hashlib.sha256(f"{pattern}|{task}".encode()).digest()
@@ -54,7 +54,7 @@ def _topics_by_text() -> dict[str, Topic]:
 
 
 def topic_of(prompt: str) -> Topic | None:
-    """The topic that a prompt asks about: by its exact text, else by a task named in it; None when there is none."""
+    """The topic of a prompt: by its exact text, else by a task named in it, else None."""
     known = _topics_by_text().get(prompt.strip())
     if known is not None:
         return known

@@ -1,4 +1,4 @@
-"""The gold score: rules that say how good an answer is, seen by neither the policy nor the reward model.
+"""The gold score: rules that say how good an answer is, seen by neither model.
 
  2.0   the answer names what settles the question asked
 -1.0   it names what settles another one
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 from ppo_lab.embedded.grammar import NUMBERS, TOPICS, Topic
 from ppo_lab.embedded.questions import topic_of
@@ -82,12 +83,12 @@ def _said_before(items: Sequence[object]) -> int:
 
 def _repetition(text: str, words: Sequence[str]) -> float:
     sentences = [" ".join(words_of(s)) for s in re.split(r"[.!?]", text) if words_of(s)]
-    pairs = list(zip(words, words[1:], strict=False))
+    pairs = list(pairwise(words))
     return -1.0 * _said_before(sentences) - 0.25 * _said_before(pairs)
 
 
 def gold_score(prompt: str, completion: str) -> float:
-    """The gold score of one answer: about -3 (rude and useless) to 3.3 (right, detailed and polite)."""
+    """The gold score of one answer: -3 (rude, useless) to 3.3 (right, detailed, polite)."""
     words = words_of(completion)
     return (
         _help(topic_of(prompt), words)

@@ -9,7 +9,7 @@ UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
-    """A tokenizer with distinct unknown, beginning, end and padding tokens, ids 0 to 3; pads on the left."""
+    """A tokenizer that pads on the left; unknown, beginning, end, padding are ids 0 to 3."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -35,10 +35,11 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Any:
 
 
 def for_reward(tokenizer: Any) -> Any:
-    """The same vocabulary for the reward model, forgiving about how prompt and completion are joined.
+    """The same vocabulary for the reward model, forgiving about how texts are joined.
 
-    White space counts as one space, at the end as none, and a sentence that follows another without one gets one: an
-    answer scores the same with and without the space or line break that other policies begin with.
+    White space counts as one space, at the end as none, and a sentence that follows another
+    without one gets one: an answer scores the same with and without the space or line break that
+    other policies begin with.
     """
     from tokenizers import Regex, Tokenizer, normalizers
     from transformers import PreTrainedTokenizerFast

@@ -1,1 +1,1 @@
-"""What comes before PPO: supervised fine-tuning and reward modelling, by TRL's SFTTrainer and RewardTrainer."""
+"""What comes before PPO: supervised fine-tuning and reward modelling, by TRL's trainers."""

@@ -14,7 +14,7 @@ from ppo_lab.models.loading import disable_dropout, load_causal_lm
 def classifier_from(
     section: ModelSection, *, device: torch.device, dtype: torch.dtype, seed: int
 ) -> Any:
-    """The trunk of the policy that `model` names under a new head with one output, its weights drawn by `seed`.
+    """The trunk that `model` names under a new head with one output, drawn by `seed`.
 
     An adapter that the model comes with is merged first.
     """

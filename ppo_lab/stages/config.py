@@ -34,7 +34,7 @@ class FitSection:
     max_grad_norm: float = knob(1.0, "largest gradient norm; 0 = unlimited", at_least=0)
     max_length: int = knob(
         512,
-        "most tokens of an example: longer texts are cut (SFT), longer pairs left out (reward model)",
+        "most tokens of an example: longer texts are cut, longer pairs left out",
         at_least=2,
     )
     gradient_checkpointing: bool = knob(
@@ -46,8 +46,8 @@ class FitSection:
 class SFTDataSection:
     """`data` of `python -m ppo_lab.sft`: JSON lines, CSV or Parquet.
 
-    A file with `completion_column` holds prompts and completions, of which the completions are learnt; else one with
-    `messages_column` holds chats; else `text_column` holds whole texts.
+    A file with `completion_column` holds prompts and completions, of which the completions are
+    learnt; else one with `messages_column` holds chats; else `text_column` holds whole texts.
     """
 
     path: str = knob("", "file (.jsonl, .json, .csv, .parquet) that holds the examples")
@@ -65,10 +65,10 @@ class SFTDataSection:
 
 @dataclass
 class PairDataSection:
-    """`data` of `python -m ppo_lab.reward_model`: JSON lines, CSV or Parquet of answers that were compared.
+    """`data` of `python -m ppo_lab.reward_model`: JSON lines, CSV or Parquet of compared answers.
 
-    Texts are read as `prompt + chosen` with nothing between: an answer brings the space that it begins with. Chat
-    messages are put through the tokenizer's chat template.
+    Texts are read as `prompt + chosen` with nothing between: an answer brings the space that it
+    begins with. Chat messages are put through the tokenizer's chat template.
     """
 
     path: str = knob("", "file (.jsonl, .json, .csv, .parquet) that holds the pairs")
@@ -87,8 +87,8 @@ class PairDataSection:
 class StageSection:
     """What both stages share.
 
-    `ppo`, `generation` and `evaluation` are where a model preset keeps settings of PPO; a stage does not read them, and refuses
-    them on the command line.
+    `ppo`, `generation` and `evaluation` are where a model preset keeps settings of PPO; a stage
+    does not read them, and refuses them on the command line.
     """
 
     seed: int = knob(0, "seed of the split, the order and the weights made anew", at_least=0)

@@ -55,7 +55,8 @@ def data_problems(section: SFTDataSection | PairDataSection) -> list[str]:
 def read_rows(section: SFTDataSection | PairDataSection, *, chats: bool, seed: int) -> list[Row]:
     """The rows of a file under TRL's names, in an order drawn by `seed`, `limit` of them at most.
 
-    Where the tokenizer has no chat template (`chats` False), a chat becomes text: its messages on lines of their own.
+    Where the tokenizer has no chat template (`chats` False), a chat becomes text: its messages on
+    lines of their own.
 
     Raises:
         ConfigError: the file cannot be read, is empty, or a row holds neither texts nor chats.
@@ -83,7 +84,7 @@ def split_rows(rows: list[Row], held_out: float) -> tuple[list[Row], list[Row]]:
     count = int(held_out) if held_out >= 1 else round(held_out * len(rows))
     if count >= len(rows):
         raise ConfigError(
-            f"data.held_out={held_out:g}: of {len(rows)} rows none would be left to train on; lower it."
+            f"data.held_out={held_out:g}: of {len(rows)} rows none would be left; lower it."
         )
     return rows[count:], rows[:count]
 
@@ -109,7 +110,8 @@ def _row(table: Columns, wanted: dict[str, str], number: int, path: str) -> Row:
     for name, value in row.items():
         if not _is_text(value) and not _is_chat(value):
             raise ConfigError(
-                f"data.path={path}: row {number + 1} of column {wanted[name]} holds {str(value)[:40]!r}; "
+                f"data.path={path}: row {number + 1} of column {wanted[name]} holds "
+                f"{str(value)[:40]!r}; "
                 "must be a text, or a list of messages with role and content."
             )
     if any(is_chat(value) for value in row.values()):

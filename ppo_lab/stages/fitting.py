@@ -1,4 +1,4 @@
-"""What both stages ask of TRL's trainers: quiet, one line of progress, a model in a folder at the end."""
+"""What both stages ask of TRL's trainers: quiet, one line of progress, a folder at the end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ppo_lab.stages.config import FitSection
 def training_arguments(
     fit: FitSection, *, scratch: str, seed: int, device: str, mixed: bool
 ) -> dict[str, Any]:
-    """The arguments that SFTConfig and RewardConfig share. `mixed` computes in bfloat16 beside float32 weights."""
+    """The arguments of both; `mixed` computes in bfloat16 beside float32 weights."""
     return {
         "output_dir": scratch,
         "num_train_epochs": fit.epochs,
@@ -61,7 +61,7 @@ def scratch_folder(beside: Path) -> Iterator[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no warnings of the libraries underneath: their bars are many and say nothing new."""
+    """No progress bars and no warnings of the libraries underneath."""
     import datasets
     import transformers
 
@@ -92,7 +92,7 @@ def silence(trainer: Any) -> None:
 
 
 def run(trainer: Any, what: str) -> dict[str, float]:
-    """Train, with one line of progress on a terminal; the mean training loss, the optimizer steps and the seconds."""
+    """Train with one line of progress; the mean loss, the optimizer steps and the seconds."""
     trainer.add_callback(_progress_line(what))
     begun = time.perf_counter()
     outcome = trainer.train()
@@ -104,7 +104,7 @@ def run(trainer: Any, what: str) -> dict[str, float]:
 
 
 def _progress_line(what: str) -> Any:
-    """A callback that keeps one line up to date: on a terminal after each step, elsewhere once at the end."""
+    """A callback that keeps one line up to date: on a terminal every step, else at the end."""
     from transformers import TrainerCallback
 
     class ProgressLine(TrainerCallback):
@@ -129,7 +129,7 @@ def _progress_line(what: str) -> Any:
 
 
 def save(trainer: Any, tokenizer: Any, folder: Path, report: dict[str, Any]) -> None:
-    """Write model, tokenizer and `report.json` into `folder`; an adapter is merged into its trunk first.
+    """Write model, tokenizer and `report.json` into `folder`; an adapter is merged first.
 
     What is written loads by `from_pretrained` without PEFT.
     """

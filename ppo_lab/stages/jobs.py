@@ -29,7 +29,7 @@ def problems(config: Any, stated: Collection[str] = ()) -> list[str]:
 def _dead(config: StageSection, stated: Collection[str]) -> Iterator[str]:
     """What this stage would not read."""
     if config.model.load_in_4bit:
-        yield "model.load_in_4bit=true: the stages before PPO train in full precision; leave it false"
+        yield "model.load_in_4bit=true: the stages before PPO train in full precision"
     for key in stated:
         if matches(key, UNREAD):
             yield f"{key}: has no effect here, it belongs to python -m ppo_lab"
@@ -56,9 +56,7 @@ def run_sft(config: SFTConfig, folder: Path, overrides: list[str]) -> float:
     report = fit_sft(parts.merged(model), folder=out, **parts.arguments(model))
     if "held_out_loss" in report:
         before, after = report["held_out_loss_before"], report["held_out_loss"]
-        print(
-            f"held-out loss   {before:.4f} -> {after:.4f} nats per token ({report['held_out']} examples)"
-        )
+        print(f"held-out loss   {before:.4f} -> {after:.4f} nats per token")
     print(
         f"model           {out}\nnext            python -m ppo_lab model=local model.path={out} ..."
     )
@@ -85,11 +83,10 @@ def run_reward_model(config: RewardModelConfig, folder: Path, overrides: list[st
         print(f"left out           {report['pairs_too_long']} pairs longer than fit.max_length")
     if "held_out_accuracy" in report:
         accuracy, count = report["held_out_accuracy"], report["held_out"]
-        print(
-            f"held-out accuracy  {accuracy:.3f} ({count:.0f} pairs), loss {report['held_out_loss']:.4f}"
-        )
+        print(f"held-out accuracy  {accuracy:.3f} ({count:.0f} pairs)")
     print(
-        f"reward model       {out}\nnext               python -m ppo_lab reward=model reward.path={out} ..."
+        f"reward model       {out}\n"
+        f"next               python -m ppo_lab reward=model reward.path={out} ..."
     )
     return float(report.get("held_out_accuracy", 0.0))
 
@@ -147,7 +144,7 @@ class _Parts:
 
 
 def _device(name: str) -> Any:
-    """The device; TRL's trainers take the first GPU that they see, so that others are hidden from them."""
+    """The device; TRL's trainers take the first GPU that they see, so others are hidden."""
     import os
 
     number = name.partition(":")[2] or "0"

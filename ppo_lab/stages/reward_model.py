@@ -26,15 +26,17 @@ def fit_reward_model(
     peft_config: Any = None,
     what: str = "reward modelling",
 ) -> dict[str, Any]:
-    """Teach `model`, a sequence classifier with one output, which answers are preferred; save it into `folder`.
+    """Teach a sequence classifier with one output which answers are preferred; save it.
 
         loss = -log sigmoid(r(chosen) - r(rejected)) + c (r(chosen) + r(rejected))^2
 
-    Rows hold `prompt`, `chosen` and `rejected`, all texts or all chat messages. Texts get the tokenizer's EOS at their
-    end, which whoever scores with the model must append too. `held_out` (rows, or None) gives `held_out_accuracy`: the
-    share of pairs whose chosen answer scores higher.
+    Rows hold `prompt`, `chosen` and `rejected`, all texts or all chat messages. Texts get the
+    tokenizer's EOS at their end, which whoever scores with the model must append too. `held_out`
+    (rows, or None) gives `held_out_accuracy`: the share of pairs whose chosen answer scores
+    higher.
 
-    Source: Bradley and Terry 1952; the centring is Eisenstein et al. 2023, arXiv:2312.09244, equation 2.
+    Source: Bradley and Terry 1952; the centring is Eisenstein et al. 2023, arXiv:2312.09244,
+    equation 2.
     """
     trainer_class, config_class = trl_parts.reward_parts()
     with scratch_folder(folder.parent) as scratch, quiet():
@@ -71,13 +73,12 @@ def _refuse_empty(trainer: Any, train: Any, held_out: Any, *, max_length: int) -
     ):
         if given is not None and not len(kept):
             raise ConfigError(
-                f"fit.max_length={max_length}: all {len(given)} pairs {what} are longer, in tokens; "
-                "raise it."
+                f"fit.max_length={max_length}: all {len(given)} pairs {what} are longer; raise it."
             )
 
 
 def _held_out(trainer: Any) -> dict[str, float]:
-    """Accuracy, loss and number of the held-out pairs that `max_length` kept, each pair counted once."""
+    """Accuracy, loss and number of the held-out pairs that `max_length` kept."""
     import torch
 
     trainer.model.eval()

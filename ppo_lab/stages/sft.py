@@ -27,9 +27,10 @@ def fit_sft(
 ) -> dict[str, Any]:
     """Teach `model` the rows of `train` and save it into `folder`; what came out, in numbers.
 
-    Rows hold `text`, or `prompt` and `completion` (the loss is then on completions alone), or chat `messages`. Texts
-    get the tokenizer's EOS at their end. `held_out` (rows, or None) gives `held_out_loss`: nats per token, before
-    (`held_out_loss_before`) and after. `group_by_length` makes batches of texts of like length: less padding, a less random order.
+    Rows hold `text`, or `prompt` and `completion` (the loss is then on completions alone), or chat
+    `messages`. Texts get the tokenizer's EOS at their end. `held_out` (rows, or None) gives
+    `held_out_loss`: nats per token, before (`held_out_loss_before`) and after. `group_by_length`
+    makes batches of texts of like length: less padding, a less random order.
     """
     trainer_class, config_class = trl_parts.sft_parts()
     with scratch_folder(folder.parent) as scratch, quiet():
@@ -46,7 +47,7 @@ def fit_sft(
         )
         silence(trainer)
         before = _held_out_loss(trainer, held_out)
-        report = {"examples": len(train), **run(trainer, what)}
+        report: dict[str, Any] = {"examples": len(train), **run(trainer, what)}
         after = _held_out_loss(trainer, held_out)
         if held_out is not None:
             report |= {
