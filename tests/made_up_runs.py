@@ -68,7 +68,7 @@ def make_run(
         {"step": int(s), **{name: float(column[i]) for name, column in columns.items()}}
         for i, s in enumerate(step)
     ]
-    for i in range(every - 1, steps, every):
+    for i in sorted({*range(every - 1, steps, every), steps - 1}):
         rows[i] |= evaluation(kl[i], beta=beta, gold=gold, noise=0.02 * random.standard_normal(2))
     first = {
         name[5:]: value

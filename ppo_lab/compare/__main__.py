@@ -13,13 +13,14 @@ from ppo_lab.compare.comparison import Comparison, compare, frame, remarks
 from ppo_lab.compare.runs import Run, read_runs
 from ppo_lab.compare.terminal import show
 
-MOST_STRAYS_TOLD = 20
+MOST_REMARKS_TOLD = 20
+WITHOUT_A_TERMINAL = 160  # characters
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare the runs that the command line names; 1 where there is none."""
     asked = _parser().parse_args(arguments)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=WITHOUT_A_TERMINAL)
     if not asked.paths and not asked.wandb:
         asked.paths = ["outputs"]
     runs = read_runs(asked.paths) + [
@@ -27,12 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     if not any(run.config or run.history or run.summary for run in runs):
         for run in runs:
-            console.print(f"{run.path}: {run.reason}", markup=False)
+            console.print(f"{run.path}: {run.reason}", markup=False, soft_wrap=True)
         console.print(f"no runs in {' '.join([*asked.paths, *asked.wandb])}", markup=False)
         return 1
     comparison = compare(runs)
     said = remarks(comparison)
-    show(comparison, said[:MOST_STRAYS_TOLD] if len(said) > MOST_STRAYS_TOLD else said, console)
+    show(comparison, said[-MOST_REMARKS_TOLD:], console)
     folder = asked.output or default_folder(asked.paths)
     for file in write(comparison, said, folder, title=" ".join([*asked.paths, *asked.wandb])):
         console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)

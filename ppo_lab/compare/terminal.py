@@ -29,7 +29,7 @@ def show(comparison: Comparison, remarks: Iterable[str], console: Console) -> No
     if hidden:
         console.print(f"also different, see compare.csv: {', '.join(hidden)}", markup=False)
     for remark in remarks:
-        console.print(f"• {remark}", markup=False, highlight=False)
+        console.print(f"• {remark}", markup=False, highlight=False, soft_wrap=True)
 
 
 def table(comparison: Comparison) -> Table:
@@ -37,10 +37,11 @@ def table(comparison: Comparison) -> Table:
     found = Table(title="", header_style="bold", box=None, pad_edge=False)
     keys = comparison.keys[:MOST_KEYS]
     columns = [name for name in COLUMNS if any(g.results[name].n for g in comparison.groups)]
-    for name in [*map(short, keys), "runs"]:
-        found.add_column(name, overflow="fold")
-    for name in columns:
-        found.add_column(COLUMNS[name], justify="right", no_wrap=True)
+    for key in keys:
+        found.add_column(short(key), no_wrap=True)
+    found.add_column("runs", min_width=10)
+    for name in columns:  # in a narrow terminal, the interval goes below its mean
+        found.add_column(COLUMNS[name], justify="right", min_width=7)
     if not keys:
         found.add_column("run", overflow="fold")
     for group in comparison.groups:

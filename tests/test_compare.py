@@ -1,0 +1,354 @@
+"""Runs side by side: read whatever became of them, grouped, fitted, and shown on one page."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+from made_up_runs import (
+    ALPHA_GOLD,
+    ALPHA_PROXY,
+    BETA_GOLD,
+    BETA_PROXY,
+    make_run,
+    make_sweep,
+    rise,
+)
+
+from ppo_lab.compare.__main__ import main
+from ppo_lab.compare.comparison import compare, describe, frame, remarks
+from ppo_lab.compare.groups import differing_keys, grouped
+from ppo_lab.compare.outcomes import evaluations, outcomes
+from ppo_lab.compare.overoptimisation import fit_overoptimisation, peak_of
+from ppo_lab.compare.page import CURVE_BYTES, as_json, page, payload, points_a_curve
+from ppo_lab.compare.runs import Run, read_run, read_runs
+from ppo_lab.compare.statistics import pareto_front, rank_correlation, t_interval, thinned
+
+SMALL = {"betas": (0.0, 0.1), "epsilons": (0.1, 0.4), "seeds": (0, 1), "steps": 20}
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished sweep of two betas, two epsilons and two seeds."""
+    folder = tmp_path_factory.mktemp("sweep")
+    make_sweep(folder, **SMALL)
+    return folder
+
+
+# ---- Statistics --------------------------------------------------------------------------------
+
+
+def test_an_interval_over_seeds_is_students() -> None:
+    found = t_interval([1.0, 2.0, 3.0, float("nan")])
+    assert found.mean == 2.0
+    assert found.n == 3
+    assert found.half_width == pytest.approx(4.302653 / 3**0.5)  # t of 2 degrees, s = 1
+
+
+def test_one_seed_has_no_interval_and_none_has_no_mean() -> None:
+    assert np.isnan(t_interval([5.0]).half_width)
+    assert str(t_interval([5.0])) == "5"
+    assert str(t_interval([])) == "-"
+
+
+def test_the_pareto_front_holds_what_no_other_run_beats_in_both() -> None:
+    cost, gain = [1.0, 2.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 2.5, 4.0]
+    assert pareto_front(cost, gain) == [0, 1, 4]
+
+
+def test_rank_correlation_sees_order_alone() -> None:
+    assert rank_correlation([1, 2, 3, 4], [1, 8, 27, 64]) == pytest.approx(1.0)
+    assert rank_correlation([1, 2, 3], [9, 4, np.nan]) != rank_correlation([1, 2, 3], [9, 4, 1])
+    assert np.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
+
+
+def test_a_thinned_curve_holds_means_of_equal_stretches() -> None:
+    steps, values = np.arange(1.0, 9.0), np.array([0.0, 2, 4, 6, np.nan, 8, 10, np.nan])
+    at, thin = thinned(steps, values, most=3)
+    assert at.tolist() == [1.5, 3.5, 6.5]
+    assert thin.tolist() == [1.0, 5.0, 9.0]
+    assert thinned(steps, values, most=6)[1].tolist() == [0, 2, 4, 6, 8, 10]
+
+
+# ---- Over-optimisation -------------------------------------------------------------------------
+
+
+def exact_run(folder: Path, kl: np.ndarray, **scores: np.ndarray) -> Run:
+    """A run whose evaluations lie exactly on curves; the first is the reference's."""
+    history = {"step": np.arange(1.0, len(kl) + 1), "eval/kl": kl}
+    history |= {f"eval/{name}": values for name, values in scores.items()}
+    first = {"kl": 0.0, "mean_reward": 0.0, "gold": 0.0}
+    return Run(folder.name, str(folder), history=history, summary={"eval": {"first": first}})
+
+
+def test_the_fit_finds_the_curve_that_the_points_lie_on(tmp_path: Path) -> None:
+    runs = []
+    for n in range(3):
+        kl = np.linspace(0.5 + n, 9, 6)
+        d = np.sqrt(kl)
+        gold, proxy = rise(d, ALPHA_GOLD, BETA_GOLD), rise(d, ALPHA_PROXY, BETA_PROXY)
+        runs.append(exact_run(tmp_path / str(n), kl, mean_reward=proxy, gold=gold))
+    fit = fit_overoptimisation(runs)
+    assert not isinstance(fit, str)
+    assert (fit.gold.alpha, fit.gold.beta) == pytest.approx((ALPHA_GOLD, BETA_GOLD))
+    assert (fit.proxy.alpha, fit.proxy.beta) == pytest.approx((ALPHA_PROXY, BETA_PROXY))
+    assert fit.gold.peak == pytest.approx(np.exp(ALPHA_GOLD / BETA_GOLD - 1))
+    assert fit.gold.peak_interval == pytest.approx((fit.gold.peak, fit.gold.peak))
+    assert fit.peak_is_seen
+    assert "it peaks at d* = 1.4" in describe(fit)
+
+
+def test_the_fitted_peak_is_the_highest_point_of_the_curve() -> None:
+    d = np.linspace(0.01, 5, 100_000)
+    highest = d[rise(d, ALPHA_GOLD, BETA_GOLD).argmax()]
+    assert peak_of(alpha=ALPHA_GOLD, beta=BETA_GOLD) == pytest.approx(highest, abs=1e-4)
+    assert np.isnan(peak_of(alpha=1.0, beta=-0.1))
+
+
+def test_a_peak_beyond_what_was_measured_is_called_so(tmp_path: Path) -> None:
+    kl = np.linspace(0.1, 1.0, 6)
+    gold = rise(np.sqrt(kl), ALPHA_GOLD, BETA_GOLD)
+    runs = [exact_run(tmp_path / str(n), kl, mean_reward=gold, gold=gold) for n in range(2)]
+    fit = fit_overoptimisation(runs)
+    assert not isinstance(fit, str)
+    assert not fit.peak_is_seen
+    assert "beyond the largest KL measured" in describe(fit)
+
+
+def test_without_a_gold_score_nothing_is_fitted_and_it_is_said(tmp_path: Path) -> None:
+    make_sweep(tmp_path, gold=False, **SMALL)
+    said = fit_overoptimisation(read_runs([str(tmp_path)]))
+    assert said == "no over-optimisation fit: no run has a gold score"
+
+
+# ---- Reading -----------------------------------------------------------------------------------
+
+
+def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "a", beta=0.05, steps=10, every=5), "a")
+    assert (run.status, run.steps) == ("finished", 10)
+    assert run.config["ppo.init_kl_coef"] == 0.05
+    assert run.config["evaluation.max_new_tokens"] == run.config["generation.max_new_tokens"]
+    assert np.isfinite(run.history["eval/kl"]).nonzero()[0].tolist() == [4, 9]
+    assert [e.step for e in evaluations(run)] == [0, 5, 10]
+    assert outcomes(run)["eval/gold"] == pytest.approx(run.history["eval/gold"][9])
+    assert outcomes(run)["clip_fraction"] == pytest.approx(run.history["clip_fraction"].mean())
+    assert len(run.samples) == 4
+
+
+def test_each_fate_of_a_run_is_told_by_its_folder(tmp_path: Path) -> None:
+    fates = ("finished", "failed", "running", "crashed", "torn", "rotten", "torn_summary")
+    folders = {name: make_run(tmp_path / name, steps=8) for name in fates}
+    (tmp_path / "empty").mkdir()
+    failed = {"status": "failed", "reason": "RewardError: NaN"}
+    (folders["failed"] / "summary.json").write_text(json.dumps(failed))
+    for name in ("running", "crashed", "torn"):
+        (folders[name] / "summary.json").unlink()
+    for file in folders["crashed"].rglob("*"):
+        os.utime(file, (0, 0))
+    with (folders["torn"] / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "kl": 0.')
+    (folders["rotten"] / ".hydra" / "config.yaml").write_text("ppo: [")
+    (folders["torn_summary"] / "summary.json").write_text('{"status": ')
+    runs = {run.name: run for run in read_runs([str(tmp_path), str(tmp_path / "nowhere")])}
+    assert {name: run.status for name, run in runs.items()} == {
+        "finished": "finished",
+        "failed": "failed",
+        "running": "running",
+        "crashed": "crashed",
+        "torn": "running",
+        "rotten": "broken",
+        "torn_summary": "broken",
+        "empty": "empty",
+        "nowhere": "broken",
+    }
+    assert runs["failed"].reason == "RewardError: NaN"
+    assert "config.yaml cannot be read" in runs["rotten"].reason
+    assert runs["nowhere"].reason == "no such folder"
+    assert runs["torn"].steps == 8
+    assert page(compare(list(runs.values())), [], title="fates")
+
+
+def test_globs_folders_and_runs_mix_and_each_run_is_read_once(sweep: Path) -> None:
+    runs = read_runs([str(sweep / "*"), str(sweep), str(sweep / "3")])
+    assert [run.name for run in runs] == [str(i) for i in range(8)]
+
+
+def test_metrics_of_other_types_and_nulls_do_no_harm(tmp_path: Path) -> None:
+    rows = ['{"step": 1, "kl": null, "note": "x"}', '{"step": 2, "kl": 1, "note": 3}', "", "[1]"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    run = read_run(tmp_path, "odd")
+    assert run.history["kl"].tolist()[1] == 1.0
+    assert np.isnan(run.history["kl"][0])
+    assert run.steps == 2
+
+
+# ---- Groups and words --------------------------------------------------------------------------
+
+
+def test_seeds_are_one_group_and_groups_stand_by_objective(sweep: Path) -> None:
+    runs = read_runs([str(sweep)])
+    keys = differing_keys(runs)
+    assert keys == ["ppo.init_kl_coef", "ppo.cliprange"]
+    groups = grouped(runs, keys)
+    assert [len(group.runs) for group in groups] == [2, 2, 2, 2]
+    means = [group.results["objective"].mean for group in groups]
+    assert means == sorted(means, reverse=True)
+    pair = [outcomes(run)["objective"] for run in groups[0].runs]
+    assert groups[0].results["objective"].mean == pytest.approx(sum(pair) / 2)
+
+
+def test_a_failed_seed_is_shown_and_does_not_enter_the_mean(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / str(seed), seed=seed) for seed in range(3)]
+    (folders[2] / "summary.json").write_text('{"status": "failed", "objective": -99}')
+    (group,) = compare(read_runs([str(tmp_path)])).groups
+    assert group.status == "2 finished, 1 failed"
+    assert group.results["objective"].n == 2
+    assert group.results["objective"].mean > -99
+
+
+def test_remarks_tell_order_and_an_epsilon_that_never_binds(sweep: Path) -> None:
+    said = remarks(compare(read_runs([str(sweep)])))
+    assert any("clip_fraction falls monotonically with cliprange" in line for line in said)
+    assert any("rho over 8 runs: -0.8" in line for line in said)
+    idle = [line for line in said if "hardly ever binds" in line]
+    assert len(idle) == 1
+    assert idle[0].startswith("cliprange=0.4")
+
+
+def test_the_table_of_runs_holds_differing_keys_and_outcomes(sweep: Path) -> None:
+    table = frame(compare(read_runs([str(sweep)])))
+    assert len(table) == 8
+    assert table["ppo.cliprange"].tolist() == [0.1, 0.1, 0.4, 0.4] * 2
+    assert table["group"].nunique() == 4
+    assert table["objective"].notna().all()
+
+
+# ---- The page ----------------------------------------------------------------------------------
+
+
+def data_in(html: str) -> dict:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def test_the_page_needs_no_network_and_runs_no_text_of_a_model(sweep: Path) -> None:
+    html = page(compare(read_runs([str(sweep)])), ["<b>remark</b>"], title="<i>sweep</i>")
+    assert "default-src 'none'" in html
+    assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", html)
+    assert "document.title='hacked'</script>" not in html
+    assert "<i>sweep</i>" not in html
+    assert "<b>remark</b>" not in html
+    data = data_in(html)
+    assert any("</script>" in text for text in data["texts"])
+    assert data["remarks"] == ["<b>remark</b>"]
+
+
+def test_json_inside_a_script_element_cannot_end_it() -> None:
+    text = as_json({"x": "</script><!-- & \u2028"})
+    assert "<" not in text
+    assert json.loads(text) == {"x": "</script><!-- & \u2028"}
+
+
+def test_the_page_holds_every_run_with_its_curves(sweep: Path) -> None:
+    runs = read_runs([str(sweep)])
+    data = payload(compare(runs), [], title="t")
+    first = data["runs"][0]
+    kl = np.frombuffer(base64.b64decode(first["curves"]["kl"]), "<f4")
+    assert kl == pytest.approx(runs[0].history["kl"], rel=1e-6)
+    sparse = np.frombuffer(base64.b64decode(first["curves"]["@eval/kl"]), "<f4")
+    assert sparse.tolist() == [5, 10, 15, 20]
+    assert first["evaluations"][0][:2] == [0, 0]
+    assert data["metrics"]["kl"][0] == "nats/sequence"
+    assert [run["group"] for run in data["runs"]] == sorted(run["group"] for run in data["runs"])
+    assert data["fits"][0]["gold"]["peak"] == pytest.approx(1.396, abs=0.02)
+    json.dumps(data, allow_nan=False)
+
+
+def test_two_hundred_long_runs_keep_the_page_light() -> None:
+    history = {f"m{i}": np.zeros(1000) for i in range(60)}
+    runs = [Run(str(i), str(i), history=history) for i in range(200)]
+    bytes_used = points_a_curve(runs) * 200 * 60 * 4 * 4 / 3
+    assert bytes_used <= CURVE_BYTES
+    assert points_a_curve(runs) >= 100
+
+
+def test_one_command_writes_page_tables_and_figures(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main([str(sweep), "--output", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "2 finished" in said
+    assert "gold gain R(d)" in said
+    kinds = {"html", "csv", "parquet"}
+    assert {f"compare.{kind}" for kind in kinds} <= {f.name for f in tmp_path.iterdir()}
+    for name in ("curves", "frontier", "objective", "clip_fraction", "overoptimisation"):
+        for kind in ("png", "svg"):
+            assert (tmp_path / f"compare_{name}.{kind}").stat().st_size > 3000
+    assert len(pandas.read_parquet(tmp_path / "compare.parquet")) == 8
+
+
+def test_nothing_to_compare_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main([str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")]) == 1
+    assert "no such folder" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_without_config_or_evaluations_make_a_page_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 1, "kl": 0.5}\n')
+    assert main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    assert "1 running" in capsys.readouterr().out
+    assert data_in((tmp_path / "out" / "compare.html").read_text())["runs"][0]["steps"] == 1
+
+
+@pytest.mark.slow
+def test_a_thousand_run_folders_take_less_than_twenty_seconds(tmp_path: Path) -> None:
+    names = [f"metric/{i}" for i in range(50)]
+    betas = np.geomspace(0.001, 1, 100)
+    make_sweep(
+        tmp_path / "runs", betas=betas, seeds=range(5), steps=50, names=names, epsilons=(0.1, 0.2)
+    )
+    started = time.process_time()
+    assert main([str(tmp_path / "runs"), "--output", str(tmp_path / "out")]) == 0
+    assert time.process_time() - started < 20
+    assert (tmp_path / "out" / "compare.html").stat().st_size < 20e6
+
+
+@pytest.mark.slow
+def test_a_browser_draws_every_plot_and_reports_no_error(sweep: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs Chromium")
+    assert main([str(sweep), "--output", str(tmp_path)]) == 0
+    flags = "--headless --no-sandbox --use-angle=swiftshader --enable-unsafe-swiftshader "
+    flags += "--no-first-run --disable-background-networking --disable-sync --dump-dom "
+    flags += "--window-size=1500,6000 --virtual-time-budget=20000 --enable-logging=stderr"
+    command = [browser, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+    shown = subprocess.run(
+        [*command, (tmp_path / "compare.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    console = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
+    assert [line for line in console if "GL Driver Message" not in line] == []
+    plots = ["curve-0", "curve-1", "curve-2", "frontier-score", "frontier-gold", "heat", "clip"]
+    for name in [*plots, "parallel", "fit-0"]:
+        assert re.search(rf'class="[^"]*js-plotly-plot[^"]*"[^>]*id="{name}"', shown.stdout) or (
+            re.search(rf'id="{name}"[^>]*class="[^"]*js-plotly-plot', shown.stdout)
+        ), name
+    assert "<title>ppo_lab" in shown.stdout
+    assert "hacked</title>" not in shown.stdout
