@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -107,3 +108,11 @@ def make_schedule(
         ]
 
     return LambdaLR(optimizer, factor)
+
+
+def advance(schedule: Any) -> None:
+    """Take the schedule one iteration on, one whose optimizer steps were all skipped included."""
+    with warnings.catch_warnings():
+        # torch takes a schedule that moves before the first optimizer step for a mistake.
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
+        schedule.step()

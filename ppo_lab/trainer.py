@@ -23,7 +23,7 @@ from ppo_lab.memory import Passes
 from ppo_lab.metrics import Shaped, iteration_metrics
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.models.reference import Reference
-from ppo_lab.optim import make_optimizer, make_schedule
+from ppo_lab.optim import advance, make_optimizer, make_schedule
 from ppo_lab.rollout import NoiseKey, Sampling, sample
 from ppo_lab.scaling import RunningMoments, penalise_unended, scale_scores
 from ppo_lab.types import Batch, Forward, Prompts, Rollout, Scores, Tokens
@@ -180,7 +180,7 @@ class PPOTrainer:
         metrics["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self._check_invariants(metrics)
         self.kl_controller.update(metrics["objective/kl"], n_samples=len(rollout))
-        self.lr_scheduler.step()
+        advance(self.lr_scheduler)
         self.iterations_done += 1
         return {**metrics, **self.clock.read(tokens=int(rollout.tokens.mask.sum()))}
 

@@ -1,0 +1,312 @@
+"""The clipped updates: steps taken and skipped, and what a step must not depend on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    EOS,
+    PAD,
+    QUERIES,
+    RESPONSES,
+    policy,
+    ragged,
+    step,
+    timeless,
+    trainer,
+    weights,
+)
+from torch.testing import assert_close
+
+from ppo_lab.types import Batch, Scores, Tokens
+from ppo_lab.update import TrainingDiverged, hash_seed, pack_by_tokens
+
+SCORED = Scores(torch.tensor([1.0, -0.5, 2.0, 0.25]))
+
+
+def double(model: Any) -> Any:
+    """The policy in float64, its value head included."""
+    return model.double()
+
+
+def learn(tokens: Tokens | None = None, **settings: Any) -> tuple[dict[str, float], Any]:
+    """Statistics and moved weights of one iteration on the ragged batch, in float64 and by SGD."""
+    model = double(policy("gpt2"))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    made = trainer(model, optimizer=sgd, **settings)
+    stats = made.learn(made.collect(ragged() if tokens is None else tokens), SCORED)
+    return stats, weights(model)
+
+
+def close(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert_close(one[name], other[name], rtol=tolerance, atol=tolerance, msg=f"{name} differs")
+
+
+# --- what a step must not depend on
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mini_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"mini_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"micro_batch_tokens": 12},
+        {"micro_batch_tokens": 1},
+        {"gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_the_size_of_a_pass_changes_no_result(settings: dict[str, Any]) -> None:
+    """N-18, N-20: ragged lengths; the loss is the mean over the tokens of the optimizer batch."""
+    (stats, moved), (expected, whole) = learn(**settings), learn()
+    close(moved, whole, 1e-10)
+    close(timeless(stats), timeless(expected), 1e-6)
+
+
+def test_padding_columns_change_no_statistic_and_no_gradient() -> None:
+    """N-24, N-16, G-02: on either side, whatever ids stand there."""
+    tokens, dirt = ragged(), 17
+    padded = replace(
+        tokens,
+        queries=torch.nn.functional.pad(tokens.queries, (5, 0), value=dirt),
+        query_mask=torch.nn.functional.pad(tokens.query_mask, (5, 0), value=False),
+        responses=torch.nn.functional.pad(tokens.responses, (0, 4), value=dirt),
+        mask=torch.nn.functional.pad(tokens.mask, (0, 4), value=False),
+    )
+    (stats, moved), (expected, plain) = learn(padded), learn(tokens)
+    close(moved, plain, 1e-10)
+    close(timeless(stats), timeless(expected), 1e-6)
+
+
+@pytest.mark.parametrize("pad", [EOS, 33])
+def test_which_token_pads_changes_no_loss(pad: int) -> None:
+    """G-02: pad == EOS gives identical losses."""
+    ended = [row[-1] == EOS for row in RESPONSES]
+    tokens = Tokens.pack(QUERIES, RESPONSES, pad_id=pad, ended=ended)
+    (stats, moved), (expected, plain) = learn(tokens), learn()
+    close(moved, plain, 1e-12)
+    assert timeless(stats) == timeless(expected)
+    assert PAD not in (EOS, 33)
+
+
+def test_the_order_of_samples_changes_nothing() -> None:
+    """N-25."""
+    order = torch.tensor([2, 0, 3, 1])
+    model, other = (double(policy("gpt2")) for _ in range(2))
+    results = []
+    for m, rows in ((model, torch.arange(4)), (other, order)):
+        made = trainer(m, optimizer=torch.optim.SGD(m.parameters(), lr=0.05))
+        scores = Scores(SCORED.total[rows])
+        results.append((made.learn(made.collect(ragged()[rows]), scores), weights(m)))
+    close(results[0][1], results[1][1], 1e-10)
+    close(timeless(results[0][0]), timeless(results[1][0]), 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gpt2", "llama"])
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_ratio_is_one_as_long_as_nothing_has_moved(
+    kind: str, temperature: float, dtype: torch.dtype, rounding: float
+) -> None:
+    """N-05, N-04: over all epochs, with a learning rate that moves nothing."""
+    made = trainer(policy(kind, dtype=dtype), learning_rate=1e-30, ppo_epochs=3, mini_batch_size=1)
+    made.drawn = replace(made.sampling, temperature=temperature)
+    rounding = rounding if temperature == 1.0 else 3 * rounding  # which a low temperature magnifies
+    stats = step(made)
+    assert stats["ppo/policy/first_minibatch_ratio_error"] < rounding
+    assert abs(stats["ppo/policy/ratio_max"] - 1.0) < rounding
+    assert stats["clip_fraction"] == 0.0
+
+
+# --- how many steps, and which
+
+
+@pytest.mark.parametrize(
+    ("mini", "accumulation", "expected"),
+    [(0, 1, 3), (4, 1, 3), (2, 1, 6), (1, 1, 12), (1, 2, 6), (2, 2, 3)],
+)
+def test_optimizer_steps_are_epochs_times_batch_over_mini_batch_times_accumulation(
+    mini: int, accumulation: int, expected: int
+) -> None:
+    """N-19."""
+    made = trainer(ppo_epochs=3, mini_batch_size=mini, gradient_accumulation_steps=accumulation)
+    taken = []
+    made.optimizer.register_step_post_hook(lambda *_: taken.append(1))
+    step(made)
+    assert len(taken) == expected
+
+
+def test_every_sample_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:
+    made = trainer()
+    made.config.mini_batch_size = 3
+    orders = [
+        torch.cat(list(made.updates.optimizer_batches(16, seed=(0, iteration, epoch)))).tolist()
+        for iteration in range(2)
+        for epoch in range(2)
+    ]
+    assert all(sorted(order) == list(range(16)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    sizes = [len(rows) for rows in made.updates.optimizer_batches(16, seed=(0, 0, 0))]
+    assert sizes == [3, 3, 3, 3, 3, 1]
+
+
+def test_the_gradient_is_clipped_on_every_step() -> None:
+    """N-21: and the norm before clipping is logged."""
+    made = trainer(max_grad_norm=0.01, ppo_epochs=3, mini_batch_size=1)
+    norms = []
+
+    def look(optimizer: Any, *_: Any) -> None:
+        gradients = [
+            p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
+        ]
+        norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+
+    made.optimizer.register_step_pre_hook(look)
+    stats = step(made)
+    assert len(norms) == 12
+    assert max(norms) <= 0.01 * (1 + 1e-5)
+    assert stats["ppo/grad_norm"] > 0.01
+
+
+def test_without_a_limit_gradients_are_left_alone() -> None:
+    (_, free), (_, wide), (_, tight) = (learn(max_grad_norm=n) for n in (0.0, 1e6, 1e-3))
+    close(free, wide, 1e-12)
+    assert any(not torch.allclose(free[n], tight[n]) for n in free)
+
+
+def test_policy_and_critic_both_move() -> None:
+    """N-28."""
+    for lora in (False, True):
+        made = trainer(policy(lora=lora))
+        before = weights(made.policy)
+        step(made)
+        moved = {n for n, p in weights(made.policy).items() if not torch.equal(p, before[n])}
+        assert {"v_head.summary.weight", "v_head.summary.bias"} < moved
+        assert any(("lora" in n) == lora and "v_head" not in n for n in moved)
+
+
+def test_the_value_head_may_have_a_rate_of_its_own() -> None:
+    made = trainer(learning_rate=1e-3, value_learning_rate=0.5)
+    rates = [
+        (group["lr"], sum(p.numel() for p in group["params"]))
+        for group in made.optimizer.param_groups
+    ]
+    assert rates[0][0] == 1e-3
+    assert rates[1] == (0.5, 17)
+
+
+@pytest.mark.parametrize("fault", ["ratio", "nan"])
+def test_a_skipped_step_moves_nothing_not_even_moments(fault: str) -> None:
+    """N-22: counted, and no momentum carries on."""
+    made = trainer(ppo_epochs=3)
+    made.config.ratio_threshold = 1e-6 if fault == "ratio" else 10.0
+    rollout = made.collect(ragged())
+    if fault == "nan":
+        rollout = replace(
+            rollout, values=rollout.values.masked_fill(rollout.tokens.mask, torch.nan)
+        )
+    before = weights(made.policy)
+    stats = made.learn(rollout, SCORED)
+    assert stats["ppo/skipped_updates"] == 3
+    assert not made.optimizer.state_dict()["state"]
+    assert all(torch.equal(p, before[n]) for n, p in weights(made.policy).items())
+
+
+def test_steps_skipped_in_a_row_stop_the_run_with_the_check_to_make() -> None:
+    """N-22: across iterations, the batch at fault in hand."""
+    made = trainer(ppo_epochs=2, max_skipped_updates=3)
+    made.config.ratio_threshold = 1e-6
+    step(made)
+    with pytest.raises(
+        TrainingDiverged, match=r"3 optimizer steps .*first_minibatch_ratio_error"
+    ) as error:
+        step(made)
+    assert isinstance(error.value.batch, Batch)
+
+
+def test_a_step_taken_starts_the_count_of_skipped_ones_anew() -> None:
+    """N-22."""
+    made = trainer(ppo_epochs=2, max_skipped_updates=3)
+    made.config.ratio_threshold = 1e-6
+    step(made)
+    made.config.ratio_threshold = 10.0
+    assert step(made)["ppo/skipped_updates"] == 0
+    assert made.updates.skipped_in_a_row == 0
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_epochs_end_early_on_the_mean_over_the_epoch(side: int) -> None:
+    """N-32, N-11: just below the threshold and just above, by all mini-batches of the epoch."""
+    settings = {"ppo_epochs": 5, "mini_batch_size": 1, "whiten_advantages": False}
+    bad = {"scores": [-5.0] * 4}  # every response becomes less likely: KL(old || new) is positive
+    first = step(trainer(**settings | {"ppo_epochs": 1}), **bad)["ppo/policy/policykl"]
+    assert first > 0.01
+    target = first / 1.5 * (1 - side * 1e-3)
+    stats = step(trainer(**settings, early_stopping=True, target_kl=target), **bad)
+    assert (stats["ppo/epochs"] == 1.0) == (side == 1)
+    assert step(trainer(**settings), **bad)["ppo/epochs"] == 5.0
+
+
+# --- memory and numbers
+
+
+def test_checkpointing_recomputes_in_the_update_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """N-08, M-06: the gradient forward is in train mode, scoring is not."""
+    for enabled in (True, False):
+        made = trainer(policy("gpt2"), gradient_checkpointing=enabled, ppo_epochs=1)
+        block, calls = made.policy.trunk.decoder.h[0], []
+        block.attn.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        rollout = made.collect(ragged())
+        before_update = len(calls)
+        made.learn(rollout, SCORED)
+        assert len(calls) - before_update == (2 if enabled else 1)
+        assert before_update == 1
+
+
+def test_statistics_are_floats_and_hold_on_to_nothing() -> None:
+    """M-02, L-01: also for bfloat16 weights."""
+    for dtype in (torch.float32, torch.bfloat16):
+        stats = step(trainer(policy(dtype=dtype)))
+        assert {type(value) for value in stats.values()} == {float}
+        assert all(value == value for value in stats.values())
+
+
+def test_rows_are_packed_longest_first_within_the_limit() -> None:
+    groups = pack_by_tokens(torch.tensor([3, 10, 4, 4, 12]), limit=12)
+    assert [g.tolist() for g in groups] == [[4], [1], [2, 3, 0]]
+
+
+def test_a_seed_is_made_of_all_its_numbers() -> None:
+    seeds = {hash_seed(a, b, c) for a in range(3) for b in range(3) for c in range(3)}
+    assert len(seeds) == 27
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert hash_seed(1, 2, 3) == hash_seed(1, 2, 3)
+
+
+def test_an_entropy_bonus_keeps_the_distribution_wider() -> None:
+    """N-23: the entropy is that of the distribution, and never negative."""
+    entropies = []
+    for coefficient in (0.0, 1.0):
+        made = trainer(entropy_coef=coefficient, ppo_epochs=8, learning_rate=5e-3)
+        step(made)
+        entropies.append(step(made)["ppo/policy/entropy"])
+    assert 0 < entropies[0] < entropies[1]
+
+
+def test_the_upper_side_may_be_clipped_at_another_epsilon() -> None:
+    narrow, wide = (
+        step(trainer(ppo_epochs=6, learning_rate=0.02, cliprange=0.05, cliprange_high=high))
+        for high in (0.0, 5.0)
+    )
+    assert narrow["clip_fraction/high"] > 0
+    assert wide["clip_fraction/high"] < narrow["clip_fraction/high"]
+    assert narrow["clip_fraction"] == pytest.approx(
+        narrow["clip_fraction/low"] + narrow["clip_fraction/high"]
+    )
