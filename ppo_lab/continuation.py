@@ -30,6 +30,7 @@ PIECES = (
     "trainer",
     "stream",
     "random",
+    "evaluator",
     "evaluations",
     "best",
     "elapsed_s",
@@ -85,6 +86,7 @@ def state_of(lab: Any) -> dict[str, Any]:
         "trainer": lab.trainer.state_dict(),
         "stream": lab.place,
         "random": random_state(),
+        "evaluator": lab.evaluator.state_dict(),
         "evaluations": [asdict(evaluation) for evaluation in lab.evaluations],
         "best": lab.keeper.best,
         "elapsed_s": time.time() - lab.started,
@@ -114,6 +116,7 @@ def restore(lab: Any, state: dict[str, Any]) -> None:
         ) from None
     lab.stream.load_state_dict(state["stream"])
     lab.place = lab.stream.state_dict()
+    lab.evaluator.load_state_dict(state["evaluator"])
     lab.evaluations[:] = [_evaluation(saved) for saved in state["evaluations"]]
     lab.keeper.best = state["best"]
     lab.started = time.time() - state["elapsed_s"]

@@ -77,6 +77,18 @@ class Evaluator:
         )
         return Evaluation(metrics, self._samples(texts, scores, gold))
 
+    def state_dict(self) -> dict[str, Any]:
+        """The reference's answers and their scores, if drawn: a noisy reward would not repeat them."""
+        if self._reference is None:
+            return {}
+        texts, scores, gold = self._reference
+        return {"texts": texts, "total": scores.total, "parts": scores.parts, "gold": gold}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        scores = Scores(state["total"], state["parts"]) if state else None
+        self._reference = None if scores is None else (state["texts"], scores, state["gold"])
+
     def _draw(self, trunk: Any = None) -> tuple[Tokens, Any]:
         return self.trainer.draw(self.prompts, self.sampling, self.noise, trunk)
 

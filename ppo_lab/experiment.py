@@ -190,6 +190,7 @@ def build(config: Config, folder: Path, overrides: Sequence[str] = ()) -> Lab:
     keeper = Keeper(config.checkpoint, folder, trackers.say)
     start = identity(prompts.train, policy)
     lab = Lab(config, folder, trainer, stream, evaluator, trackers, keeper, start)
+    seed_random_state(config.seed)  # again: libraries draw numbers while they are first imported
     if begun:
         restore(lab, checkpoint.read(begun))
         checkpoint.set_aside_later(folder, trainer.iterations_done)

@@ -33,14 +33,16 @@ def main() -> int:
     finish(folder, *words, f"hydra.run.dir={left_alone}")
     life = time.monotonic() - begun
     print(f"left alone: {life:.1f} s", flush=True)
-    kills = kill_often(folder, words, killed, arguments.kills, life, random.Random(arguments.seed))
+    longest = min(life, arguments.longest)
+    draw = random.Random(arguments.seed)
+    kills = kill_often(folder, words, killed, arguments.kills, longest, draw)
     same = outcome(killed) == outcome(left_alone)
     print(f"killed {kills} times: {'the same to the last bit' if same else 'NOT THE SAME'}")
     return 0 if same and kills == arguments.kills else 1
 
 
 def kill_often(
-    folder: Path, words: list[str], run: Path, kills: int, life: float, draw: random.Random
+    folder: Path, words: list[str], run: Path, kills: int, longest: float, draw: random.Random
 ) -> int:
     """Kill and resume so many times, then let the run end; the number of times it was killed."""
     done = 0
@@ -49,7 +51,7 @@ def kill_often(
             print("finished early, raise --steps", flush=True)
             return done
         process = start(folder, *going_on(words, run))
-        time.sleep(draw.uniform(0.2, life))
+        time.sleep(draw.uniform(0.2, longest))
         process.kill()
         output, _ = process.communicate()
         done += process.returncode == -9
@@ -84,6 +86,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--longest", type=float, default=15.0, help="seconds before a kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     return parser.parse_args()
