@@ -33,6 +33,11 @@ def test_thousands_of_questions_are_distinct_and_none_is_in_both_splits() -> Non
     assert not set(train) & set(held_out)
 
 
+def test_the_first_prompts_are_a_fair_sample_of_the_topics() -> None:
+    for split in ("train", "held_out"):
+        assert len({q.topic for q in questions(split)[:64]}) > len(TOPICS) * 0.8
+
+
 def test_an_unknown_split_is_refused() -> None:
     with pytest.raises(ValueError, match="held_out"):
         embedded.prompts("test")
