@@ -306,10 +306,10 @@ def _check_ids(name: str, tensors: Sequence[Any]) -> None:
         if not isinstance(ids, Tensor) or ids.dim() != 1:
             shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
             raise ValueError(f"{name}[{i}] must be a 1-D tensor of token ids, not {shape}")
-        if ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(f"{name}[{i}] must hold integers (token ids), not {ids.dtype}")
         if len(ids) == 0:
             raise ValueError(f"{name}[{i}] is empty: a sample needs at least one token")
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"{name}[{i}] must hold integers (token ids), not {ids.dtype}")
 
 
 def _scores(scores: Any) -> Tensor:

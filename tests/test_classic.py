@@ -1,0 +1,436 @@
+"""TRL's classic verbs, as people's code of before calls them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import (
+    EOS,
+    QUERIES,
+    RESPONSES,
+    SCORES,
+    VOCABULARY,
+    causal_lm,
+    policy,
+    ragged,
+    step,
+    tensors,
+    timeless,
+    tokenizer,
+    train_adapter,
+    trainer,
+    weights,
+)
+from torch.testing import assert_close
+from transformers import AutoTokenizer
+
+from ppo_lab import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """A local model with its tokenizer."""
+    causal_lm().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_the_classic_snippet_prints_kl_and_mean_reward(folder: str) -> None:
+    """A-01, T-05: one query against a batch size of 16, and no data set."""
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
+    tokens = AutoTokenizer.from_pretrained(folder)
+    config = PPOConfig(
+        model_name="tiny", learning_rate=1.5e-5, batch_size=16, kl_penalty="kl", init_kl_coef=0.2
+    )
+    made = PPOTrainer(config, model, tokenizer=tokens, device="cpu")
+    query_tensors = [tokens.encode("w5 w6 w7", return_tensors="pt")[0]]
+    response_tensors = made.generate(query_tensors)
+    stats = made.step(query_tensors, response_tensors, [torch.tensor(1.8)])
+    assert stats["mean_reward"] == stats["ppo/mean_scores"] == pytest.approx(1.8)
+    assert stats["kl"] == 0.0
+    assert made.dataloader is None
+
+
+def test_prompts_made_on_the_fly_train_over_many_steps(folder: str) -> None:
+    """A-01, T-05: generate, score, step, in a loop of one's own."""
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
+    made = trainer(model)
+    for i in range(3):
+        queries = tensors([[5 + i, 6], [7]])
+        responses = made.generate(queries, return_prompt=False, max_new_tokens=4)
+        stats = made.step(queries, responses, [float(len(r)) for r in responses])
+    assert stats["tokens/queries_len_mean"] == 1.5
+    assert abs(stats["kl"]) > 0.0
+    assert made.iterations_done == 3
+
+
+# --- generate
+
+
+def test_a_list_gives_a_list_and_one_query_a_tensor_of_one_row() -> None:
+    """A-01: `.squeeze()` on the answer to one query is in everybody's code."""
+    made = trainer()
+    one = made.generate(torch.tensor([5, 6]), max_new_tokens=3, eos_token_id=None)
+    assert one.shape == (1, 5)
+    assert one.squeeze()[:2].tolist() == [5, 6]
+    many = made.generate(tensors([[5, 6], [7]]), max_new_tokens=3, return_prompt=False)
+    assert [response.dim() for response in many] == [1, 1]
+
+
+def test_a_query_that_holds_the_end_is_returned_whole() -> None:
+    """G-03."""
+    query = [5, EOS, 6, EOS]
+    (full,) = trainer().generate(tensors([query]), max_new_tokens=3)
+    assert full[:4].tolist() == query
+    assert len(full) > 4
+
+
+def test_the_length_sampler_draws_the_number_of_new_tokens() -> None:
+    lengths = iter([3, 5])
+    made = trainer()
+    for expected in (3, 5):
+        (row,) = made.generate(
+            tensors([[5]]), lambda: next(lengths), return_prompt=False, eos_token_id=None
+        )
+        assert len(row) == expected
+
+
+def test_the_references_responses_come_from_the_reference() -> None:
+    """G-07: with the adapter off, or from the frozen copy; not from the policy as it is now."""
+    for lora in (True, False):
+        model = policy(lora=lora)
+        made = trainer(model)
+        before = made.generate(tensors(QUERIES), do_sample=False, max_new_tokens=6)
+        if lora:
+            train_adapter(model, size=3.0)
+        else:
+            with torch.no_grad():
+                for parameter in model.pretrained_model.parameters():
+                    parameter.add_(torch.randn_like(parameter))
+        now, reference = made.generate(
+            tensors(QUERIES), do_sample=False, max_new_tokens=6, generate_ref_response=True
+        )
+        assert [r.tolist() for r in reference] == [r.tolist() for r in before]
+        assert [r.tolist() for r in now] != [r.tolist() for r in before]
+
+
+@pytest.mark.parametrize("extra", [{}, {"use_cache": True}], ids=["ours", "transformers"])
+def test_nothing_of_the_models_own_generation_config_leaks_in(extra: dict[str, Any]) -> None:
+    """N-33: top_k, temperature, repetition penalty, bad words, least and greatest length."""
+    model = policy()
+    own = model.generation_config
+    own.top_k, own.temperature, own.repetition_penalty, own.do_sample = 1, 0.01, 50.0, False
+    own.max_length, own.min_new_tokens, own.suppress_tokens = 7, 5, list(range(2, 60))
+    own.no_repeat_ngram_size = 1
+    made = trainer(model)
+    torch.manual_seed(0)
+    rows = made.generate(tensors([[5, 6]] * 12), max_new_tokens=9, return_prompt=False, **extra)
+    assert len({tuple(row.tolist()) for row in rows}) == 12
+    assert any(token < 60 and token > 1 for row in rows for token in row.tolist())
+    assert max(len(row) for row in rows) == 9
+    assert model.generation_config is own
+
+
+def test_generation_keywords_of_transformers_are_honoured() -> None:
+    """G-09: its own sampler takes those that ours does not know, one by one."""
+    made = trainer()
+    rows = made.generate(
+        tensors(QUERIES),
+        return_prompt=False,
+        bad_words_ids=[[i] for i in range(2, 60)],
+        max_new_tokens=6,
+    )
+    assert all(token < 2 or token >= 60 for row in rows for token in row.tolist())
+    (row,) = made.generate(tensors([[5, 6]]), max_length=5, eos_token_id=None, use_cache=True)
+    assert len(row) == 5
+    beams = made.generate(tensors([[5, 6]]), num_beams=2, do_sample=False, max_new_tokens=3)
+    assert len(beams[0]) <= 5
+
+
+def test_stop_strings_end_responses_and_count_as_ends() -> None:
+    """G-09, N-13: no penalty for a missing EOS where a stop string was generated."""
+    made = trainer(missing_eos_penalty=3.0)
+    free = made.generate(
+        tensors([[5, 6]]), return_prompt=False, do_sample=False, max_new_tokens=9, eos_token_id=None
+    )[0].tolist()
+    stop = made.decode(free[3:4])
+    end = free.index(free[3]) + 1
+    (row,) = made.generate(
+        tensors([[5, 6]]),
+        return_prompt=False,
+        do_sample=False,
+        max_new_tokens=9,
+        eos_token_id=None,
+        stop_strings=[stop],
+    )
+    assert row.tolist() == free[:end]
+    with pytest.warns(RuntimeWarning, match="temperature=0"):
+        stats = made.step(tensors([[5, 6]]), [row], [1.0])
+    assert stats["ppo/mean_scores"] == pytest.approx(1.0)
+    cut = made.step(tensors([[5, 6]]), [torch.tensor([40, 41])], [1.0])
+    assert cut["ppo/mean_scores"] == pytest.approx(-2.0)
+
+
+def test_keywords_hold_for_their_own_call_alone() -> None:
+    """N-33: greedy decoding once is not greedy decoding ever after."""
+    made = trainer()
+    made.generate(tensors([[5]]), do_sample=False, max_new_tokens=2, top_k=3)
+    rows = made.generate(tensors([[5]] * 8), return_prompt=False, max_new_tokens=6)
+    assert len({tuple(row.tolist()) for row in rows}) > 1
+    assert made.drawn.departures == ()
+    assert made.sampling.temperature == 1.0
+
+
+def test_log_probs_follow_the_temperature_of_the_last_generation() -> None:
+    """N-04: and the sampling of iterations stays what it was."""
+    made = trainer(ppo_epochs=1)
+    with torch.no_grad():
+        expected = -made.policy.eval().score(ragged(), temperature=0.5).logprobs.sum() / 4
+    made.generate(tensors(QUERIES), temperature=0.5)
+    assert step(made)["objective/entropy"] == pytest.approx(expected.item(), rel=1e-5)
+    assert made.sampling.temperature == 1.0
+
+
+def test_sampling_is_repeated_by_its_seed_and_differs_from_call_to_call() -> None:
+    """C-09."""
+    calls = [
+        [r.tolist() for r in made.generate(tensors(QUERIES))] for made in (trainer(), trainer())
+    ]
+    assert calls[0] == calls[1]
+    made = trainer()
+    assert [r.tolist() for r in made.generate(tensors(QUERIES))] == calls[0]
+    assert [r.tolist() for r in made.generate(tensors(QUERIES))] != calls[0]
+    split = [r.tolist() for r in trainer().generate(tensors(QUERIES), batch_size=1)]
+    assert split == calls[0]
+
+
+# --- step
+
+
+def test_responses_from_elsewhere_are_learnt_from() -> None:
+    """G-08: however unlikely they are under the policy."""
+    made = trainer(policy(seed=7), learning_rate=1e-4)
+    unlikely = tensors([[VOCABULARY - 1] * 30, [2]])
+    stats = made.step(tensors([[5], [6]]), unlikely, [1.0, 2.0])
+    assert stats["ppo/policy/first_minibatch_ratio_error"] < 1e-4
+    assert np.isfinite(list(stats.values())).all()
+
+
+def test_a_mask_of_ones_is_no_mask() -> None:
+    """N-26."""
+    ones = [torch.ones(len(r), dtype=torch.bool) for r in RESPONSES]
+    masked, plain = step(trainer(), response_masks=ones), step(trainer())
+    assert timeless(masked) == timeless(plain)
+
+
+def test_masked_tokens_are_context_and_nothing_else() -> None:
+    """N-26, N-27: what stands there is seen, never learnt, and costs no credit."""
+    response, mask = [20, 40, 41, 42, 21], torch.tensor([1, 0, 0, 0, 1])
+    made = trainer(lam=0.5, gamma=0.9)
+    from ppo_lab.classic import check_step
+    from ppo_lab.types import Scores
+
+    tokens, scores = check_step(made, tensors([[5]]), tensors([response]), [2.0], [mask])
+    rollout = made.collect(tokens)
+    batch = made.shape(rollout, Scores(scores)).batch
+    assert rollout.logprobs[0, 1:4].tolist() == [0.0] * 3
+    unmasked = made.collect(check_step(made, tensors([[5]]), tensors([response]), [2.0], None)[0])
+    assert_close(rollout.logprobs[0, [0, 4]], unmasked.logprobs[0, [0, 4]])
+    values, beta_kl = rollout.values[0], 0.2 * (rollout.logprobs - rollout.ref_logprobs)[0]
+    last = 2.0 - beta_kl[4] - values[4]
+    first = -beta_kl[0] + 0.9 * values[4] - values[0] + 0.9 * 0.5 * last
+    assert_close(batch.returns[0, [0, 4]], torch.stack([first + values[0], last + values[4]]))
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        SCORES,
+        torch.tensor(SCORES),
+        torch.tensor(SCORES)[:, None],
+        [torch.tensor([s]) for s in SCORES],
+        [np.float32(s) for s in SCORES],
+        tuple(SCORES),
+        [torch.tensor(s, dtype=torch.bfloat16) for s in SCORES],
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_scores_are_numbers_or_scalar_tensors_of_any_kind(scores: Any) -> None:
+    """L-01: bfloat16 as well."""
+    assert step(trainer(), scores=scores)["mean_reward"] == pytest.approx(np.mean(SCORES))
+
+
+ONE = tensors([[5]])
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "queries no list": ({"queries": torch.tensor([[5]])}, "queries must be a list"),
+    "queries empty": ({"queries": [], "responses": [], "scores": []}, "queries is empty"),
+    "an empty query": ({"queries": tensors([[5], []])}, r"queries\[1\] is empty"),
+    "queries of lists": ({"queries": [[5]]}, r"queries\[0\] must be a 1-D tensor .* not list"),
+    "queries of rows": ({"queries": [torch.tensor([[5]])]}, r"queries\[0\] .* not \(1, 1\)"),
+    "queries of floats": ({"queries": [torch.tensor([5.0])]}, r"queries\[0\] must hold integers"),
+    "an id too large": ({"queries": tensors([[64]])}, r"queries\[0\] holds the token id 64"),
+    "an id below zero": ({"responses": tensors([[3, -100]])}, r"responses\[0\] holds .* -100"),
+    "responses no list": ({"responses": "w5"}, "responses must be a list"),
+    "an empty response": ({"responses": [torch.tensor([]).long()]}, r"responses\[0\] is empty"),
+    "too few responses": (
+        {"queries": tensors([[5], [6]])},
+        "responses has 1 items and queries has 2",
+    ),
+    "too many scores": ({"scores": [1.0, 2.0]}, "scores has 2 items and queries has 1"),
+    "scores no list": ({"scores": 1.0}, "scores must be a list"),
+    "scores one scalar": ({"scores": torch.tensor(1.0)}, "scores must be a list"),
+    "scores of texts": ({"scores": ["good"]}, r"scores\[0\] must be one number"),
+    "scores of None": ({"scores": [None]}, r"scores\[0\] must be one number"),
+    "a score a token": ({"scores": [torch.ones(3)]}, r"scores\[0\] must be one number"),
+    "a score that is NaN": ({"scores": [float("nan")]}, r"scores\[0\] is nan"),
+    "an infinite score": ({"scores": [torch.tensor(torch.inf)]}, r"scores\[0\] is inf"),
+    "masks no list": ({"response_masks": torch.ones(1, 2)}, "response_masks must be a list"),
+    "masks empty": ({"response_masks": []}, "response_masks has 0 items and queries has 1"),
+    "a mask too short": ({"response_masks": [torch.ones(1)]}, r"response_masks\[0\] .* 2 tokens"),
+    "a mask of nothing": ({"response_masks": [torch.zeros(2)]}, r"response_masks\[0\] masks every"),
+    "too many masks": ({"response_masks": [torch.ones(2)] * 2}, "response_masks has 2 items"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_step_names_the_argument_that_is_wrong(case: str) -> None:
+    """G-06, T-06, R-03: types, lengths, emptiness, ids out of the vocabulary, vectors of scores."""
+    arguments, message = WRONG[case]
+    made = trainer()
+    before = weights(made.policy)
+    good = {"queries": ONE, "responses": tensors([[20, 21]]), "scores": [1.0]}
+    with pytest.raises(ValueError, match=message):
+        made.step(**good | arguments)
+    assert all(torch.equal(p, before[n]) for n, p in weights(made.policy).items())
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("w5", "query_tensor must be a 1-D tensor"),
+        (torch.tensor([[5]]), "not a tensor of 2 dimensions"),
+        ([], "query_tensor is empty"),
+        ([[5]], r"query_tensor\[0\] must be a 1-D tensor"),
+        ([torch.tensor([]).long()], r"query_tensor\[0\] is empty"),
+    ],
+)
+def test_generate_names_the_argument_that_is_wrong(query: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer().generate(query)
+
+
+# --- the constructor, data, folders
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"config": {"batch_size": 4}}, "config must be a PPOConfig, not dict"),
+        ({"model": None}, "model is missing"),
+        ({"model": "gpt2"}, "model must be a causal language model .* not str"),
+        ({"ref_model": "gpt2"}, "ref_model must be a causal language model"),
+        ({"tokenizer": None}, "tokenizer must be a transformers tokenizer, not NoneType"),
+        ({"model": torch.nn.Linear(2, 2)}, "model must be a causal language model .* not Linear"),
+    ],
+)
+def test_the_constructor_names_the_argument_that_is_wrong(
+    arguments: dict[str, Any], message: str
+) -> None:
+    """A-02, P-09."""
+    good = {"config": PPOConfig(), "model": policy(), "tokenizer": tokenizer(), "device": "cpu"}
+    with pytest.raises(ValueError, match=message):
+        PPOTrainer(**good | arguments)
+
+
+def test_everything_optional_may_be_left_out() -> None:
+    """A-02, T-05: config, reference, data set, collator, optimizer and schedule."""
+    made = PPOTrainer(model=causal_lm(), tokenizer=tokenizer(), device="cpu")
+    assert step(made)["kl"] == 0.0
+
+
+def test_the_model_itself_cannot_be_its_own_reference() -> None:
+    """A-03: it would be frozen, or move along."""
+    model = policy()
+    for same in (model, model.pretrained_model):
+        with pytest.raises(ValueError, match="ref_model shares weights with model"):
+            trainer(model, same)
+    assert step(trainer(model, policy()))["kl"] == 0.0
+    assert any(p.requires_grad for p in model.pretrained_model.parameters())
+
+
+def test_the_collator_that_was_given_is_the_one_used() -> None:
+    """T-02."""
+    seen = []
+
+    def collate(rows: list[Any]) -> int:
+        seen.append(len(rows))
+        return len(rows)
+
+    rows = [{"query": f"w{i}", "input_ids": list(range(i))} for i in range(10)]
+    made = trainer(dataset=rows, data_collator=collate)
+    assert list(made.dataloader) == [4, 4]
+    assert seen == [4, 4]
+
+
+def test_without_a_collator_every_column_is_a_list() -> None:
+    """T-02, T-05: ragged columns and texts included, none dropped, in an order by seed."""
+    rows = [{"query": f"w{i}", "input_ids": list(range(i))} for i in range(8)]
+    one, two, other = (
+        [batch["query"] for batch in trainer(dataset=rows, seed=seed).dataloader]
+        for seed in (0, 0, 1)
+    )
+    assert one == two != other
+    assert sorted(query for batch in one for query in batch) == sorted(row["query"] for row in rows)
+    batch = next(iter(trainer(dataset=rows).dataloader))
+    assert [len(ids) for ids in batch["input_ids"]] == [int(q[1:]) for q in batch["query"]]
+
+
+def test_a_data_set_smaller_than_a_batch_is_refused() -> None:
+    """T-04, D-05."""
+    with pytest.raises(
+        ValueError, match="dataset has 3 rows, fewer than one batch of batch_size=4"
+    ):
+        trainer(dataset=[{"query": "w5"}] * 3)
+
+
+def test_a_pad_token_that_the_embedding_lacks_does_no_harm() -> None:
+    """T-06, G-02: added to the tokenizer, as old code does, and never to the model."""
+    words = tokenizer()
+    words.add_special_tokens({"pad_token": "[PAD]"})
+    assert words.pad_token_id == VOCABULARY
+    made = PPOTrainer(PPOConfig(batch_size=4), policy(), tokenizer=words, device="cpu")
+    stats = [
+        timeless(step(t)) for t in (made, trainer(policy(), ppo_epochs=4, learning_rate=1.5e-5))
+    ]
+    assert stats[0] == stats[1]
+    assert len(made.generate(tensors(QUERIES))) == 4
+
+
+def test_statistics_go_nowhere_unless_asked() -> None:
+    """L-01: `log_stats` without a tracker does nothing."""
+    made = trainer()
+    stats = step(made)
+    made.log_stats(stats, {"query": ["a"], "response": ["b"]}, [torch.tensor(1.0)])
+
+
+def test_what_was_saved_is_what_was_trained(tmp_path: Path) -> None:
+    """P-02, C-04, A-01."""
+    made = trainer()
+    step(made)
+    made.save_pretrained(str(tmp_path))
+    loaded = trainer(AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path)))
+    mine, theirs = weights(made.policy), weights(loaded.policy)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert AutoTokenizer.from_pretrained(str(tmp_path)).eos_token_id == EOS
+
+
+def test_an_optimizer_and_a_schedule_of_ones_own_are_used() -> None:
+    model = policy()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(sgd, step_size=1, gamma=0.1)
+    made = trainer(model, optimizer=sgd, lr_scheduler=schedule)
+    assert [step(made)["ppo/learning_rate"] for _ in range(2)] == [0.5, pytest.approx(0.05)]
