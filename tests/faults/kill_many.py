@@ -29,27 +29,29 @@ def main() -> int:
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="kill_many-"))
     words = command(folder, f"ppo.steps={arguments.steps}", "ppo.lr_schedule=linear")
     begun = time.monotonic()
-    left_alone, killed = folder / "straight", folder / "killed"
+    left_alone = folder / "straight"
     finish(folder, *words, f"hydra.run.dir={left_alone}")
     life = time.monotonic() - begun
     print(f"left alone: {life:.1f} s", flush=True)
-    longest = min(life, arguments.longest)
-    draw = random.Random(arguments.seed)
-    kills = kill_often(folder, words, killed, arguments.kills, longest, draw)
-    same = outcome(killed) == outcome(left_alone)
-    print(f"killed {kills} times: {'the same to the last bit' if same else 'NOT THE SAME'}")
-    return 0 if same and kills == arguments.kills else 1
+    longest, draw = min(life, arguments.longest), random.Random(arguments.seed)
+    kills, runs, same = 0, 0, True
+    while kills < arguments.kills and same:
+        killed, runs = folder / f"killed-{runs}", runs + 1
+        kills += kill_often(folder, words, killed, arguments.kills - kills, longest, draw)
+        same = outcome(killed) == outcome(left_alone)
+        print(
+            f"{killed.name}: {'the same to the last bit' if same else 'NOT THE SAME'}", flush=True
+        )
+    print(f"killed {kills} times over {runs} runs: {'all the same' if same else 'NOT THE SAME'}")
+    return 0 if same else 1
 
 
 def kill_often(
     folder: Path, words: list[str], run: Path, kills: int, longest: float, draw: random.Random
 ) -> int:
-    """Kill and resume so many times, then let the run end; the number of times it was killed."""
+    """Kill and resume at most so many times, then let the run end; how often it was killed."""
     done = 0
-    while done < kills:
-        if is_finished(run):  # the end came before the last kill: the same run, begun anew
-            print("finished early, raise --steps", flush=True)
-            return done
+    while done < kills and not is_finished(run):
         process = start(folder, *going_on(words, run))
         time.sleep(draw.uniform(0.2, longest))
         process.kill()
@@ -85,8 +87,8 @@ def finish(folder: Path, *words: str) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--longest", type=float, default=15.0, help="seconds before a kill")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--longest", type=float, default=20.0, help="seconds before a kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     return parser.parse_args()
