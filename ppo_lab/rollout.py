@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ppo_lab.models.logprobs import from_logits
+from ppo_lab.models.fast.draws import draw_by_blocks
+from ppo_lab.models.logprobs import LARGE_VOCABULARY, from_logits
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.types import Forward, Prompts, Tokens
 
@@ -42,6 +43,11 @@ class Sampling:
     stop_strings: tuple[str, ...] = ()
     batch_size: int = 0
     foreign: tuple[str, ...] = ()
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether any token can come, at its own probability."""
+        return self.temperature > 0 and self.top_k == 0 and self.top_p == 1.0
 
     @property
     def logprob_temperature(self) -> float:
@@ -127,27 +133,23 @@ def _sample_chunk(
     trunk: Trunk,
 ) -> list[Tensor]:
     """[responses, lengths, ended, logprobs, values, entropy] of one chunk."""
-    from transformers import DynamicCache
-
     device = trunk.head.weight.device
     packed = Tokens.pack(queries, [[sampling.pad_id]] * len(queries), pad_id=sampling.pad_id)
     ids, attention = packed.queries.to(device), packed.query_mask.to(device)
     uniforms = uniforms.to(device)
     eos = torch.tensor(sampling.eos_ids, dtype=torch.long, device=device)
-    cache = DynamicCache(config=trunk.model.config)
+    cache = trunk.new_cache(ids.shape[1] + sampling.max_new_tokens)
     ended = torch.zeros(len(queries), dtype=torch.bool, device=device)
     tokens, seen, values, alive = [], [], [], []
     for position in range(sampling.max_new_tokens):
         hidden = trunk.hidden(ids, attention, cache=cache)[:, -1]
         logits = trunk.head.logits(hidden)
         banned = eos if position < sampling.min_new_tokens else None
-        token = draw(logits, uniforms[:, position], sampling=sampling, banned=banned)
+        token, *of_token = _draw_and_see(logits, uniforms[:, position], sampling, banned)
         alive.append(~ended)
         token = token.masked_fill(ended, sampling.pad_id)
         tokens.append(token)
-        seen.append(
-            from_logits(logits, token, temperature=sampling.logprob_temperature, entropy=True)
-        )
+        seen.append(of_token)
         values.append(policy.v_head(hidden))
         ended = (
             ended
@@ -166,6 +168,20 @@ def _sample_chunk(
         ended,
         *(torch.stack(column, 1).masked_fill(~real, 0.0) for column in columns),
     ]
+
+
+def _draw_and_see(
+    logits: Tensor, uniforms: Tensor, sampling: Sampling, banned: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, their log-probabilities under the raw distribution, and its entropies."""
+    if sampling.takes_all and banned is None and logits.shape[1] >= LARGE_VOCABULARY:
+        scaled = logits if sampling.temperature == 1.0 else logits / sampling.temperature
+        return draw_by_blocks(scaled, uniforms)
+    token = draw(logits, uniforms, sampling=sampling, banned=banned)
+    at = sampling.logprob_temperature
+    logprobs, entropy = from_logits(logits, token, temperature=at, entropy=True)
+    assert entropy is not None
+    return token, logprobs, entropy
 
 
 def draw(

@@ -12,9 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppo_lab.core import full_kl
+from ppo_lab.models.fast.products import product
+from ppo_lab.models.fast.sweep import swept_logprobs
 
 # Logits of at most this many (token, vocabulary) pairs are built at once: 128 MiB in float32.
 TILE = 2**25
+
+# From here on a CPU walks through the vocabulary once, where the head allows it.
+LARGE_VOCABULARY = 2**16
 
 
 class Head(NamedTuple):
@@ -30,8 +35,10 @@ class Head(NamedTuple):
 
     def logits(self, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... vocab"]:
         """The logits in float32."""
-        # A contiguous matrix: transformers' sliced views make a CPU copy the head once a row.
-        z = F.linear(hidden.to(self.weight.dtype).contiguous(), self.weight, self.bias).float()
+        # Flat and contiguous: transformers' sliced views make a CPU copy the head once a row.
+        rows = hidden.to(self.weight.dtype).flatten(0, -2).contiguous()
+        z = product(rows, self.weight, self.bias).contiguous().float()
+        z = z.view(*hidden.shape[:-1], -1)
         z = z * self.scale if self.scale != 1.0 else z
         return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
 
@@ -50,6 +57,12 @@ def token_logprobs(
     Memory does not grow with tokens x vocabulary: beyond TILE entries the vocabulary is walked
     through in tiles.
     """
+    if not entropy and len(head.weight) >= LARGE_VOCABULARY and _may_sweep(hidden, head):
+        swept = swept_logprobs(
+            hidden, head.weight, head.bias, targets, scale=head.scale / temperature
+        )
+        if swept is not None:
+            return swept, None
     if len(targets) * len(head.weight) <= TILE:
         return from_logits(head.logits(hidden), targets, temperature=temperature, entropy=entropy)
     if not torch.is_grad_enabled():
@@ -91,6 +104,13 @@ def from_logits(
     if not entropy:
         return logprobs, None
     return logprobs, logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+
+
+def _may_sweep(hidden: Tensor, head: Head) -> bool:
+    """Whether the head is frozen and plain enough for the one walk through the vocabulary on a CPU."""
+    frozen = not (head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad))
+    plain = hidden.device.type == "cpu" and head.weight.dtype != torch.float16 and not head.softcap
+    return plain and (frozen or not torch.is_grad_enabled())
 
 
 def _by_rows(

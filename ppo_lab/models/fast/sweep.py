@@ -1,0 +1,76 @@
+"""Log-probabilities of chosen tokens and their gradient in one walk through a large vocabulary.
+
+With z = s (W h + b) / T and y the chosen token,
+
+    log p(y)       =  -log sum_v exp(z_v - z_y)
+    d log p(y)/dh  =  s / T (W_y - sum_v p_v W_v)
+
+Both need sums over the vocabulary alone. While a tile of W is at hand, its terms of sum exp(z_v - z_y) and of
+sum exp(z_v - z_y) W_v are added: two matrix products, no logits kept, nothing computed again in backward. The head
+must be frozen. Shifting by z_y, known beforehand, spares a running maximum; where the likeliest token is e^80 times
+likelier than y the sums would overflow, and the caller is told.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Rows of the vocabulary at a time: tiles of z that stay in a core's cache.
+TILE = 4096
+
+
+def swept_logprobs(
+    hidden: Float[Tensor, "tokens hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    bias: Float[Tensor, " vocab"] | None,
+    targets: Int[Tensor, " tokens"],
+    *,
+    scale: float,
+) -> Float[Tensor, " tokens"] | None:
+    """log softmax(scale (W h + b)) of the targets, differentiable in `hidden`; None where the sums overflowed."""
+    logprobs = _Sweep.apply(hidden.to(weight.dtype), weight, bias, targets, scale)
+    return logprobs if bool(logprobs.isfinite().all()) else None
+
+
+class _Sweep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        chosen = weight[targets]
+        shift = (hidden.float() * chosen.float()).sum(1)
+        shift = shift if bias is None else shift + bias[targets].float()
+        # Rounded as the products below are, or z_y - z_y would not be 0.
+        shift = shift.to(weight.dtype).float()
+        total = torch.zeros(len(targets))
+        pulled = torch.zeros(hidden.shape, dtype=torch.float32) if wanted else None
+        for start in range(0, len(weight), TILE):
+            rows = weight[start : start + TILE]
+            terms = _products(rows, hidden, None if bias is None else bias[start : start + TILE])
+            terms = terms.float().sub_(shift)
+            terms = (terms if scale == 1.0 else terms.mul_(scale)).exp_()
+            total += terms.sum(0)
+            if pulled is not None:
+                by_token = torch.empty(len(targets), len(rows), dtype=weight.dtype).copy_(terms.t())
+                pulled += by_token @ rows
+        if pulled is not None:
+            slope = pulled.div_(total[:, None]).neg_().add_(chosen)
+            ctx.save_for_backward(slope if scale == 1.0 else slope.mul_(scale))
+        return -total.log()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return (slope * grads[0][:, None]), None, None, None, None
+
+
+def _products(rows: Tensor, hidden: Tensor, bias: Tensor | None) -> Tensor:
+    """(tile, tokens): W h + b with W as it lies."""
+    if bias is None:
+        return torch.mm(rows, hidden.t())
+    return torch.addmm(bias[:, None], rows, hidden.t())
