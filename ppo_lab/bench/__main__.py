@@ -1,0 +1,133 @@
+"""`python -m ppo_lab.bench`: this project and the trainers it replaces on the same work, in turn."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ppo_lab.bench.shapes import SHAPES
+from ppo_lab.bench.venvs import REQUIREMENTS, environments_folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Gate, run, show, keep; 1 where the gate fails or a worker does."""
+    asked = parser().parse_args(arguments)
+    console = Console(stderr=False)
+    try:
+        return bench(asked, console)
+    except RuntimeError as error:
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        return 1
+
+
+def bench(asked: argparse.Namespace, console: Console) -> int:
+    """The benchmark as asked for on the command line."""
+    from ppo_lab.bench.equality import gate
+    from ppo_lab.bench.report import record, show, show_gates
+    from ppo_lab.bench.runs import interleaved
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    gates = [gate(precision) for precision in asked.precision]
+    show_gates(gates, console)
+    if not all(g.passed for g in gates):
+        return 1
+    shape = SHAPES[asked.shape]
+    runs = interleaved(
+        contestants(asked, say),
+        shape,
+        rounds=asked.rounds,
+        threads=asked.threads,
+        seed=asked.seed,
+        say=say,
+    )
+    results = list(runs)
+    kept = record(shape, results, gates, floors(asked), threads=asked.threads)
+    show(kept, console)
+    if asked.json:
+        asked.json.write_text(json.dumps(kept, indent=1) + "\n")
+        say(f"wrote {asked.json}")
+    return 0
+
+
+def contestants(asked: argparse.Namespace, say: Any) -> list[Any]:
+    """Ours and the others, each at each precision; environments are made where they are missing."""
+    from ppo_lab.bench.runs import OURS, Contestant
+    from ppo_lab.bench.venvs import python_of
+
+    pythons = {name: python_of(name, asked.venvs, say) for name in (*asked.vs, OURS)}
+    return [
+        Contestant(trainer, precision, python)
+        for precision in asked.precision
+        for trainer, python in pythons.items()
+    ]
+
+
+def floors(asked: argparse.Namespace) -> dict[str, Any]:
+    """Rates and floor of each precision, measured now."""
+    import torch
+
+    from ppo_lab.bench.floor import floor, measure_rates
+
+    torch.set_num_threads(asked.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {}
+    for precision in asked.precision:
+        rates = measure_rates(precision, device)
+        found[precision] = (rates, floor(SHAPES[asked.shape], precision, rates, seed=asked.seed))
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    """What may be asked for."""
+    p = argparse.ArgumentParser(prog="python -m ppo_lab.bench", description=__doc__)
+    p.add_argument("--shape", choices=SHAPES, default="small", help="the model and the batch")
+    p.add_argument(
+        "--vs",
+        type=_list_of(REQUIREMENTS),
+        default=["trl112", "trl0114"],
+        help="the other trainers, comma-separated; empty = none",
+    )
+    p.add_argument(
+        "--precision",
+        type=_list_of(("fp32", "bf16")),
+        default=["fp32", "bf16"],
+        help="precision of the weights, comma-separated",
+    )
+    p.add_argument("--rounds", type=int, default=3, help="processes of each contestant")
+    p.add_argument("--threads", type=int, default=_cores(), help="threads of each process")
+    p.add_argument("--seed", type=int, default=0, help="of weights, prompts and sampling")
+    p.add_argument("--json", type=Path, help="file that keeps the result")
+    p.add_argument(
+        "--venvs",
+        type=Path,
+        default=environments_folder(),
+        help="where environments lie or are made",
+    )
+    return p
+
+
+def _list_of(known: Any) -> Any:
+    def parse(text: str) -> list[str]:
+        names = [name for name in text.split(",") if name and name != "none"]
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]}: must be of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

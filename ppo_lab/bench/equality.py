@@ -1,0 +1,131 @@
+"""The gate before any ratio: what is fast must compute what transformers, PEFT and log_softmax do.
+
+On a tiny BLOOM with an adapter that changes it, log-probs, values and the adapter's gradients of
+this project's policy are compared with those taken plainly. Errors are max |a - b| / max |b|.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_lab.models.reference import Reference
+from ppo_lab.rollout import NoiseKey, Sampling, sample
+from ppo_lab.types import Tokens
+
+TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VOCABULARIES = (997, 250880)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The relative errors by what was compared, and whether all are within the tolerance."""
+
+    precision: str
+    tolerance: float
+    errors: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        """Whether ratios may be shown."""
+        return all(error <= self.tolerance for error in self.errors.values())
+
+
+def gate(precision: str) -> Gate:
+    """Both roads on a small vocabulary and on BLOOM's own."""
+    errors: dict[str, float] = {}
+    for vocabulary in VOCABULARIES:
+        for name, error in _errors(precision, vocabulary).items():
+            errors[f"{name}/{vocabulary}"] = error
+    return Gate(precision, TOLERANCE[precision], errors)
+
+
+def _errors(precision: str, vocabulary: int) -> dict[str, float]:
+    policy = _policy(vocabulary, DTYPES[precision])
+    plain = copy.deepcopy(policy.pretrained_model)
+    prompts = [list(range(5, 5 + n)) for n in (16, 9, 12, 3, 16, 5, 7, 11)]
+    tokens, seen = sample(
+        policy,
+        prompts,
+        sampling=Sampling(max_new_tokens=18, eos_ids=(), pad_id=0, temperature=0.9),
+        noise=NoiseKey(0, 0),
+    )
+    weights = torch.randn(tokens.mask.shape, generator=torch.Generator().manual_seed(1))
+    forward = policy.score(tokens, temperature=0.9)
+    ((forward.logprobs + forward.values) * weights).sum().backward()
+    logprobs, values = _plainly(plain, policy.v_head, tokens, 0.9)
+    policy.v_head.zero_grad()
+    ((logprobs + values) * weights).sum().backward()
+    with torch.no_grad(), plain.disable_adapter():
+        reference, _ = _plainly(plain, policy.v_head, tokens, 0.9)
+    found = {
+        "log-probs": _error(forward.logprobs, logprobs),
+        "values": _error(forward.values, values),
+        "log-probs of sampling": _error(seen.logprobs, logprobs),
+        "values of sampling": _error(seen.values, values),
+        "reference": _error(Reference(_fresh(policy)).logprobs(tokens, temperature=0.9), reference),
+    }
+    return {**found, "gradients": _gradient_error(policy.pretrained_model, plain)}
+
+
+def _policy(vocabulary: int, dtype: torch.dtype) -> AutoModelForCausalLMWithValueHead:
+    from peft import LoraConfig
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    config = BloomConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        n_layer=3,
+        n_head=4,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        initializer_range=0.1,
+    )
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["query_key_value"])
+    model = BloomForCausalLM(config).to(dtype)
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(model, peft_config=adapter)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return policy
+
+
+def _fresh(policy: AutoModelForCausalLMWithValueHead) -> AutoModelForCausalLMWithValueHead:
+    """The same trunk with an adapter that changes nothing, so that the reference is the trunk."""
+    fresh = copy.deepcopy(policy)
+    with torch.no_grad():
+        for name, parameter in fresh.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    return fresh
+
+
+def _plainly(model: Any, v_head: Any, tokens: Tokens, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and values of the responses by transformers' own forward."""
+    ids = torch.cat([tokens.queries, tokens.responses], 1)
+    attention = torch.cat([tokens.query_mask, tokens.attended], 1).long()
+    out = model(input_ids=ids, attention_mask=attention, output_hidden_states=True, use_cache=False)
+    start = tokens.queries.shape[1] - 1
+    logits = out.logits[:, start:-1].float() / temperature
+    logprobs = logits.log_softmax(-1).gather(2, tokens.responses[..., None]).squeeze(2)
+    return logprobs, v_head(out.hidden_states[-1][:, start:-1])
+
+
+def _gradient_error(ours: Any, plain: Any) -> float:
+    theirs = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    mine = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    assert theirs and theirs.keys() == mine.keys(), "gradients of different parameters"
+    return max(_error(mine[name], theirs[name]) for name in theirs)
+
+
+def _error(ours: Tensor, plain: Tensor) -> float:
+    scale = plain.detach().abs().max().clamp(min=1e-30)
+    return float((ours.detach() - plain.detach()).abs().max() / scale)

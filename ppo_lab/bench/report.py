@@ -1,0 +1,164 @@
+"""What the benchmark prints and keeps: medians, pairwise ratios, distance to the floor."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ppo_lab.bench.equality import Gate
+from ppo_lab.bench.floor import Floor, Rates
+from ppo_lab.bench.runs import OURS, PHASES, Result, medians, pairwise
+from ppo_lab.bench.shapes import Shape
+
+
+def record(
+    shape: Shape,
+    results: list[Result],
+    gates: list[Gate],
+    floors: dict[str, tuple[Rates, Floor]],
+    *,
+    threads: int,
+) -> dict[str, Any]:
+    """Everything, as JSON keeps it."""
+    names = list(dict.fromkeys(r.contestant for r in results))
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(threads),
+        "shape": asdict(shape),
+        "equality": [{**asdict(gate), "passed": gate.passed} for gate in gates],
+        "rates": {precision: asdict(rates) for precision, (rates, _) in floors.items()},
+        "floor": {precision: least.as_dict() for precision, (_, least) in floors.items()},
+        "versions": {r.contestant: r.versions for r in results},
+        "medians": {name: medians(results, name) for name in names},
+        "ratios": [_ratio(results, *pair) for pair in pairs(results)],
+        "results": [asdict(r) for r in results],
+    }
+
+
+def show(kept: dict[str, Any], console: Console) -> None:
+    """The record as tables."""
+    shape = kept["shape"]
+    tokens = shape["batch"] * shape["new_tokens"]
+    table = Table(title=f"one PPO iteration, {shape['name']}: medians, wall seconds (CPU seconds)")
+    for column in ("trainer", *PHASES, "total", "tokens/s", "peak GB", "times its floor"):
+        table.add_column(column, justify="left" if column == "trainer" else "right")
+    for name, m in kept["medians"].items():
+        least = kept["floor"][name.split()[-1]]["total"]
+        table.add_row(
+            name,
+            *(f"{m['wall'][p]:.2f} ({m['cpu'][p]:.2f})" for p in PHASES),
+            f"{m['wall_s']:.2f} ({m['cpu_s']:.2f})",
+            f"{tokens / m['wall_s']:.1f}",
+            f"{m['peak_gb']:.2f}",
+            f"{m['wall_s'] / least:.1f}",
+        )
+    console.print(table)
+    console.print(_ratios(kept["ratios"]))
+    for precision, least in kept["floor"].items():
+        rates = kept["rates"][precision]
+        console.print(
+            f"floor {precision}: {least['total']:.2f} s (generate {least['generate']:.2f}, score {least['score']:.2f}, "
+            f"update {least['update']:.2f}) at {rates['flops'] / 1e9:.0f} GFLOP/s and {rates['bytes'] / 1e9:.1f} GB/s",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def show_gates(gates: Iterable[Gate], console: Console) -> None:
+    """What was compared and how far apart it was."""
+    for gate in gates:
+        worst = max(gate.errors, key=lambda name: gate.errors[name])
+        word = "passed" if gate.passed else "FAILED"
+        console.print(
+            f"equality gate {gate.precision} {word}: largest relative error {gate.errors[worst]:.1e} ({worst}), "
+            f"tolerance {gate.tolerance:.0e}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def pairs(results: list[Result]) -> list[tuple[str, str, str]]:
+    """(ours, theirs, why): each precision against the same, and our best against each one's best."""
+    names = list(dict.fromkeys(r.contestant for r in results))
+    ours = [name for name in names if name.startswith(OURS)]
+    same = [
+        (mine, other, "same precision")
+        for mine in ours
+        for other in names
+        if other not in ours and other.split()[-1] == mine.split()[-1]
+    ]
+    trainers = dict.fromkeys(name.split()[0] for name in names if name not in ours)
+    best = [
+        (_best(results, OURS), _best(results, trainer), "best against best")
+        for trainer in trainers
+        if ours
+    ]
+    as_it_comes = [
+        (_best(results, OURS), f"{t} fp32", "our best against theirs as it comes")
+        for t in trainers
+        if ours and f"{t} fp32" in names
+    ]
+    return same + best + as_it_comes
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
+    return {
+        "processor": _processor(),
+        "threads": threads,
+        "gpu": gpu,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:  # noqa: PTH123
+            return next(
+                line.split(":")[1].strip() for line in lines if line.startswith("model name")
+            )
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _best(results: list[Result], trainer: str) -> str:
+    """The precision at which a trainer was fastest."""
+    names = {r.contestant for r in results if r.contestant.split()[0] == trainer}
+    return min(names, key=lambda name: medians(results, name)["wall_s"])
+
+
+def _ratio(results: list[Result], ours: str, theirs: str, why: str) -> dict[str, Any]:
+    ratios = {
+        "wall": pairwise(results, ours, theirs, lambda r: r.wall_s),
+        "cpu": pairwise(results, ours, theirs, lambda r: r.cpu_s),
+        "memory": pairwise(results, ours, theirs, lambda r: r.peak_gb),
+    }
+    found: dict[str, Any] = {
+        kind: {"median": median(r), "range": [min(r), max(r)]} for kind, r in ratios.items() if r
+    }
+    return {"ours": ours, "theirs": theirs, "why": why, **found}
+
+
+def _ratios(ratios: list[dict[str, Any]]) -> Table:
+    table = Table(title="theirs / ours in interleaved pairs: median (range)")
+    for column in ("ours", "theirs", "", "wall", "CPU", "memory"):
+        table.add_column(column)
+    for ratio in ratios:
+        shown = (
+            "{:.2f} ({:.2f}-{:.2f})".format(ratio[kind]["median"], *ratio[kind]["range"])
+            for kind in ("wall", "cpu", "memory")
+        )
+        table.add_row(ratio["ours"], ratio["theirs"], ratio["why"], *shown)
+    return table

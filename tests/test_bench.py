@@ -1,0 +1,90 @@
+"""The benchmark's arithmetic, and its gate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ppo_lab.bench import equality, report
+from ppo_lab.bench.__main__ import parser
+from ppo_lab.bench.floor import Floor, Rates, floor
+from ppo_lab.bench.runs import WORKERS, Result, medians, pairwise
+from ppo_lab.bench.shapes import SHAPES, Shape
+from ppo_lab.bench.venvs import REQUIREMENTS
+
+WORK = Shape("hand", 10, 1, 1, 100, batch=2, mini_batch=1, epochs=3, new_tokens=4)
+
+
+def result(name: str, turn: int, seconds: float, peak: float) -> Result:
+    phases = {"generate": seconds, "score": 0.0, "update": 1.0}
+    return Result(name, turn, phases, {k: 2 * v for k, v in phases.items()}, peak, {"torch": "2"})
+
+
+def test_the_floor_counts_what_its_equations_say() -> None:
+    prompts = sum(map(len, WORK.prompts(0)))
+    trunk, head = 2 * 12 * 100, 2 * 100 * 10
+    one_pass = trunk * (prompts + 8) + head * 8
+    least = floor(WORK, "fp32", Rates(flops=1.0, bytes=1e9), seed=0)
+    assert least.score == one_pass
+    assert least.update == 2 * 3 * one_pass
+    assert least.generate == trunk * prompts + head * 2 + 3 * (trunk + head) * 2
+    reading = floor(WORK, "bf16", Rates(flops=1e18, bytes=1.0), seed=0)
+    assert reading.generate == pytest.approx(3 * (1200 + 1000) * 2)
+
+
+def test_prompts_have_the_longest_and_the_shortest_and_are_the_same_every_time() -> None:
+    lengths = [len(ids) for ids in SHAPES["560m"].prompts(0)]
+    assert (max(lengths), min(lengths), len(lengths)) == (32, 16, 16)
+    assert SHAPES["560m"].prompts(0) == SHAPES["560m"].prompts(0) != SHAPES["560m"].prompts(1)
+
+
+def test_ratios_are_of_the_pairs_of_one_round() -> None:
+    results = [result("ppo_lab fp32", 0, 1, 2), result("trl112 fp32", 0, 9, 8)]
+    results += [result("ppo_lab fp32", 1, 3, 2), result("trl112 fp32", 1, 7, 8)]
+    assert pairwise(results, "ppo_lab fp32", "trl112 fp32", lambda r: r.wall_s) == [5.0, 2.0]
+    assert medians(results, "trl112 fp32")["wall_s"] == 9.0
+
+
+def test_the_record_holds_every_ratio_and_shows_as_tables() -> None:
+    results = [
+        result("trl0114 fp32", 0, 9, 8),
+        result("ppo_lab fp32", 0, 1, 2),
+        result("trl0114 bf16", 0, 5, 8),
+        result("ppo_lab bf16", 0, 0.5, 1),
+    ]
+    floors = {p: (Rates(1.0, 1.0), Floor(0.1, 0.1, 0.1)) for p in ("fp32", "bf16")}
+    kept = json.loads(json.dumps(report.record(WORK, results, [], floors, threads=1)))
+    shown = {(r["ours"], r["theirs"], r["why"]): r["wall"]["median"] for r in kept["ratios"]}
+    assert shown[("ppo_lab bf16", "trl0114 bf16", "best against best")] == 4.0
+    assert shown[("ppo_lab fp32", "trl0114 fp32", "same precision")] == 5.0
+    console = Console(record=True, width=200)
+    report.show(kept, console)
+    assert "4.00" in console.export_text()
+
+
+def test_the_gate_passes_and_fails() -> None:
+    assert equality.Gate("fp32", 1e-5, {"values": 1e-6}).passed
+    assert not equality.Gate("fp32", 1e-5, {"values": 1e-4}).passed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_gate_holds_here(precision: str) -> None:
+    assert equality.gate(precision).passed
+
+
+def test_every_trainer_has_its_worker() -> None:
+    assert {p.name.removesuffix("_worker.py") for p in Path(WORKERS).glob("*_worker.py")} == {
+        *REQUIREMENTS,
+        "ppo_lab",
+    }
+
+
+def test_a_trainer_that_is_not_known_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--vs", "trl113"])
+    assert "trl112" in capsys.readouterr().err
+    assert parser().parse_args(["--vs", ""]).vs == []
