@@ -1,0 +1,325 @@
+"""One iteration: rewards, penalties, controllers, invariants, and that it learns."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    EOS,
+    PAD,
+    QUERIES,
+    SCORES,
+    VOCABULARY,
+    causal_lm,
+    policy,
+    ragged,
+    step,
+    tensors,
+    timeless,
+    trainer,
+    weights,
+)
+from torch.testing import assert_close
+
+from ppo_lab.core import KL_PENALTIES
+from ppo_lab.metrics import METRICS
+from ppo_lab.rollout import Sampling
+from ppo_lab.scaling import RunningMoments, scale_scores
+from ppo_lab.types import Prompts, Scores
+
+PROMPTS = Prompts(QUERIES * 4, ["?"] * 16)
+SAMPLING = Sampling(max_new_tokens=6, eos_ids=(EOS,), pad_id=PAD)
+LIKED = {f"w{i}" for i in range(2, 20)}
+
+
+def likes_low_words(prompts: list[Any], completions: list[str]) -> Scores:
+    """The share of words below w20."""
+    words = [text.split() for text in completions]
+    total = torch.tensor([sum(w in LIKED for w in row) / max(len(row), 1) for row in words])
+    return Scores(total, {"low": total})
+
+
+class Stream:
+    """The same prompts again and again."""
+
+    batches = 0
+
+    def next_batch(self) -> Prompts:
+        self.batches += 1
+        return PROMPTS
+
+
+def running(**settings: Any) -> Any:
+    own = {"reward": likes_low_words, "sampling": SAMPLING, "batch_size": 16} | settings
+    return trainer(own.pop("model", None), **own)
+
+
+# --- KL
+
+
+@pytest.mark.parametrize("kl_penalty", KL_PENALTIES)
+@pytest.mark.parametrize("kind", ["bloom", "gpt2"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_kl_is_zero_before_the_first_update_and_no_penalty_is_negative(
+    kl_penalty: str, kind: str, lora: bool
+) -> None:
+    """N-01, N-02: exactly zero; afterwards k1 is logged beside what the penalty used."""
+    made = trainer(policy(kind, lora=lora), kl_penalty=kl_penalty)
+    made.drawn = replace(made.sampling, temperature=0.7)
+    first, second = step(made), step(made)
+    assert first["kl"] == first["objective/kl"] == first["objective/kl_k3"] == 0.0
+    assert second["kl"] != 0.0
+    if kl_penalty == "kl":
+        assert second["objective/kl"] == pytest.approx(second["kl"])
+    else:
+        assert second["objective/kl"] > 0.0
+        assert second["objective/kl"] != pytest.approx(second["kl"])
+
+
+def test_kl_of_sampled_responses_is_zero_within_rounding_in_an_iteration() -> None:
+    """N-03, N-04: the sampler's log-probs are those of a whole forward, at any temperature."""
+    for kind in ("bloom", "gpt2", "llama"):
+        made = running(model=policy(kind), sampling=replace(SAMPLING, temperature=0.7))
+        stats = made.iteration(PROMPTS)
+        assert abs(stats["kl"]) < 1e-4
+        assert stats["ppo/policy/first_minibatch_ratio_error"] < 1e-4
+
+
+@pytest.mark.parametrize("changes", [{"top_k": 5}, {"top_p": 0.8}, {"min_new_tokens": 2}], ids=str)
+def test_what_biases_kl_is_named_once(changes: dict[str, Any]) -> None:
+    """N-01."""
+    ((name, value),) = changes.items()
+    made = running(sampling=replace(SAMPLING, **changes))
+    with pytest.warns(RuntimeWarning, match=f"drawn with {name}={value}, not from the whole"):
+        made.iteration(PROMPTS)
+    made.iteration(PROMPTS)  # a second warning would be an error
+
+
+def test_a_setting_of_another_sampler_is_named_as_well() -> None:
+    """N-01: forced endings and repetition penalties change the distribution too."""
+    made = trainer()
+    responses = made.generate(
+        tensors(QUERIES), return_prompt=False, repetition_penalty=1.5, max_new_tokens=3
+    )
+    with pytest.warns(RuntimeWarning, match=r"repetition_penalty=1\.5"):
+        step(made, responses=responses)
+
+
+def test_a_model_that_changes_between_sampling_and_training_is_noticed() -> None:
+    """N-05, N-22: first ratios off 1, and KL off 0 before any update, each said."""
+    made = trainer()
+    rollout = made.collect(ragged())
+    with torch.no_grad():
+        made.policy.trunk.model.get_input_embeddings().weight.mul_(1.5)
+    with pytest.warns(RuntimeWarning, match="changed by .* before any update"):
+        made.learn(rollout, Scores(torch.tensor(SCORES)))
+    other = trainer()
+    with torch.no_grad():
+        other.policy.trunk.model.get_input_embeddings().weight.mul_(1.5)
+    with pytest.warns(RuntimeWarning, match="KL to the reference is .* must be 0"):
+        step(other)
+
+
+def test_a_reference_of_ones_own_may_be_anywhere() -> None:
+    """A-03: its KL is no cause for a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert abs(step(trainer(policy(), causal_lm(seed=4)))["kl"]) > 0.1
+
+
+def test_an_adaptive_beta_moves_by_the_penalty_s_kl_and_a_fixed_one_never() -> None:
+    fixed, adaptive = trainer(), trainer(adap_kl_ctrl=True, target=6.0, horizon=10)
+    for made in (fixed, adaptive):
+        step(made)
+    assert fixed.kl_controller.value == 0.2
+    assert adaptive.kl_controller.value == pytest.approx(0.2 * (1 - 0.2 * 4 / 10))
+    assert step(adaptive)["kl_coef"] == pytest.approx(0.2 * (1 - 0.2 * 4 / 10))
+
+
+# --- scores
+
+
+def test_the_penalty_falls_on_responses_that_nothing_ended() -> None:
+    """N-13: on two of the four; raw scores are shown without it."""
+    stats = step(trainer(missing_eos_penalty=2.0))
+    assert stats["mean_reward"] == pytest.approx(sum(SCORES) / 4)
+    assert stats["ppo/mean_scores"] == pytest.approx((sum(SCORES) - 2 * 2.0) / 4)
+    assert stats["tokens/eos_rate"] == 0.5
+
+
+def test_a_stop_token_of_ones_own_counts_as_an_end() -> None:
+    """N-13, N-14: the model's own EOS then does not."""
+    made = trainer(missing_eos_penalty=2.0, sampling=replace(SAMPLING, eos_ids=(24,)))
+    stats = step(made)  # the second response holds 24
+    assert stats["tokens/eos_rate"] == 0.25
+    assert stats["ppo/mean_scores"] == pytest.approx((sum(SCORES) - 3 * 2.0) / 4)
+
+
+def test_ends_of_sampled_responses_come_from_sampling() -> None:
+    """N-14: a response that fills its width and ends there has ended."""
+    made = running(missing_eos_penalty=1.0)
+    tokens, _ = made.sample(PROMPTS)
+    rollout = made.collect(tokens)
+    shaped = made.shape(rollout, Scores(torch.zeros(16)))
+    held = torch.tensor([EOS in row for row in tokens.response_lists()])
+    assert torch.equal(tokens.ended, held)
+    assert torch.equal(shaped.scores, torch.where(held, 0.0, -1.0))
+
+
+def test_the_score_is_on_the_last_token_whether_or_not_it_is_an_end() -> None:
+    """N-12: with lambda 0 the advantage of the last token holds it whole, of no other."""
+    made = trainer(lam=0.0, whiten_advantages=False)
+    rollout = made.collect(ragged())
+    shaped = made.shape(rollout, Scores(torch.tensor(SCORES)))
+    last = rollout.tokens.lengths - 1
+    rows = torch.arange(4)
+    got = (shaped.batch.advantages + rollout.values)[rows, last]
+    assert_close(got, torch.tensor(SCORES))
+
+
+def test_scores_are_scaled_by_running_moments_by_hand() -> None:
+    """N-17: constant scores stay finite, half precision is scaled in float32."""
+    moments, first, second = RunningMoments(), torch.tensor([1.0, 3.0]), torch.tensor([5.0])
+    scale = {"use_score_scaling": True, "use_score_norm": True, "score_clip": 0.0}
+    a = scale_scores(first, moments, **scale)
+    assert_close(a, torch.tensor([-1.0, 1.0]) / math.sqrt(2))
+    b = scale_scores(second, moments, **scale | {"use_score_norm": False})
+    assert (moments.mean, moments.std) == pytest.approx((3.0, 2.0))
+    assert_close(b, torch.tensor([2.5]))
+    clipped = scale_scores(torch.tensor([-9.0, 0.1]), moments, **scale | {"score_clip": 0.5})
+    assert clipped.abs().max() <= 0.5
+    constant = scale_scores(torch.full((3,), 7.0), RunningMoments(), **scale)
+    assert torch.equal(constant, torch.zeros(3))
+    made = trainer(use_score_scaling=True, use_score_norm=True)
+    stats = step(made, scores=[torch.tensor(6e4, dtype=torch.float16)] * 4)
+    assert math.isfinite(stats["ppo/mean_scores"])
+
+
+def test_moments_travel_with_the_state() -> None:
+    """N-17, C-01: and so do beta, schedule, optimizer and noise; the next numbers are the same."""
+    settings = {
+        "use_score_scaling": True,
+        "adap_kl_ctrl": True,
+        "lr_schedule": "linear",
+        "steps": 5,
+    }
+    made = running(**settings)
+    for _ in range(2):
+        made.iteration(PROMPTS)
+    state = copy.deepcopy(made.state_dict())
+    other = running(**settings)
+    other.load_state_dict(state)
+    assert timeless(other.iteration(PROMPTS)) == timeless(made.iteration(PROMPTS))
+    incomplete = {k: v for k, v in state.items() if k != "moments"}
+    with pytest.raises(KeyError, match="moments"):
+        other.load_state_dict(incomplete)
+
+
+# --- statistics
+
+
+def test_every_statistic_is_documented_and_every_documented_one_is_there() -> None:
+    """L-06: with its unit and its meaning."""
+    stats = running().iteration(PROMPTS)
+    assert {name for name in stats if not name.startswith("reward/")} == METRICS.keys()
+    assert all(unit and meaning for unit, meaning in METRICS.values())
+    assert stats["reward/low"] == pytest.approx(stats["mean_reward"])
+
+
+def test_entropies_are_not_negative_and_bounded_by_the_vocabulary() -> None:
+    """N-23."""
+    stats = step(trainer())
+    assert 0 < stats["ppo/policy/entropy"] < math.log(VOCABULARY)
+    assert stats["objective/entropy"] > 0
+
+
+def test_statistics_of_one_sample_are_finite() -> None:
+    """N-15, L-01: also of a single token."""
+    made = trainer()
+    stats = made.step(tensors([[5]]), tensors([[20]]), [1.0])
+    assert all(math.isfinite(value) for value in stats.values())
+    assert stats["ppo/std_scores"] == 0.0
+
+
+def test_penalty_scores_and_rewards_add_up() -> None:
+    """R-04: raw scores are logged beside those that were scaled, clipped and penalised."""
+    made = trainer(score_clip=1.0, init_kl_coef=0.5)
+    step(made)
+    stats = step(made)
+    clipped = [max(min(s, 1.0), -1.0) for s in SCORES]
+    assert stats["mean_reward"] == stats["env/reward_mean"] == pytest.approx(sum(SCORES) / 4)
+    assert stats["ppo/mean_scores"] == pytest.approx(sum(clipped) / 4)
+    expected = stats["ppo/mean_scores"] - 0.5 * stats["objective/kl"]
+    assert stats["objective/rlhf_reward"] == pytest.approx(expected, rel=1e-5)
+    tokens = 14 / 4  # real tokens a sample
+    assert stats["ppo/mean_non_score_reward"] == pytest.approx(
+        -0.5 * stats["objective/kl"] / tokens, rel=1e-5
+    )
+
+
+def test_times_cover_the_iteration_and_start_anew() -> None:
+    """S-02: generation has a time of its own."""
+    made = running()
+    for _ in range(2):
+        stats = made.iteration(PROMPTS)
+        phases = [stats[f"time/{p}"] for p in ("generate", "score", "reference", "update")]
+        assert min(phases) > 0
+        assert stats["time/iteration"] == pytest.approx(sum(phases))
+    assert stats["peak_memory_gb"] > 0
+
+
+# --- training
+
+
+def test_training_stops_at_steps() -> None:
+    """T-03, L-04: and goes on from where it is, not from the beginning."""
+    made, stream = running(steps=3, ppo_epochs=1), Stream()
+    assert [len(m) > 0 for m in made.train(stream)] == [True] * 3
+    assert (made.iterations_done, stream.batches) == (3, 3)
+    assert list(made.train(stream)) == []
+
+
+def test_a_tiny_run_learns_and_stays_near_its_reference() -> None:
+    """N-31, N-28, E-01: the reward rises by far, KL stays bounded."""
+    made = running(steps=14, ppo_epochs=4, learning_rate=2e-2, init_kl_coef=0.02)
+    history = list(made.train(Stream()))
+    first, last = (sum(m["mean_reward"] for m in part) / 3 for part in (history[:3], history[-3:]))
+    assert last > first + 0.25
+    assert history[-1]["kl"] < 30
+
+
+def test_the_same_seed_gives_the_same_numbers() -> None:
+    """C-09: another gives others; the global generators have no part in it."""
+    runs = []
+    for seed, noise in ((0, 1), (0, 2), (1, 1)):
+        made = running(steps=2, seed=seed, mini_batch_size=4)
+        torch.manual_seed(noise)
+        runs.append([timeless(m) for m in made.train(Stream())])
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_memory_does_not_grow_with_the_mini_batch_of_collection() -> None:
+    """M-04, N-25: the reference of an adapter shares the trunk, and mini-batches change nothing."""
+    shared = trainer(policy(lora=True))
+    assert shared.reference._trunk is shared.policy.trunk
+    one, all_at_once = (trainer(mini_batch_size=n, ppo_epochs=1) for n in (1, 4))
+    a, b = one.collect(ragged()), all_at_once.collect(ragged())
+    for name in ("logprobs", "values", "ref_logprobs"):
+        assert_close(getattr(a, name), getattr(b, name), rtol=1e-5, atol=1e-5)
+    assert weights(one.policy).keys() == weights(all_at_once.policy).keys()
+
+
+def test_rewards_carry_no_gradient_into_training() -> None:
+    """P-06."""
+    made = trainer()
+    rollout = made.collect(ragged())
+    assert not rollout.logprobs.requires_grad
+    shaped = made.shape(rollout, Scores(torch.tensor(SCORES)))
+    assert not shaped.batch.advantages.requires_grad
