@@ -1,0 +1,348 @@
+"""Sweeps: files that W&B's agent turns into commands that run, and Hydra's own multirun."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from tiny_runs import inputs
+
+from ppo_lab.command_line import command_problems
+from ppo_lab.compare.runs import read_runs
+from ppo_lab.config import Config, register_schema
+from ppo_lab.errors import ConfigError
+from ppo_lab.multirun import (
+    Sweep,
+    read_summary,
+    resumed_sweep,
+    what_is_missing,
+    with_search_defaults,
+)
+from ppo_lab.rules import problems
+
+ROOT = Path(__file__).resolve().parents[1]
+SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
+AWAY = "the scorer is away"
+
+
+def score(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """A reward that fails, once, where a file says so."""
+    fuse = Path(os.environ.get("PPO_LAB_TEST_FUSE", "/nowhere"))
+    if fuse.exists():
+        fuse.unlink()
+        raise ValueError(AWAY)
+    return [float(len(set(text))) for text in completions]
+
+
+def tiny(folder: Path, reward: str = "length") -> list[str]:
+    """Overrides that make any run one of seconds."""
+    model, data = inputs(folder / "in")
+    target = ["reward=function", "reward.target=test_sweeps:score"]
+    return [
+        *("model=local", f"model.path={model}", "model.weights=random", "lora=none", "device=cpu"),
+        *("data=file", f"data.path={data}", "data.held_out=4", "ppo.steps=2", "ppo.batch_size=4"),
+        *("ppo.mini_batch_size=4", "generation.max_new_tokens=6", "evaluation.prompts=2"),
+        *(target if reward == "function" else [f"reward={reward}"]),
+    ]
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """This process's environment without W&B's variables; the checkout is on the path."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    own["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    own["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), own["PATH"]])
+    return {**own, "HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+
+
+def ppo_lab(folder: Path, *overrides: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ppo_lab", *overrides],
+        cwd=folder,
+        env=environment(folder, **more),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+# ---- W&B's sweep files ---------------------------------------------------------------------------
+
+
+def settings(sweep: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The values of each run that a grid asks for; of a search, its corners."""
+    choices = {
+        name: parameter.get("values") or [parameter["min"], parameter["max"]]
+        for name, parameter in sweep["parameters"].items()
+    }
+    for values in itertools.product(*choices.values()):
+        yield dict(zip(choices, values, strict=True))
+
+
+def command_of(sweep: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    """The command line that W&B's agent runs for these values, by the agent's own code."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    told = {"args": {name: {"value": value} for name, value in values.items()}}
+    macros = create_sweep_command_args(told) | {"env": ["/usr/bin/env"]}
+    pieces = create_sweep_command(list(sweep["command"]))
+    return [
+        word
+        for piece in pieces
+        for word in (macros[piece[2:-1]] if piece.startswith("${") else [piece])
+    ]
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_every_command_of_a_sweep_file_is_one_that_runs(file: Path) -> None:
+    register_schema()
+    sweep = yaml.safe_load(file.read_text())
+    runs = list(settings(sweep))
+    assert len(runs) >= 8
+    for values in runs:
+        assert all(isinstance(value, int | float) for value in values.values())  # 1e-5 is a text
+        start, overrides = command_of(sweep, values)[:4], command_of(sweep, values)[4:]
+        assert start == ["/usr/bin/env", "python", "-m", "ppo_lab"]
+        assert [f"{name}={value}" for name, value in values.items()] == overrides[: len(values)]
+    corners = [runs[0], runs[-1]]
+    found = [command_problems(command_of(sweep, v)[4:], check=problems) for v in corners]
+    assert found == [[], []]
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_a_sweep_maximises_what_its_runs_are_asked_for(file: Path) -> None:
+    sweep = yaml.safe_load(file.read_text())
+    assert sweep["metric"]["goal"] == "maximize"
+    assert f"objective={sweep['metric']['name']}" in sweep["command"]
+    swept_beta = "ppo.init_kl_coef" in sweep["parameters"]
+    assert sweep["metric"]["name"] == ("eval/gold" if swept_beta else "eval/objective")
+    assert {"project", "name", "program"} <= set(sweep)
+
+
+def test_the_sweeps_that_were_promised_are_there() -> None:
+    swept = {f.stem: set(yaml.safe_load(f.read_text())["parameters"]) for f in SWEEPS}
+    beta, epsilon = "ppo.init_kl_coef", "ppo.cliprange"
+    assert swept["kl"] >= {beta}
+    assert swept["clip"] >= {epsilon}
+    assert swept["kl_clip"] >= {beta, epsilon, "seed"}
+    assert swept["bayes"] == {beta, epsilon, "ppo.learning_rate"}
+
+
+def test_a_command_of_a_sweep_file_runs(tmp_path: Path) -> None:
+    sweep = yaml.safe_load((ROOT / "sweeps" / "clip.yaml").read_text())
+    overrides = command_of(sweep, next(settings(sweep)))[4:]
+    run = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "run1", "WANDB_MODE": "disabled"}
+    done = ppo_lab(tmp_path, *overrides, *tiny(tmp_path), **run)
+    assert done.returncode == 0, done.stderr
+    (found,) = read_runs([str(tmp_path / "outputs" / "sweep1")])
+    assert (found.name, found.status) == ("run1", "finished")
+    assert found.config["ppo.cliprange"] == 0.05
+    assert math.isfinite(found.summary["objective"])
+    assert found.summary["objective"] == pytest.approx(found.history["eval/objective"][-1])
+
+
+@pytest.fixture
+def server(assets: Path) -> Iterator[Any]:
+    """A stand-in for W&B's server on this machine."""
+    file = assets.parent / "wandb" / "fake_wandb_server.py"
+    if not file.exists():
+        pytest.skip(f"needs the stand-in for a W&B server at {file}")
+    module = loaded(file)
+    with module.FakeWandbServer(api_key="0" * 40) as running:
+        yield running
+        assert not running.fake.errors
+        assert not running.fake.unknown
+
+
+def loaded(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec
+    assert spec.loader
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_wandbs_own_clients_run_a_sweep_and_its_histories_arrive(
+    server: Any, tmp_path: Path
+) -> None:
+    if shutil.which("wandb", path=environment(tmp_path)["PATH"]) is None:
+        pytest.skip("needs the wandb command")
+    env = environment(tmp_path, **server.client_env(home=str(tmp_path)))
+    sweep = yaml.safe_load((ROOT / "sweeps" / "clip.yaml").read_text())
+    sweep["parameters"] = {"ppo.cliprange": {"values": [0.1, 0.2]}, "seed": {"values": [0]}}
+    sweep["command"] += tiny(tmp_path)
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    options: dict[str, Any] = {"cwd": tmp_path, "env": env, "timeout": 280, "check": True}
+    subprocess.run(["wandb", "sweep", "sweep.yaml"], **options)
+    ((sweep_id, _),) = server.recorded()["sweeps"].items()
+    where = f"fake-entity/ppo_lab/{sweep_id}"
+    subprocess.run(["wandb", "agent", where], **options)
+    runs = server.recorded()["runs"]
+    assert sorted(run["config"]["ppo"]["cliprange"] for run in runs.values()) == [0.1, 0.2]
+    for run in runs.values():
+        assert {"kl", "mean_reward", "clip_fraction", "eval/objective"} <= set(run["history_keys"])
+        assert (run["state"], run["group"]) == ("finished", f"sweep-{sweep_id}")
+        assert set(run["tags"]) == {"sweep", "clip"}
+        assert "clip0." in run["name"]
+    assert {f.name for f in (tmp_path / "outputs" / sweep_id).iterdir()} == set(runs)
+    told = subprocess.run(
+        [sys.executable, "-m", "ppo_lab.compare", "--wandb", where, "--output", "compared"],
+        **options,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert "cliprange" in told
+    assert (tmp_path / "compared" / "compare.html").exists()
+    table = (tmp_path / "compared" / "compare.csv").read_text().splitlines()
+    assert len(table) == 3
+    assert table[0].startswith("run,path,status,reason,group,seed,steps,ppo.cliprange,objective")
+    assert all(",finished," in row and ",2,0." in row for row in table[1:])
+
+
+def test_the_saved_view_holds_the_three_metrics_and_the_frontier(
+    server: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("wandb_workspaces")
+    env = environment(tmp_path, **server.client_env(home=str(tmp_path)))
+    command = [sys.executable, "-m", "ppo_lab.dashboard", "--entity", "fake-entity"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (view,) = server.recorded()["views"].values()
+    for piece in ("kl", "mean_reward", "clip_fraction"):
+        assert f'"metrics":["{piece}"]' in view["spec"]
+    assert '"xAxis":"summary:eval/kl","yAxis":"summary:eval/mean_reward"' in view["spec"]
+    assert "Parallel Coordinates Plot" in view["spec"]
+    assert "ppo.value.init_kl_coef" in view["spec"]
+
+
+# ---- Hydra's multirun ----------------------------------------------------------------------------
+
+
+def recorded_sweep(folder: Path, *overrides: str) -> Path:
+    """What Hydra leaves of a sweep by this command."""
+    place = folder / "outputs" / "multirun" / "2026-01-02" / "03-04-05"
+    place.mkdir(parents=True)
+    record = {"hydra": {"overrides": {"task": list(overrides)}}}
+    (place / "multirun.yaml").write_text(yaml.safe_dump(record))
+    return place.relative_to(folder)
+
+
+def test_the_same_command_finds_its_sweep_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = recorded_sweep(tmp_path, "seed=0,1", "ppo.steps=3")
+    argv = ["-m", "ppo.steps=3", "seed=0,1", "resume=true"]
+    assert resumed_sweep(argv) == [*argv, f"hydra.sweep.dir={place}"]
+    with pytest.raises(ConfigError, match="holds no sweep by this command"):
+        resumed_sweep(["-m", "seed=0,1,2", "ppo.steps=3", "resume=true"])
+
+
+def test_only_a_sweep_of_hydras_own_goes_on_by_resume_true() -> None:
+    with pytest.raises(ConfigError, match="needs -m"):
+        resumed_sweep(["resume=true"])
+    with pytest.raises(ConfigError, match="storage"):
+        resumed_sweep(["-m", "resume=true", "hydra/sweeper=optuna"])
+
+
+def test_a_finished_run_is_passed_over_and_a_begun_one_goes_on(tmp_path: Path) -> None:
+    config = Config(resume="true")
+    new = what_is_missing(config, tmp_path)
+    assert isinstance(new, Config)
+    assert new.resume == ""
+    (tmp_path / "metrics.jsonl").write_text("")
+    begun = what_is_missing(config, tmp_path)
+    assert isinstance(begun, Config)
+    assert begun.resume == str(tmp_path)
+    (tmp_path / "summary.json").write_text('{"status": "finished", "objective": 1.5}')
+    assert what_is_missing(config, tmp_path) == 1.5
+
+
+def test_a_run_that_failed_early_leaves_its_reason(tmp_path: Path) -> None:
+    from hydra.core.utils import JobReturn, JobStatus
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create({"hydra": {"runtime": {"output_dir": str(tmp_path)}}})
+    failed = JobReturn(status=JobStatus.FAILED)
+    failed.return_value = ValueError("no such model")
+    Sweep().on_job_end(config, failed)
+    expected = {"status": "failed", "reason": "ValueError: no such model"}
+    assert read_summary(tmp_path) == expected
+    failed.return_value = ValueError("said later")
+    Sweep().on_job_end(config, failed)
+    assert read_summary(tmp_path) == expected
+
+
+def test_a_search_maximises_and_goes_on_after_a_failure_unless_told_otherwise() -> None:
+    assert with_search_defaults(["-m", "seed=0,1"]) == ["-m", "seed=0,1"]
+    command = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.direction=minimize"]
+    assert with_search_defaults(command) == [*command, "hydra.sweeper.max_failure_rate=1.0"]
+
+
+@pytest.mark.slow
+def test_a_failed_run_leaves_the_others_alone_and_runs_again(tmp_path: Path) -> None:
+    fuse = tmp_path / "fuse"
+    fuse.touch()
+    command = ["-m", *tiny(tmp_path, "function"), "tracking=none", "ppo.init_kl_coef=0.1,0.2"]
+    first = ppo_lab(tmp_path, *command, PPO_LAB_TEST_FUSE=str(fuse))
+    assert first.returncode == 1
+    assert "sweep: 1 of 2 runs begun are finished" in first.stderr
+    (line,) = [row for row in first.stderr.splitlines() if row.startswith("  0  ppo.init_kl")]
+    assert AWAY in line
+    (place,) = (tmp_path / "outputs" / "multirun").glob("*/*")
+    kept = (place / "1" / "metrics.jsonl").stat().st_mtime_ns
+    again = ppo_lab(tmp_path, *command, "resume=true")
+    assert again.returncode == 0, again.stderr
+    assert "sweep: 2 of 2 runs begun are finished" in again.stderr
+    assert (place / "1" / "metrics.jsonl").stat().st_mtime_ns == kept
+    assert [read_summary(place / n)["status"] for n in "01"] == ["finished", "finished"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "plugin"),
+    [("joblib", "joblib"), ("submitit_local", "submitit"), ("ray", "ray")],
+)
+def test_a_sweep_runs_in_parallel_by_a_launcher(tmp_path: Path, launcher: str, plugin: str) -> None:
+    pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
+    command = ["-m", f"hydra/launcher={launcher}", *tiny(tmp_path), "tracking=none"]
+    done = ppo_lab(tmp_path, *command, "seed=0,1", "hydra.sweep.dir=swept")
+    assert done.returncode == 0, done.stderr
+    runs = read_runs([str(tmp_path / "swept")])
+    assert [(run.name, run.status) for run in runs] == [("0", "finished"), ("1", "finished")]
+
+
+@pytest.mark.slow
+def test_optuna_maximises_and_goes_on_with_its_study(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    study = [f"hydra.sweeper.storage=sqlite:///{tmp_path}/study.db", "hydra.sweeper.study_name=a"]
+    search = ["hydra/sweeper=optuna", *study, "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"]
+    space = "ppo.init_kl_coef=tag(log, interval(0.01, 0.3))"
+    command = ["-m", *search, *tiny(tmp_path), "tracking=none", space, "hydra.sweep.dir=swept"]
+    for trials in (2, 4):
+        done = ppo_lab(tmp_path, *command)
+        assert done.returncode == 0, done.stderr
+        optuna = pytest.importorskip("optuna")
+        found = optuna.load_study(study_name="a", storage=f"sqlite:///{tmp_path}/study.db")
+        assert len(found.trials) == trials
+        assert found.direction.name == "MAXIMIZE"
+
+
+def test_a_missing_launcher_names_the_extra_that_brings_it() -> None:
+    if importlib.util.find_spec("hydra_plugins"):
+        pytest.skip("plugins are installed here")
+    register_schema()
+    found = command_problems(["-m", "hydra/launcher=joblib", "seed=0,1"], check=problems)
+    assert found == ["hydra/launcher=joblib: needs an extra: pip install 'ppo_lab[joblib]'"]
