@@ -353,7 +353,7 @@ def test_secrets_reach_no_file_and_no_output_of_a_run(tmp_path: Path) -> None:
     words.remove("reward.unit=characters")
     words.remove("tracking=none")
     process = start(tmp_path, *words, env={**KEYS, "WANDB_MODE": "offline"})
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=250)
     assert process.returncode == 0, output
     files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
     assert any(file.suffix == ".wandb" for file in files)

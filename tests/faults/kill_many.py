@@ -2,9 +2,9 @@
 
     python tests/faults/kill_many.py --kills 50
 
-Moments are drawn over the whole life of a process: imports, building, iterations, checkpoints being
-written, the end. The run that was killed must end with the same metrics, samples and weights, to
-the last bit.
+Moments are drawn over the whole life of a process, from its imports to its last words; most of them
+while it trains. Each run that was killed must end with the same metrics, samples and weights, to the
+last bit.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from subprocess import Popen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -53,7 +54,7 @@ def kill_often(
     done = 0
     while done < kills and not is_finished(run):
         process = start(folder, *going_on(words, run))
-        time.sleep(draw.uniform(0.2, longest))
+        wait(process, run, longest, draw)
         process.kill()
         output, _ = process.communicate()
         done += process.returncode == -9
@@ -63,6 +64,23 @@ def kill_often(
     if not is_finished(run):
         finish(folder, *going_on(words, run))
     return done
+
+
+def wait(process: Popen[str], run: Path, longest: float, draw: random.Random) -> None:
+    """Wait for a random moment: one in four from the start on, others while it trains."""
+    if draw.random() < 0.25:
+        time.sleep(draw.uniform(0.2, longest))
+        return
+    before = logged(run)
+    while process.poll() is None and logged(run) == before:
+        time.sleep(0.02)
+    time.sleep(draw.uniform(0, 3))
+
+
+def logged(run: Path) -> float:
+    """When the run last wrote a line of metrics; 0 = never."""
+    file = run / "metrics.jsonl"
+    return file.stat().st_mtime if file.exists() else 0.0
 
 
 def going_on(words: list[str], run: Path) -> list[str]:
