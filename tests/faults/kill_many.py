@@ -3,8 +3,8 @@
     python tests/faults/kill_many.py --kills 50
 
 Moments are drawn over the whole life of a process, from its imports to its last words; most of them
-while it trains. Each run that was killed must end with the same metrics, samples and weights, to the
-last bit.
+while it trains. Each run that was killed must end with the same metrics, samples and weights, to
+the last bit.
 """
 
 from __future__ import annotations
