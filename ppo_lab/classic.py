@@ -146,7 +146,7 @@ def generate(
     if length_sampler is not None:
         kwargs["max_new_tokens"] = int(length_sampler())
     trainer.drawn = _sampling(trainer.sampling, kwargs, batch_size)
-    answers = [_answers(trainer, queries, kwargs)]
+    answers: list[Any] = [_answers(trainer, queries, kwargs)]
     if generate_ref_response:
         with trainer.reference.active() as trunk:
             answers.append(_answers(trainer, queries, kwargs, trunk))
