@@ -81,7 +81,8 @@ def check_fits(config: Config, device: str) -> None:
     ways += [] if config.model.dtype == "bfloat16" else ["model.dtype=bfloat16"]
     raise ConfigError(
         f"model.path={config.model.path}: needs {total / GIB:.1f} GiB of memory ({parts}) and "
-        f"{free / GIB:.1f} GiB are free; {', '.join([*ways, 'a smaller model or a GPU'])} would help"
+        f"{free / GIB:.1f} GiB are free; "
+        f"{', '.join([*ways, 'a smaller model or a GPU'])} would help"
     )
 
 
