@@ -1,4 +1,6 @@
-"""PPO for language models: a trainer with TRL's classic verbs, and Hydra-configured runs built on it."""
+"""PPO for language models: a trainer with TRL's classic verbs, and Hydra-configured runs built on
+it.
+"""
 
 from __future__ import annotations
 

@@ -78,7 +78,9 @@ class Evaluator:
         return Evaluation(metrics, self._samples(texts, scores, gold))
 
     def state_dict(self) -> dict[str, Any]:
-        """The reference's answers and their scores, if drawn: a noisy reward would not repeat them."""
+        """The reference's answers and their scores, if drawn: a noisy reward would not repeat
+        them.
+        """
         if self._reference is None:
             return {}
         texts, scores, gold = self._reference

@@ -47,10 +47,10 @@ __all__ = [
     "choose_dtype",
     "disable_dropout",
     "eos_ids",
+    "keep_quiet",
     "load_causal_lm",
     "load_config",
     "load_tokenizer",
-    "keep_quiet",
     "max_context",
     "parameter_bytes",
     "resolved_revision",
@@ -439,7 +439,9 @@ def _sentence(error: Exception) -> str:
 
 
 def keep_quiet() -> None:
-    """For a whole program: no bars but those of downloads, no warnings of libraries to libraries."""
+    """For a whole program: no bars but those of downloads, no warnings of libraries to
+    libraries.
+    """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()

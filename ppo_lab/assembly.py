@@ -1,0 +1,142 @@
+"""The sections of a configuration as the rooms take them: models, sampling, settings."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from ppo_lab.config import Config, EvaluationSection, GenerationSection, PPOConfig
+from ppo_lab.errors import ConfigError
+from ppo_lab.evaluation import Gold
+from ppo_lab.models.loading import (
+    check_vocabulary,
+    eos_ids,
+    load_causal_lm,
+    load_config,
+    max_context,
+)
+from ppo_lab.models.lora import wrap_lora
+from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_lab.rollout import Sampling
+
+
+def resolve(config: Config) -> Config:
+    """The configuration with the embedded policy's folder, built on its first use, where it asks
+    for that policy.
+    """
+    if config.model.path != "embedded":
+        return config
+    from ppo_lab import embedded
+
+    return replace(config, model=replace(config.model, path=str(embedded.policy_path())))
+
+
+def ppo_config(config: Config) -> PPOConfig:
+    """The `ppo` section as the trainer takes it; an adapter has a step size of its own."""
+    settings = asdict(config.ppo)
+    if config.lora.r:
+        settings["value_learning_rate"] = config.ppo.value_learning_rate or config.ppo.learning_rate
+        settings["learning_rate"] = config.ppo.learning_rate * config.lora.learning_rate_factor
+    return PPOConfig(**settings, seed=config.seed, model_name=config.model.name)
+
+
+def load_policy(config: Config, tokenizer: Any, device: str) -> AutoModelForCausalLMWithValueHead:
+    """The trunk with its adapter, if there is one, and its value head."""
+    seed_random_state(config.seed)
+    # Adam's small steps would be lost to rounding in bfloat16 weights; a frozen trunk may be
+    # coarse.
+    dtype = torch.float32 if config.model.dtype == "auto" and not config.lora.r else None
+    model = load_causal_lm(config.model, device=device, dtype=dtype, seed=config.seed)
+    check_vocabulary(tokenizer, model)
+    if config.lora.r:
+        model = wrap_lora(model, config.lora)
+    policy = AutoModelForCausalLMWithValueHead(
+        model, v_head_init=config.model.v_head_init, v_head_init_std=config.model.v_head_init_std
+    )
+    policy.load_value_head(config.model.path)
+    return policy
+
+
+def sampling(
+    section: GenerationSection,
+    policy: AutoModelForCausalLMWithValueHead,
+    tokenizer: Any,
+    *,
+    eos_token: str = "",
+) -> Sampling:
+    """The `generation` section as the sampler takes it.
+
+    Raises:
+        ConfigError: `stop_token` is not one token of this tokenizer.
+    """
+    ends = eos_ids(tokenizer, policy.trunk.model, eos_token=eos_token)
+    if section.stop_token:
+        ids = tokenizer.encode(section.stop_token, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ConfigError(
+                f"generation.stop_token={section.stop_token!r}: must be one token of this "
+                f"tokenizer, and is {len(ids)}; use generation.stop_strings for longer texts"
+            )
+        ends = tuple(ids)
+    return Sampling(
+        max_new_tokens=section.max_new_tokens,
+        eos_ids=ends,
+        pad_id=tokenizer.pad_token_id,
+        min_new_tokens=section.min_new_tokens,
+        temperature=section.temperature,
+        top_k=section.top_k,
+        top_p=section.top_p,
+        stop_strings=tuple(section.stop_strings),
+        batch_size=section.batch_size,
+    )
+
+
+def evaluation_sampling(section: EvaluationSection, training: Sampling) -> Sampling:
+    """Sampling for evaluations: what `evaluation` sets, over what training uses."""
+    return replace(
+        training,
+        max_new_tokens=section.max_new_tokens or training.max_new_tokens,
+        min_new_tokens=min(
+            training.min_new_tokens, section.max_new_tokens or training.max_new_tokens
+        ),
+        temperature=section.temperature,
+        top_k=section.top_k,
+        top_p=section.top_p,
+    )
+
+
+def gold_scorer(config: Config) -> Gold | None:
+    """The embedded world's rules, where its prompts are used; other data has no gold score."""
+    if type(config.data).__name__ != "EmbeddedData":
+        return None
+    from ppo_lab import embedded
+
+    return embedded.gold
+
+
+def pick_device(wanted: str) -> str:
+    """`auto` as the GPU, where there is one."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def longest_prompt(config: Config) -> int:
+    """The most tokens that a prompt may have, so that the longest response still fits into the
+    model's context.
+
+    Raises:
+        ConfigError: no prompt does.
+    """
+    context = max_context(load_config(config.model))
+    new = max(config.generation.max_new_tokens, config.evaluation.max_new_tokens)
+    if context is None:
+        return config.data.max_prompt_tokens
+    if context <= new:
+        raise ConfigError(
+            f"generation.max_new_tokens={new}: must be below the {context} tokens that "
+            f"model.path={config.model.path} reads, prompt included"
+        )
+    return min(config.data.max_prompt_tokens, context - new)

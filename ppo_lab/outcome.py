@@ -1,0 +1,90 @@
+"""What a run came to: the contents of summary.json, and the number that a sweep maximises."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ppo_lab.errors import ConfigError
+from ppo_lab.models.loading import resolved_revision
+
+VERSIONED = ("ppo_lab", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "wandb")
+
+
+def summarise(lab: Any) -> dict[str, Any]:
+    """What summary.json holds; of a run that failed, as far as it came."""
+    tail = lab.history[-max(1, len(lab.history) // 10) :]
+    summary: dict[str, Any] = {
+        "status": "finished",
+        "steps": lab.trainer.iterations_done,
+        "eval": {
+            name: evaluation.metrics
+            for name, evaluation in zip(
+                ("first", "last"), lab.evaluations[:1] + lab.evaluations[-1:], strict=False
+            )
+        },
+        "train": {},
+        "objective": None,
+        "wall_s": time.time() - lab.started,
+        "peak_memory_gb": lab.trainer.clock.peak_memory_gb(),
+        "seed": lab.config.seed,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "revisions": {"model": resolved_revision(lab.config.model)},
+    }
+    if tail:
+        summary["train"] = {
+            "kl": fmean(m["kl"] for m in tail),
+            "mean_reward": fmean(m["mean_reward"] for m in tail),
+            "clip_fraction": fmean(m["clip_fraction"] for m in lab.history),
+        }
+        summary["tokens_per_second"] = fmean(m["tokens_per_second"] for m in lab.history)
+        summary["objective"] = objective(lab)
+    return summary
+
+
+def objective(lab: Any) -> float:
+    """The number that a sweep maximises, out of the last evaluation.
+
+    Raises:
+        ConfigError: there is no such number in this run.
+    """
+    name = lab.config.objective.removeprefix("eval/")
+    found = lab.evaluations[-1].metrics
+    if name not in found:
+        raise ConfigError(
+            f"objective={lab.config.objective}: this run has no such metric; it has "
+            + ", ".join(f"eval/{key}" for key in sorted(found))
+        )
+    return found[name]
+
+
+def versions() -> dict[str, str]:
+    """The versions of what the numbers rest on."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str:
+    """The commit of this package's checkout, with `+` where files were changed; else empty."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        return commit + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)  # noqa: S603
+    return done.stdout.strip()
