@@ -29,6 +29,9 @@ from ppo_lab.scaling import RunningMoments, penalise_unended, scale_scores
 from ppo_lab.types import Batch, Forward, Prompts, Rollout, Scores, Tokens
 from ppo_lab.update import ClippedUpdates
 
+# Tokens of a pass without gradients: enough for large matrix products, a few dozen MB of activations.
+PASS_TOKENS = 2048
+
 # Largest |log ratio| before the first optimizer step that rounding explains.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 
@@ -362,17 +365,17 @@ class PPOTrainer:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def in_passes(self, tokens: Tokens, function: Callable[[Tokens], Any]) -> Any:
-        """`function`, which gives a tensor or a `Forward`, over all samples, a mini-batch at a
-        time.
+        """`function`, which gives a tensor or a `Forward`, over all samples: a mini-batch at a
+        time, or as many more as PASS_TOKENS allows, since nothing is kept for a backward pass.
         """
 
         def attempt(size: int) -> Any:
             parts = [function(tokens[i : i + size]) for i in range(0, len(tokens), size)]
             return Forward.join(parts) if isinstance(parts[0], Forward) else torch.cat(parts)
 
-        return self.updates.passes.until_it_fits(
-            attempt, self.config.mini_batch_size or self.config.batch_size
-        )
+        width = tokens.queries.shape[1] + tokens.responses.shape[1]
+        mini_batch = self.config.mini_batch_size or self.config.batch_size
+        return self.updates.passes.until_it_fits(attempt, max(mini_batch, PASS_TOKENS // width))
 
     @torch.no_grad()
     def draw(
