@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ppo_lab.config import Config, EvaluationSection, GenerationSection, PPOConfig
+from ppo_lab.continuation import seed_random_state
 from ppo_lab.errors import ConfigError
 from ppo_lab.evaluation import Gold
 from ppo_lab.models.loading import (
