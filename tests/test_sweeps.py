@@ -174,6 +174,7 @@ def loaded(file: Path) -> ModuleType:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_wandbs_own_clients_run_a_sweep_and_its_histories_arrive(
     server: Any, tmp_path: Path
 ) -> None:
@@ -184,7 +185,7 @@ def test_wandbs_own_clients_run_a_sweep_and_its_histories_arrive(
     sweep["parameters"] = {"ppo.cliprange": {"values": [0.1, 0.2]}, "seed": {"values": [0]}}
     sweep["command"] += tiny(tmp_path)
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
-    options: dict[str, Any] = {"cwd": tmp_path, "env": env, "timeout": 280, "check": True}
+    options: dict[str, Any] = {"cwd": tmp_path, "env": env, "timeout": 500, "check": True}
     subprocess.run(["wandb", "sweep", "sweep.yaml"], **options)
     ((sweep_id, _),) = server.recorded()["sweeps"].items()
     where = f"fake-entity/ppo_lab/{sweep_id}"
@@ -325,6 +326,7 @@ def test_a_sweep_runs_in_parallel_by_a_launcher(tmp_path: Path, launcher: str, p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_optuna_maximises_and_goes_on_with_its_study(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     study = [f"hydra.sweeper.storage=sqlite:///{tmp_path}/study.db", "hydra.sweeper.study_name=a"]
