@@ -29,7 +29,7 @@ from ppo_lab.scaling import RunningMoments, penalise_unended, scale_scores
 from ppo_lab.types import Batch, Forward, Prompts, Rollout, Scores, Tokens
 from ppo_lab.update import ClippedUpdates
 
-# Tokens of a pass without gradients: enough for large matrix products, a few dozen MB of activations.
+# Tokens of a pass without gradients: large matrix products, a few dozen MB of activations.
 PASS_TOKENS = 2048
 
 # Largest |log ratio| before the first optimizer step that rounding explains.

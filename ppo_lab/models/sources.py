@@ -40,7 +40,7 @@ _PACKAGED = {
 }
 
 
-class ModelUnavailable(ConfigError):  # noqa: N818 (a name of the interface)
+class ModelUnavailable(ConfigError):
     """Neither the hub nor its cache gave the model; the message holds the ways out."""
 
 
