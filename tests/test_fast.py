@@ -126,13 +126,22 @@ def test_a_product_is_that_of_a_linear_layer_in_either_layout() -> None:
     assert_close(linear(layer, x), layer(x))
 
 
-def test_real_tokens_go_to_their_places_and_back_with_their_gradients() -> None:
-    real = torch.tensor([[False, True, True], [True, False, True]])
+def test_rows_go_to_their_places_and_back_with_their_gradients() -> None:
+    real = torch.arange(40).view(4, 10) % 10 > 0
     places = Places(real)
-    rows = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    kept = torch.zeros(40, dtype=torch.bool).index_fill(0, places.kept, True)
+    assert len(places.kept) == 40 and bool(kept[real.flatten()].all())
+    real[:, 1] = False
+    assert len(Places(real).kept) == 32
+    real[:, 2:] = False
+    real[0] = True
+    places = Places(real)
+    assert len(places.kept) == 32
+    rows = torch.randn(32, 2, dtype=torch.float64, requires_grad=True)
     spread = places.spread(rows)
-    assert_close(spread[real.flatten()], rows)
-    assert bool((spread[~real.flatten()] == 0).all())
+    assert_close(places.gather(spread), rows)
+    elsewhere = torch.ones(40, dtype=torch.bool).index_fill(0, places.kept, False)
+    assert bool((spread[elsewhere] == 0).all())
     assert torch.autograd.gradcheck(places.spread, (rows,))
     assert torch.autograd.gradcheck(places.gather, (spread.detach().requires_grad_(),))
 

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from ppo_lab.models.fast.products import is_plain, linear
 
+# Rows of the matrix products come in multiples of this.
+ROWS = 32
+
 
 class KeysAndValues:
     """Keys and values of the positions seen so far, of every layer, in buffers made once."""
@@ -45,23 +48,28 @@ class KeysAndValues:
 
 
 class Places:
-    """Where the real tokens of a rectangle lie; moves rows between the rectangle and the real tokens alone.
+    """Where the real tokens of a rectangle lie; moves rows between the rectangle and those alone.
 
-    Either way is a plain selection of rows, and so is its gradient: much faster on a CPU than torch's own scatter.
+    Some padding is kept with them, so that their number is a multiple of ROWS: kernels are compiled
+    for each number they meet, and like such ones. Either way is a plain selection of rows, and so is
+    its gradient: much faster on a CPU than torch's own scatter.
     """
 
     def __init__(self, real: Bool[Tensor, "batch time"]) -> None:
         flat = real.flatten()
-        self.real = flat.nonzero().squeeze(1)
-        # Of padding, the number of real tokens: the row of zeros behind them.
-        self.inverse = torch.where(flat, flat.cumsum(0) - 1, len(self.real))
+        padding = (~flat).nonzero().squeeze(1)
+        kept = flat.clone()
+        kept[padding[: -int(flat.sum()) % ROWS]] = True
+        self.kept = kept.nonzero().squeeze(1)
+        # Of what is not kept, the number of rows kept: the row of zeros behind them.
+        self.inverse = torch.where(kept, kept.cumsum(0) - 1, len(self.kept))
 
-    def spread(self, rows: Float[Tensor, "real width"]) -> Float[Tensor, "all width"]:
-        """The rows at their places, zeros on padding."""
+    def spread(self, rows: Float[Tensor, "kept width"]) -> Float[Tensor, "all width"]:
+        """The rows at their places, zeros elsewhere."""
         return _Spread.apply(rows, self)
 
-    def gather(self, rows: Float[Tensor, "all width"]) -> Float[Tensor, "real width"]:
-        """The rows of real tokens."""
+    def gather(self, rows: Float[Tensor, "all width"]) -> Float[Tensor, "kept width"]:
+        """The rows that are kept."""
         return _Gather.apply(rows, self)
 
     def select_all(self, rows: Tensor) -> Tensor:
@@ -78,14 +86,14 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].index_select(0, ctx.places.real), None
+        return grads[0].index_select(0, ctx.places.kept), None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, places: Places) -> Tensor:
         ctx.places = places
-        return rows.index_select(0, places.real)
+        return rows.index_select(0, places.kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -118,10 +126,10 @@ class FastBloom:
         attention: Bool[Tensor, "batch seen"],
         cache: KeysAndValues | None = None,
     ) -> Float[Tensor, "batch new hidden"]:
-        """The last hidden states of `ids`, zeros on padding; see `Trunk.hidden`."""
+        """The last hidden states of `ids`, without meaning on padding; see `Trunk.hidden`."""
         real = attention[:, -ids.shape[1] :]
         places = None if bool(real.all()) else Places(real)
-        flat = ids.flatten() if places is None else ids.flatten()[places.real]
+        flat = ids.flatten() if places is None else ids.flatten()[places.kept]
         x = self.decoder.word_embeddings_layernorm(self.decoder.word_embeddings(flat))
         bias = self._bias(attention, new=ids.shape[1], dtype=x.dtype)
         for index, block in enumerate(self.decoder.h):
