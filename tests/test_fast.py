@@ -1,4 +1,4 @@
-"""The fast roads compute what the plain ones do, are taken where they may be, and step aside where not."""
+"""The fast roads compute what the plain ones do, and step aside where they would not."""
 
 from __future__ import annotations
 
@@ -130,7 +130,8 @@ def test_rows_go_to_their_places_and_back_with_their_gradients() -> None:
     real = torch.arange(40).view(4, 10) % 10 > 0
     places = Places(real)
     kept = torch.zeros(40, dtype=torch.bool).index_fill(0, places.kept, True)
-    assert len(places.kept) == 40 and bool(kept[real.flatten()].all())
+    assert len(places.kept) == 40
+    assert bool(kept[real.flatten()].all())
     real[:, 1] = False
     assert len(Places(real).kept) == 32
     real[:, 2:] = False

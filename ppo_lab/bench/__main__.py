@@ -1,4 +1,4 @@
-"""`python -m ppo_lab.bench`: this project and the trainers it replaces on the same work, in turn."""
+"""`python -m ppo_lab.bench`: this project and those it replaces on the same work, in turn."""
 
 from __future__ import annotations
 

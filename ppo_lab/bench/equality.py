@@ -89,8 +89,8 @@ def _policy(vocabulary: int, dtype: torch.dtype) -> AutoModelForCausalLMWithValu
         initializer_range=0.1,
     )
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["query_key_value"])
-    model = BloomForCausalLM(config).to(dtype)
-    policy = AutoModelForCausalLMWithValueHead.from_pretrained(model, peft_config=adapter)
+    model: Any = BloomForCausalLM(config)
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(model.to(dtype), peft_config=adapter)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
@@ -122,7 +122,7 @@ def _plainly(model: Any, v_head: Any, tokens: Tokens, temperature: float) -> tup
 def _gradient_error(ours: Any, plain: Any) -> float:
     theirs = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     mine = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
-    assert theirs and theirs.keys() == mine.keys(), "gradients of different parameters"
+    assert theirs.keys() == mine.keys() != set(), "gradients of different parameters"
     return max(_error(mine[name], theirs[name]) for name in theirs)
 
 

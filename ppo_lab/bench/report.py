@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -48,7 +49,8 @@ def show(kept: dict[str, Any], console: Console) -> None:
     tokens = shape["batch"] * shape["new_tokens"]
     table = Table(title=f"one PPO iteration, {shape['name']}: medians, wall seconds (CPU seconds)")
     for column in ("trainer", *PHASES, "total", "tokens/s", "peak GB", "times its floor"):
-        table.add_column(column, justify="left" if column == "trainer" else "right")
+        left = column == "trainer"
+        table.add_column(column, justify="left" if left else "right", no_wrap=left)
     for name, m in kept["medians"].items():
         least = kept["floor"][name.split()[-1]]["total"]
         table.add_row(
@@ -64,8 +66,9 @@ def show(kept: dict[str, Any], console: Console) -> None:
     for precision, least in kept["floor"].items():
         rates = kept["rates"][precision]
         console.print(
-            f"floor {precision}: {least['total']:.2f} s (generate {least['generate']:.2f}, score {least['score']:.2f}, "
-            f"update {least['update']:.2f}) at {rates['flops'] / 1e9:.0f} GFLOP/s and {rates['bytes'] / 1e9:.1f} GB/s",
+            f"floor {precision}: {least['total']:.2f} s (generate {least['generate']:.2f}, "
+            f"score {least['score']:.2f}, update {least['update']:.2f}) at "
+            f"{rates['flops'] / 1e9:.0f} GFLOP/s and {rates['bytes'] / 1e9:.1f} GB/s",
             highlight=False,
             soft_wrap=True,
         )
@@ -77,15 +80,15 @@ def show_gates(gates: Iterable[Gate], console: Console) -> None:
         worst = max(gate.errors, key=lambda name: gate.errors[name])
         word = "passed" if gate.passed else "FAILED"
         console.print(
-            f"equality gate {gate.precision} {word}: largest relative error {gate.errors[worst]:.1e} ({worst}), "
-            f"tolerance {gate.tolerance:.0e}",
+            f"equality gate {gate.precision} {word}: largest relative error "
+            f"{gate.errors[worst]:.1e} ({worst}), tolerance {gate.tolerance:.0e}",
             highlight=False,
             soft_wrap=True,
         )
 
 
 def pairs(results: list[Result]) -> list[tuple[str, str, str]]:
-    """(ours, theirs, why): each precision against the same, and our best against each one's best."""
+    """(ours, theirs, why): the same precision, best against best, best against as it comes."""
     names = list(dict.fromkeys(r.contestant for r in results))
     ours = [name for name in names if name.startswith(OURS)]
     same = [
@@ -116,6 +119,7 @@ def machine(threads: int) -> dict[str, Any]:
     return {
         "processor": _processor(),
         "threads": threads,
+        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else [],
         "gpu": gpu,
         "system": platform.platform(),
         "python": platform.python_version(),

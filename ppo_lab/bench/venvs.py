@@ -64,7 +64,7 @@ def _is_complete(python: Path, trainer: str) -> bool:
 
 
 def _install(python: Path, packages: list[str]) -> None:
-    command = [python, "-m", "pip", "install", "--quiet", *packages]
+    command = [str(python), "-m", "pip", "install", "--quiet", *packages]
     done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
     if done.returncode:
         raise RuntimeError(

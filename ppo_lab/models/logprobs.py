@@ -107,7 +107,7 @@ def from_logits(
 
 
 def _may_sweep(hidden: Tensor, head: Head) -> bool:
-    """Whether the head is frozen and plain enough for the one walk through the vocabulary on a CPU."""
+    """Whether the head is frozen and plain enough for one walk through the vocabulary."""
     frozen = not (head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad))
     plain = hidden.device.type == "cpu" and head.weight.dtype != torch.float16 and not head.softcap
     return plain and (frozen or not torch.is_grad_enabled())

@@ -113,8 +113,8 @@ class Trunk:
         if not error <= tolerance:
             raise UnknownHead(
                 f"{type(self.model).__name__}: its logits are not its head applied to its "
-                f"decoder's last hidden state (relative error {error.item():.2g}); this architecture "
-                "cannot be trained here"
+                f"decoder's last hidden state (relative error {error.item():.2g}); this "
+                "architecture cannot be trained here"
             )
 
     @torch.no_grad()

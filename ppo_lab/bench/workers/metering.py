@@ -106,12 +106,12 @@ def tokenizer(spec: dict[str, Any]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {"<pad>": 0, "<unk>": 1, "<eos>": spec["model"]["vocab_size"]}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
     return PreTrainedTokenizerFast(
         tokenizer_object=words,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
+        pad_token="<pad>",  # noqa: S106
+        eos_token="<eos>",  # noqa: S106
+        unk_token="<unk>",  # noqa: S106
         padding_side="left",
     )
 

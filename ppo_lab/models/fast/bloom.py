@@ -35,7 +35,7 @@ class KeysAndValues:
         self._layers: list[tuple[Tensor, Tensor]] = []
 
     def add(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all positions of this layer, these (batch, heads, new, size) being the newest."""
+        """Those of all positions of a layer, these (batch, heads, new, size) the newest."""
         batch, heads, new, size = keys.shape
         if layer == len(self._layers):
             buffers = [keys.new_empty(batch, heads, self.positions, size) for _ in range(2)]
@@ -51,8 +51,8 @@ class Places:
     """Where the real tokens of a rectangle lie; moves rows between the rectangle and those alone.
 
     Some padding is kept with them, so that their number is a multiple of ROWS: kernels are compiled
-    for each number they meet, and like such ones. Either way is a plain selection of rows, and so is
-    its gradient: much faster on a CPU than torch's own scatter.
+    for each number they meet, and like such ones. Either way is a plain selection of rows, and so
+    is its gradient: much faster on a CPU than torch's own scatter.
     """
 
     def __init__(self, real: Bool[Tensor, "batch time"]) -> None:
@@ -101,7 +101,7 @@ class _Gather(torch.autograd.Function):
 
 
 class FastBloom:
-    """The decoder of one BLOOM model; it holds no weights, so that it is always what the model is."""
+    """The decoder of one BLOOM model; holding no weights, it is always what the model is."""
 
     def __init__(self, decoder: Any) -> None:
         self.decoder = decoder
@@ -115,7 +115,7 @@ class FastBloom:
         return all(is_plain(layer) for block in decoder.h for layer in _linears(block))
 
     def usable(self) -> bool:
-        """Whether it is on a CPU now, and nothing is on that only transformers' own forward does."""
+        """Whether it is on a CPU now, with nothing on that only transformers' forward does."""
         weight = self.decoder.word_embeddings.weight
         on_cpu = weight.device.type == "cpu" and weight.dtype != torch.float16
         return on_cpu and not (self.decoder.gradient_checkpointing and self.decoder.training)
@@ -182,8 +182,9 @@ class FastBloom:
     def _bias(
         self, attention: Bool[Tensor, "batch seen"], *, new: int, dtype: torch.dtype
     ) -> Float[Tensor, "batch heads new seen"]:
-        """What is added to attention's scores: slope times position, rounded as transformers does, or a huge negative
-        number, which keeps a padding query's row from being NaN, where a key is padding or lies ahead.
+        """What is added to attention's scores: slope times position, rounded as transformers does,
+        or where a key is padding or lies ahead a huge negative number; infinity would make a
+        padding query's row NaN.
         """
         seen = attention.shape[1]
         positions = (attention.cumsum(1) - 1) * attention
@@ -194,7 +195,7 @@ class FastBloom:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(size) + bias) v, by plain products: on a CPU their backward is the faster one."""
+    """softmax(q k^T / sqrt(size) + bias) v, by plain products: their backward is the faster one."""
     batch, heads, new, size = q.shape
     flat = [t.reshape(batch * heads, -1, size) for t in (q, k, v)]
     scores = torch.baddbmm(
@@ -209,7 +210,7 @@ def _linears(block: Any) -> tuple[Any, ...]:
 
 
 def _slopes(heads: int) -> Float[Tensor, " heads"]:
-    """ALiBi's slopes: 2^(-8 i / n) for n the power of two below `heads`, then every other one of twice as many."""
+    """ALiBi's: 2^(-8 i / n), n the power of two below `heads`; then every other one of 2 n."""
     n = 2 ** math.floor(math.log2(heads))
     powers = [2.0 ** (-8.0 * i / n) for i in range(1, n + 1)]
     powers += [2.0 ** (-4.0 * i / n) for i in range(1, 2 * (heads - n) + 1, 2)]

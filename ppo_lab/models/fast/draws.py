@@ -1,9 +1,11 @@
 """One token a row out of a large vocabulary: exponentials taken once, sums by blocks.
 
-The cumulative distribution is inverted in two steps: first over sums of blocks of the vocabulary, then within the
-block that holds the number. The log-probability and the entropy fall out of the same exponentials:
+The cumulative distribution is inverted in two steps: first over sums of blocks of the vocabulary,
+then within the block that holds the number. The log-probability and the entropy fall out of the
+same exponentials e_v = exp(z_v - m), where m is the largest logit and S = sum_v e_v:
 
-    log p(y) = z_y - m - log S        H = m + log S - sum_v e_v z_v / S        e_v = exp(z_v - m), S = sum_v e_v
+    log p(y)  =  z_y - m - log S
+    H         =  m + log S - sum_v e_v z_v / S
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ def draw_by_blocks(
 
 def _draw(logits: Float[Tensor, " vocab"], uniform: Float[Tensor, ""]) -> tuple[Tensor, ...]:
     largest = logits.amax()
-    # Exponentials below the smallest normal number would be slow; they count for nothing, and are 0.
-    terms = torch.nn.functional.threshold_((logits - largest).clamp_(min=-80.0).exp_(), 2e-35, 0.0)
+    # Exponentials near the smallest normal number would be slow; those below 2e-35 are 0.
+    terms = torch.threshold_((logits - largest).clamp_(min=-80.0).exp_(), 2e-35, 0.0)
     sums = _block_sums(terms).double().cumsum(0)
     threshold = uniform * sums[-1]
     found = torch.searchsorted(sums, threshold, right=True)

@@ -28,14 +28,14 @@ def product(
 
 
 def is_plain(module: Any) -> bool:
-    """Whether `linear` knows what this module computes: a linear layer, or LoRA of the usual kind on one."""
+    """Whether `linear` knows this module: a linear layer, or LoRA of the usual kind on one."""
     if type(module) is nn.Linear:
         return True
     return type(module).__name__ == "Linear" and _is_usual_lora(module)
 
 
 def linear(module: Any, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
-    """The layer's output: W x + b, and for each active adapter + scaling B A x, in the trunk's precision."""
+    """W x + b, and for each active adapter + scaling B A x, all in the trunk's precision."""
     base = module.base_layer if hasattr(module, "base_layer") else module
     y = product(x, base.weight, base.bias)
     if base is module or module.disable_adapters:
@@ -48,7 +48,7 @@ def linear(module: Any, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows 
 
 
 def _is_usual_lora(module: Any) -> bool:
-    """LoRA on a plain linear layer: no DoRA or other variant, nothing merged, no dropout, no bias of its own."""
+    """LoRA on a linear layer: no variant such as DoRA, nothing merged, no dropout, no bias."""
     if not hasattr(module, "lora_A") or type(getattr(module, "base_layer", None)) is not nn.Linear:
         return False
     dropouts = [m for m in module.lora_dropout.values() if getattr(m, "p", 0.0)]

@@ -5,10 +5,11 @@ With z = s (W h + b) / T and y the chosen token,
     log p(y)       =  -log sum_v exp(z_v - z_y)
     d log p(y)/dh  =  s / T (W_y - sum_v p_v W_v)
 
-Both need sums over the vocabulary alone. While a tile of W is at hand, its terms of sum exp(z_v - z_y) and of
-sum exp(z_v - z_y) W_v are added: two matrix products, no logits kept, nothing computed again in backward. The head
-must be frozen. Shifting by z_y, known beforehand, spares a running maximum; where the likeliest token is e^80 times
-likelier than y the sums would overflow, and the caller is told.
+Both need sums over the vocabulary alone. While a tile of W is at hand, its terms of
+sum exp(z_v - z_y) and of sum exp(z_v - z_y) W_v are added: two matrix products, no logits kept,
+nothing computed again in backward. The head must be frozen. Shifting by z_y, known beforehand,
+spares a running maximum; where the likeliest token is e^80 times likelier than y the sums would
+overflow, and the caller is told.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def swept_logprobs(
     *,
     scale: float,
 ) -> Float[Tensor, " tokens"] | None:
-    """log softmax(scale (W h + b)) of the targets, differentiable in `hidden`; None where the sums overflowed."""
+    """log softmax(scale (W h + b)) of the targets, differentiable in h; None on overflow."""
     logprobs = _Sweep.apply(hidden.to(weight.dtype), weight, bias, targets, scale)
     return logprobs if bool(logprobs.isfinite().all()) else None
 
