@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppo_lab.models.fast.bloom import FastBloom, KeysAndValues
 from ppo_lab.models.logprobs import Head
@@ -25,7 +25,7 @@ class UnknownHead(ValueError):
 class Trunk:
     """The decoder of a causal language model, LoRA layers in it included, and its head."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder: Any = (
             self.model.get_decoder()
