@@ -121,7 +121,7 @@ def machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else [],
         "gpu": gpu,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
