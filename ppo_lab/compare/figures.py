@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def _path(axes: Any, run: Run, name: str, colour: Any) -> tuple[float, float] | 
     points = [
         (e.kl, getattr(e, name))
         for e in evaluations(run)
-        if np.isfinite([e.kl, getattr(e, name)]).all()
+        if isfinite(e.kl) and isfinite(getattr(e, name))
     ]
     if not points:
         return None

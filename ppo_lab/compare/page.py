@@ -23,7 +23,7 @@ from ppo_lab.compare.statistics import t_quantile, thinned
 
 CURVE_BYTES = 9_000_000  # of the page, for all curves together
 MOST_POINTS = 1000
-FEWEST_POINTS = 40
+FEWEST_POINTS = 20
 MOST_EVALUATIONS = 40  # of a run's path through training
 MOST_FITTED_POINTS = 2000  # drawn; all are fitted
 SAMPLE_CHARACTERS = 3_000_000
@@ -102,7 +102,7 @@ def points_a_curve(runs: Sequence[Run]) -> int:
 
 def _metrics(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
     """Every metric that any run logged: name -> (unit, meaning), the headline ones first."""
-    from ppo_lab.metrics import METRICS
+    from ppo_lab.metric_names import METRICS
 
     names = dict.fromkeys([*METRICS, *(name for run in runs for name in run.history)])
     logged = {name for run in runs for name in run.history} - {"step"}
