@@ -200,4 +200,4 @@ def _fit(figure: Any, fit: Overoptimisation) -> None:
         axes.axvline(fit.gold.peak, color="#0072b2", linestyle="--", linewidth=1)
         axes.set_title(f"gold peaks at {fit.gold.kl_at_peak:.3g} nats")
     axes.set(xlabel="d = sqrt(KL), KL in nats/sequence", ylabel="gain over the reference")
-    axes.legend()
+    axes.legend(loc="upper left")
