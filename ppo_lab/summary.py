@@ -86,6 +86,9 @@ def _about_score(first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[
     if before is None or after is None or math.isnan(after - before):
         return
     rise = after - before
+    if rise == 0:
+        yield "the held-out score is what it was", "yellow"
+        return
     text = f"the held-out score {'rose' if rise > 0 else 'fell'} by {number(abs(rise))}"
     if spread:
         text += f", {abs(rise) / spread:.1f} standard deviations of the scores before"

@@ -91,6 +91,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         if self.is_peft_model:
             kwargs["selected_adapters"] = [self.pretrained_model.active_adapter]
+            # The vocabulary never changes here; finding that out, PEFT would ask the hub.
+            kwargs.setdefault("save_embedding_layers", False)
         self.pretrained_model.save_pretrained(path, **kwargs)
         if self.is_peft_model:
             _move_up(path / self.pretrained_model.active_adapter)
