@@ -404,7 +404,11 @@ class HubData(FileData):
 class TrackingSection:
     """`tracking`: where metrics go beside metrics.jsonl, which is always written."""
 
-    type: str = knob("wandb", "none, or Weights & Biases", choices=("none", "wandb"))
+    type: str = knob(
+        "wandb",
+        "none, Weights & Biases, or TensorBoard",
+        choices=("none", "wandb", "tensorboard"),
+    )
     mode: str = knob(
         "auto",
         "auto = online for whoever is logged in, else offline",

@@ -281,6 +281,15 @@ def data_rules(config: Config) -> Problems:
     yield from data_problems(data)
 
 
+def tracking_rules(config: Config) -> Problems:
+    """A mirror whose package is not installed."""
+    if config.tracking.type == "tensorboard" and find_spec("tensorboard") is None:
+        yield (
+            "tracking=tensorboard: needs the package tensorboard; "
+            "pip install 'ppo_lab[tensorboard]'"
+        )
+
+
 def metric_rules(config: Config) -> Problems:
     """Held-out metrics that no evaluation has, found out before the run and not at its end."""
     valid = [f"eval/{name}" for name in EVALUATED]
@@ -309,6 +318,7 @@ RULES: tuple[Callable[[Config], Problems], ...] = (
     reward_rules,
     data_rules,
     metric_rules,
+    tracking_rules,
     resume_rules,
 )
 
@@ -400,8 +410,8 @@ DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
             "tracking.notes",
             "tracking.log_model",
         ),
-        lambda c: c.tracking.type == "none",
-        "since tracking=none; choose tracking=wandb",
+        lambda c: c.tracking.type != "wandb",
+        "since nothing goes to W&B; choose tracking=wandb",
     ),
     (
         ("checkpoint.keep",),

@@ -158,6 +158,7 @@ class WandbTracker:
         self._name = (
             section.name or os.environ.get("WANDB_NAME") or _default_name(config, overrides)
         )
+        self._was_online = resumed and any((folder / "wandb").glob("run-*"))
         self._earlier = read_json_lines(folder / "metrics.jsonl") if resumed else []
         self._console = "auto" if capture_console else "off"
         self._finish_timeout = ARTIFACT_TIMEOUT if section.log_model else FINISH_TIMEOUT
@@ -237,25 +238,25 @@ class WandbTracker:
             why = _no_credentials(wandb)
             mode = "offline" if why else "online"
         try:
-            run = wandb.init(mode=mode, **self._options(wandb))
+            run = wandb.init(mode=mode, **self._options(wandb, mode))
         except wandb.errors.Error as error:
             mode, why = "offline", f"since the server cannot be had ({brief(error)})"
             wandb.teardown()  # or the id counts as in use
             _quieten(wandb)
-            run = wandb.init(mode=mode, **self._options(wandb))
+            run = wandb.init(mode=mode, **self._options(wandb, mode))
         later = f"{why}; upload: wandb sync {_short(Path(run.dir).parent)}"
         self._tell(f"W&B: {mode}, {later if mode == 'offline' else run.url}")
         self._prepare(run)
         return run
 
-    def _options(self, wandb: Any) -> dict[str, Any]:
+    def _options(self, wandb: Any, mode: str) -> dict[str, Any]:
         section, sweep = self.section, os.environ.get("WANDB_SWEEP_ID")
         project = section.project or os.environ.get("WANDB_PROJECT") or "ppo_lab"
         own = {"project": project, "entity": section.entity, "id": run_id(self.folder, section.id)}
         group = section.group or os.environ.get("WANDB_RUN_GROUP") or (sweep and f"sweep-{sweep}")
         return {
             **({} if sweep else {name: value or None for name, value in own.items()}),
-            "resume": "allow",
+            "resume": "must" if mode == "online" and self._was_online else "allow",
             "dir": str(self.folder),
             "config": uploaded_config(self.config),
             "allow_val_change": True,
@@ -358,6 +359,10 @@ def open_trackers(
             say=say,
         )
         trackers.append(wandb)
+    if section.type == "tensorboard":
+        from ppo_lab.tensorboard_mirror import TensorBoardTracker
+
+        trackers.append(TensorBoardTracker(folder, resume_step=resume_step))
     return Composite([*trackers, shown], say=say)
 
 

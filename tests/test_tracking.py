@@ -388,3 +388,25 @@ def test_the_run_id_is_made_once_and_the_agents_own_wins(tmp_path, monkeypatch):
     assert run_id(tmp_path, "chosen") == "chosen"
     monkeypatch.setenv("WANDB_RUN_ID", "agents")
     assert run_id(tmp_path, "chosen") == "agents"
+
+
+def test_tensorboard_mirrors_every_metric_and_hides_what_a_resumed_run_makes_again(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from ppo_lab.tensorboard_mirror import TensorBoardTracker
+
+    first = TensorBoardTracker(tmp_path)
+    for step in (1, 2, 3):
+        first.log({"kl": step / 2, "mean_reward": -1.0}, step)
+    first.log_samples([Sample("a | b", "<b>`c`</b>", 0.5)], 3)
+    first.finish("preempted", {})
+    again = TensorBoardTracker(tmp_path, resume_step=2)
+    again.log({"kl": 9.0, "mean_reward": -1.0}, 3)
+    again.finish("finished", {})
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("kl")] == [(1, 0.5), (2, 1.0), (3, 9.0)]
+    assert {"kl", "mean_reward"} <= set(events.Tags()["scalars"])
