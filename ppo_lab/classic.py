@@ -370,5 +370,9 @@ def log_stats(
     from ppo_lab.tracking import log_classic_stats
 
     log_classic_stats(
-        stats, batch, _scores(list(rewards)).tolist(), project=trainer.config.tracker_project_name
+        stats,
+        batch,
+        _scores(list(rewards)).tolist(),
+        project=trainer.config.tracker_project_name,
+        name=trainer.config.model_name,
     )

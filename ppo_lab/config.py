@@ -136,7 +136,7 @@ class PPOConfig(PPOSection):
         ValueError: naming every field whose value is not legal, all at once.
     """
 
-    model_name: str = knob("", "name of the model, for logs and saved folders")
+    model_name: str = knob("", "name of the run that `log_stats` opens")
     seed: int = knob(
         0, "seed of the sampling, the shuffling and the new weights", at_least=0, at_most=2**32 - 1
     )

@@ -410,16 +410,22 @@ def _no_credentials(wandb: Any) -> str:
 
 
 def log_classic_stats(
-    stats: Mapping[str, Any], batch: Mapping[str, Any], scores: Sequence[float], *, project: str
+    stats: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    scores: Sequence[float],
+    *,
+    project: str,
+    name: str = "",
 ) -> None:
     """One step of a hand-written loop, as TRL's classic `log_stats` sent it: statistics and texts.
 
-    It goes to the W&B run that is open, or to a new one. Whatever fails is said and passed over.
+    It goes to the W&B run that is open, or to a new one called `name`. Whatever fails is said and
+    passed over.
     """
     import wandb
 
     try:
-        run = wandb.run or _open_classic(wandb, project)
+        run = wandb.run or _open_classic(wandb, project, name)
         rows = zip(*(batch.get(name, []) for name in ("query", "response")), scores, strict=False)
         table = wandb.Table(
             columns=["query", "response", "reward"], data=[list(row) for row in rows]
@@ -430,13 +436,13 @@ def log_classic_stats(
         to_stderr(f"W&B: {type(error).__name__}: {brief(error)}; training goes on")
 
 
-def _open_classic(wandb: Any, project: str) -> Any:
+def _open_classic(wandb: Any, project: str, name: str) -> Any:
     _quieten(wandb)
     mode = "offline" if _mode("auto")[0] != "online" or _no_credentials(wandb) else "online"
     settings = wandb.Settings(
         init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, quiet=True, show_info=False
     )
-    return wandb.init(project=project, mode=mode, settings=settings)
+    return wandb.init(project=project, name=name or None, mode=mode, settings=settings)
 
 
 def _chartable(wandb: Any, stats: Mapping[str, Any]) -> dict[str, Any]:

@@ -215,9 +215,10 @@ def test_a_hand_written_loop_logs_its_statistics_and_texts(server, logged_out):
     stats = {"objective/kl": 1.5, "ppo/mean_scores": torch.tensor([2.0]), "dist": torch.ones(4)}
     batch = {"query": ["q1", "q2"], "response": ["r1", "r2"]}
     try:
-        log_classic_stats(stats, batch, [1.0, 3.0], project="classic")
+        log_classic_stats(stats, batch, [1.0, 3.0], project="classic", name="tiny")
     finally:
         wandb.finish()
+    assert only_run(server)["name"] == "tiny"
     [row] = only_run(server)["history"]
     assert (row["objective/kl"], row["ppo/mean_scores"]) == (1.5, 2.0)
     assert (row["env/reward_mean"], row["env/reward_std"]) == (2.0, 1.0)
