@@ -209,7 +209,6 @@ def test_a_sweep_over_a_group_does_not_lose_the_groups_settings(server, logged_o
 
 def test_a_hand_written_loop_logs_its_statistics_and_texts(server, logged_out):
     import torch
-
     import wandb
 
     stats = {"objective/kl": 1.5, "ppo/mean_scores": torch.tensor([2.0]), "dist": torch.ones(4)}
