@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ppo_lab.models.fast.draws import draw_by_blocks
-from ppo_lab.models.logprobs import LARGE_VOCABULARY, from_logits
+from ppo_lab.models.fast.draws import draw_from
+from ppo_lab.models.logprobs import from_logits
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.types import Forward, Prompts, Tokens
 
@@ -142,7 +142,7 @@ def _sample_chunk(
     ended = torch.zeros(len(queries), dtype=torch.bool, device=device)
     tokens, seen, values, alive = [], [], [], []
     for position in range(sampling.max_new_tokens):
-        hidden = trunk.hidden(ids, attention, cache=cache)[:, -1]
+        hidden = trunk.hidden(ids, attention, cache=cache, last=1)[:, -1]
         logits = trunk.head.logits(hidden)
         banned = eos if position < sampling.min_new_tokens else None
         token, *of_token = _draw_and_see(logits, uniforms[:, position], sampling, banned)
@@ -174,9 +174,9 @@ def _draw_and_see(
     logits: Tensor, uniforms: Tensor, sampling: Sampling, banned: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, their log-probabilities under the raw distribution, and its entropies."""
-    if sampling.takes_all and banned is None and logits.shape[1] >= LARGE_VOCABULARY:
+    if sampling.takes_all and banned is None:
         scaled = logits if sampling.temperature == 1.0 else logits / sampling.temperature
-        return draw_by_blocks(scaled, uniforms)
+        return draw_from(scaled, uniforms)
     token = draw(logits, uniforms, sampling=sampling, banned=banned)
     at = sampling.logprob_temperature
     logprobs, entropy = from_logits(logits, token, temperature=at, entropy=True)

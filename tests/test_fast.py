@@ -8,30 +8,77 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 
 from ppo_lab.bench.equality import _policy as adapted_policy
-from ppo_lab.models.fast import bloom
-from ppo_lab.models.fast.bloom import FastBloom, KeysAndValues, Places
-from ppo_lab.models.fast.draws import BLOCK, draw_by_blocks
+from ppo_lab.models.fast import draws, layers, products
+from ppo_lab.models.fast.attention import KeysAndValues, attend, attention_bias
+from ppo_lab.models.fast.decoder import FastDecoder
+from ppo_lab.models.fast.draws import BLOCK, draw_from
+from ppo_lab.models.fast.elementwise import ACTIVATIONS, normed, rotated, spread_angles
+from ppo_lab.models.fast.places import LastColumns, Places
 from ppo_lab.models.fast.products import is_plain, linear, product
 from ppo_lab.models.fast.sweep import TILE, swept_logprobs
 from ppo_lab.models.logprobs import Head, from_logits, token_logprobs
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.rollout import NoiseKey, Sampling, draw, sample
 
+LLAMA_LIKE = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+}
+NEOX = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 80,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+SHAPES: dict[str, PreTrainedConfig] = {
+    "bloom": BloomConfig(hidden_size=48, n_layer=2, n_head=3),
+    "bloom, residual after the norm": BloomConfig(
+        hidden_size=48, n_layer=2, n_head=3, apply_residual_connection_post_layernorm=True
+    ),
+    "gpt2": GPT2Config(n_embd=48, n_layer=3, n_head=3, scale_attn_by_inverse_layer_idx=True),
+    "gpt-neox": GPTNeoXConfig(**NEOX, rope_parameters={"partial_rotary_factor": 0.25}),
+    "gpt-neox, one after the other": GPTNeoXConfig(**NEOX, use_parallel_residual=False),
+    "llama": LlamaConfig(**LLAMA_LIKE),
+    "llama, stretched": LlamaConfig(**LLAMA_LIKE, rope_parameters=YARN),
+    "qwen2": Qwen2Config(**LLAMA_LIKE),
+    "mistral": MistralConfig(**LLAMA_LIKE, sliding_window=None),
+}
 
-def tiny_bloom(**changed: Any) -> BloomForCausalLM:
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float32, **changed: Any) -> Any:
     torch.manual_seed(0)
-    settings = {"vocab_size": 97, "hidden_size": 48, "n_layer": 2, "n_head": 3, **changed}
-    config = BloomConfig(
-        hidden_dropout=0.0, attention_dropout=0.0, initializer_range=0.2, **settings
-    )
-    model = BloomForCausalLM(config).eval()
+    config = type(SHAPES[name])(**{**SHAPES[name].to_dict(), "vocab_size": 97, **changed})
+    config.initializer_range = 0.2
+    config.bos_token_id = config.eos_token_id = 1
+    for rate in ("attention_dropout", "hidden_dropout", "embd_pdrop", "attn_pdrop", "resid_pdrop"):
+        if hasattr(config, rate):
+            setattr(config, rate, 0.0)
+    model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
-    return model
+    return model.to(dtype)
+
+
+def tiny_bloom(**changed: Any) -> BloomForCausalLM:
+    return tiny_model("bloom", **changed)
 
 
 def ragged_ids() -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,19 +90,49 @@ def ragged_ids() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changed", [{}, {"apply_residual_connection_post_layernorm": True}])
-def test_the_fast_bloom_gives_transformers_hidden_states(dtype: Any, changed: dict) -> None:
-    trunk = Trunk(tiny_bloom(**changed).to(dtype))
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_fast_decoder_gives_transformers_hidden_states(name: str, dtype: Any) -> None:
+    trunk = Trunk(tiny_model(name, dtype))
     ids, attention = ragged_ids()
     assert trunk._fast is not None
     with torch.no_grad():
         ours, theirs = trunk.hidden(ids, attention), trunk._by_transformers(ids, attention)
+        last = trunk.hidden(ids, attention, last=4)
     tolerance = 2e-5 if dtype == torch.float32 else 0.1
-    assert_close(ours[attention], theirs[attention], atol=tolerance, rtol=tolerance)
+    assert_close(
+        ours[attention], theirs[attention], atol=tolerance, rtol=tolerance, check_dtype=False
+    )
+    seen = attention[:, -4:]
+    assert_close(
+        last[seen], theirs[:, -4:][seen], atol=tolerance, rtol=tolerance, check_dtype=False
+    )
 
 
-def test_a_cache_of_its_own_continues_where_the_prompt_ended() -> None:
-    trunk = Trunk(tiny_bloom())
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("last", [0, 4])
+def test_every_weight_gets_the_gradient_that_transformers_gives_it(name: str, last: int) -> None:
+    model = tiny_model(name)
+    trunk = Trunk(model)
+    ids, attention = ragged_ids()
+    columns = slice(-last, None) if last else slice(None)
+
+    def gradients(fast: FastDecoder | None) -> dict[str, torch.Tensor]:
+        trunk._fast = fast
+        model.zero_grad()
+        hidden = trunk.hidden(ids, attention, last=last)[attention[:, columns]]
+        torch.nn.functional.softplus(hidden).square().sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    assert trunk._fast is not None
+    ours, theirs = gradients(trunk._fast), gradients(None)
+    assert ours.keys() == theirs.keys()
+    for key, wanted in theirs.items():
+        assert_close(ours[key], wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()) + 1e-8)
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt2", "gpt-neox", "llama"])
+def test_a_cache_of_its_own_continues_where_the_prompt_ended(name: str) -> None:
+    trunk = Trunk(tiny_model(name))
     ids, attention = ragged_ids()
     attention[2] = True
     cache = trunk.new_cache(11)
@@ -70,10 +147,12 @@ def test_a_cache_of_its_own_continues_where_the_prompt_ended() -> None:
     assert_close(torch.cat(parts, 1)[attention], whole[attention], atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("architecture", ["bloom", "gpt2", "gpt-neox", "llama"])
 @pytest.mark.parametrize("adapter", ["on", "off"])
-def test_gradients_of_the_adapter_are_those_of_peft(adapter: str) -> None:
+def test_gradients_of_the_adapter_are_those_of_peft(adapter: str, architecture: str) -> None:
     def gradients(fast: bool) -> dict[str, torch.Tensor]:
-        model = get_peft_model(tiny_bloom(), LoraConfig(r=4, task_type="CAUSAL_LM"))
+        settings = LoraConfig(r=4, task_type="CAUSAL_LM", fan_in_fan_out=architecture == "gpt2")
+        model = get_peft_model(tiny_model(architecture), settings)
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -97,14 +176,38 @@ def test_gradients_of_the_adapter_are_those_of_peft(adapter: str) -> None:
 
 
 def test_a_trunk_that_the_fast_road_gets_wrong_does_not_take_it(monkeypatch: Any) -> None:
-    monkeypatch.setattr(bloom, "_slopes", lambda heads: torch.ones(heads))
+    monkeypatch.setattr(layers, "alibi_slopes", lambda heads: torch.ones(heads))
     assert Trunk(tiny_bloom())._fast is None
+
+
+def test_what_is_not_read_goes_transformers_way() -> None:
+    for model in (
+        tiny_model("mistral", sliding_window=4),
+        tiny_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
+        tiny_model("gpt2", activation_function="quick_gelu"),
+        tiny_bloom(slow_but_exact=True),
+    ):
+        assert Trunk(model)._fast is None
+
+
+def test_a_hook_on_a_layer_is_honoured() -> None:
+    model = tiny_model("llama")
+    trunk = Trunk(model)
+    with torch.no_grad():
+        model(*ragged_ids(), output_hidden_states=True)  # leaves hooks that sleep
+    assert trunk._fast is not None
+    assert trunk._fast.usable()
+    seen: list[Any] = []
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        trunk.hidden(*ragged_ids())
+    assert seen
 
 
 def test_adapters_that_the_fast_road_does_not_know_keep_to_the_plain_one() -> None:
     for settings in ({"use_dora": True}, {"lora_dropout": 0.1}):
         model = get_peft_model(tiny_bloom(), LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
-        assert not FastBloom.fits(Trunk(model).decoder)
+        assert FastDecoder.of(Trunk(model).decoder) is None
     assert not is_plain(torch.nn.Identity())
 
 
@@ -126,25 +229,101 @@ def test_a_product_is_that_of_a_linear_layer_in_either_layout() -> None:
     assert_close(linear(layer, x), layer(x))
 
 
+def test_half_precision_is_widened_where_the_processor_does_not_compute_in_it(
+    monkeypatch: Any,
+) -> None:
+    monkeypatch.setattr(products, "WIDENED", 40)
+    layer = torch.nn.Linear(7, 25).to(torch.bfloat16).requires_grad_(False)
+    x = torch.randn(3, 7, requires_grad=True)
+    exact = torch.nn.functional.linear(x, layer.weight.float(), layer.bias.float())
+    assert_close(product(x, layer.weight, layer.bias), exact)
+    assert_close(product(x, layer.weight, None), exact - layer.bias.float())
+    g = torch.randn(3, 25)
+    (ours,) = torch.autograd.grad(product(x, layer.weight, layer.bias), x, g)
+    assert_close(ours, g @ layer.weight.float())
+
+
 def test_rows_go_to_their_places_and_back_with_their_gradients() -> None:
     real = torch.arange(40).view(4, 10) % 10 > 0
-    places = Places(real)
-    kept = torch.zeros(40, dtype=torch.bool).index_fill(0, places.kept, True)
-    assert len(places.kept) == 40
+    places = Places(real, width=1000)
+    kept = torch.zeros(40, dtype=torch.bool).index_fill(0, places.rows, True)
+    assert len(places.rows) == 40
     assert bool(kept[real.flatten()].all())
     real[:, 1] = False
-    assert len(Places(real).kept) == 32
+    assert len(Places(real, width=1000).rows) == 32
+    assert len(Places(real, width=8).rows) == 40, "little padding of short rows stays"
     real[:, 2:] = False
     real[0] = True
-    places = Places(real)
-    assert len(places.kept) == 32
+    places = Places(real, width=1000)
+    assert len(places.rows) == 32
     rows = torch.randn(32, 2, dtype=torch.float64, requires_grad=True)
-    spread = places.spread(rows)
-    assert_close(places.gather(spread), rows)
-    elsewhere = torch.ones(40, dtype=torch.bool).index_fill(0, places.kept, False)
-    assert bool((spread[elsewhere] == 0).all())
-    assert torch.autograd.gradcheck(places.spread, (rows,))
-    assert torch.autograd.gradcheck(places.gather, (spread.detach().requires_grad_(),))
+    rectangle = places.spread(rows)
+    assert_close(places.gather(rectangle), rows)
+    (back,) = torch.autograd.grad(rectangle, rows, torch.ones(40, 2, dtype=torch.float64))
+    assert_close(back, torch.ones_like(rows))
+    assert torch.autograd.gradcheck(places.gather, (rectangle.detach().requires_grad_(),))
+
+
+def test_the_last_columns_are_picked_out_of_the_rows_with_their_gradients() -> None:
+    real = torch.ones(4, 30, dtype=torch.bool)
+    real[1, :13], real[2, 25:], real[3, :28] = False, False, False
+    whole = Places(real, width=1000)
+    end = LastColumns(whole, 5)
+    rows = torch.randn(len(whole.rows), 2, dtype=torch.float64, requires_grad=True)
+    rectangle = whole.spread(rows).view(4, 30, 2)[:, -5:]
+    picked = end.places.spread(end.pick(rows)).view(4, 5, 2)
+    seen = real[:, -5:]
+    assert_close(picked[seen], rectangle[seen])
+    weights = torch.randn(int(seen.sum()), 2, dtype=torch.float64)
+    ours = torch.autograd.grad((picked[seen] * weights).sum(), rows)
+    theirs = torch.autograd.grad((rectangle[seen] * weights).sum(), rows)
+    assert_close(ours, theirs)
+
+
+def test_attention_is_softmax_of_scaled_products_with_its_gradients() -> None:
+    torch.manual_seed(0)
+    attention = torch.ones(2, 5, dtype=torch.bool)
+    attention[1, :2] = False
+    bias = attention_bias(
+        attention, new=5, heads=4, kv_heads=2, slopes=None, dtype=torch.float64,
+        rounded_to=torch.float64,
+    )  # fmt: skip
+    q, k, v = (
+        torch.randn(2, heads, 5, 3, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)
+    )
+    many = {"attn_mask": bias.view(2, 4, 5, 5), "scale": 0.4, "enable_gqa": True}
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, **many)  # type: ignore[arg-type]
+    assert_close(attend(q, k, v, bias, 0.4), plain)
+    queries = attention[:, None, :, None].double()  # padding asks nothing
+    assert torch.autograd.gradcheck(lambda *x: attend(*x, bias, 0.4) * queries, (q, k, v))
+
+
+def test_elementwise_parts_have_the_gradients_of_their_formulas() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 10, requires_grad=True)
+    for name, formula in {
+        "gelu_new": lambda z: torch.nn.functional.gelu(z, approximate="tanh"),
+        "silu": lambda z: z * z.sigmoid(),
+    }.items():
+        assert_close(ACTIVATIONS[name](x), formula(x))
+        ours = torch.autograd.grad(ACTIVATIONS[name](x).square().sum(), x)
+        assert_close(ours, torch.autograd.grad(formula(x).square().sum(), x))
+    norm = tiny_model("llama").model.norm
+    wide = torch.randn(6, 48, requires_grad=True)
+    assert_close(normed(norm, wide), norm(wide))
+    ours = torch.autograd.grad(normed(norm, wide).square().sum(), (wide, norm.weight))
+    assert_close(ours, torch.autograd.grad(norm(wide).square().sum(), (wide, norm.weight)))
+
+
+def test_a_turn_pairs_the_halves_and_is_undone_by_its_gradient() -> None:
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    angle = torch.rand(2, 2, dtype=torch.float64)
+    cos, sin = spread_angles(angle.cos(), angle.sin(), heads=3, size=6)
+    turned = rotated(x, cos, sin, 2)
+    a, b = torch.complex(x[..., :2], x[..., 2:4]), torch.polar(torch.ones_like(angle), angle)
+    assert_close(torch.complex(turned[..., :2], turned[..., 2:4]), a * b[:, None])
+    assert_close(turned[..., 4:], x[..., 4:])
+    assert torch.autograd.gradcheck(lambda z: rotated(z, cos, sin, 2), (x,))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.7])
@@ -190,7 +369,7 @@ def test_drawing_by_blocks_draws_what_the_whole_distribution_gives() -> None:
         logits = 4 * torch.randn(200, vocabulary, generator=generator)
         uniforms = torch.rand(200, generator=generator, dtype=torch.float64)
         uniforms[:2] = torch.tensor([0.0, 1 - 2**-53])
-        ours = draw_by_blocks(logits, uniforms)
+        ours = draw_from(logits, uniforms)
         tokens = draw(logits, uniforms, sampling=Sampling(1, (), 0))
         # Only a number within rounding of a border between two tokens may fall on its other side.
         assert int((ours.tokens != tokens).sum()) <= 1
@@ -199,10 +378,18 @@ def test_drawing_by_blocks_draws_what_the_whole_distribution_gives() -> None:
         assert_close(ours.entropy, entropy, atol=1e-4, rtol=1e-4)
 
 
+def test_rows_of_a_large_vocabulary_one_by_one_or_at_once_are_the_same(monkeypatch: Any) -> None:
+    logits, uniforms = 4 * torch.randn(7, 2000), torch.rand(7)
+    at_once = draw_from(logits, uniforms)
+    monkeypatch.setattr(draws, "LARGE_VOCABULARY", 1000)
+    for ours, theirs in zip(draw_from(logits, uniforms), at_once, strict=True):
+        assert_close(ours, theirs)
+
+
 def test_a_block_without_mass_is_never_drawn_from() -> None:
     logits = torch.full((4, 4 * BLOCK), -1e4)
     logits[:, BLOCK + 3] = 0.0
-    drawn = draw_by_blocks(logits, torch.tensor([0.0, 0.5, 1 - 2**-24, 1 - 2**-53]))
+    drawn = draw_from(logits, torch.tensor([0.0, 0.5, 1 - 2**-24, 1 - 2**-53]))
     assert drawn.tokens.tolist() == [BLOCK + 3] * 4
 
 

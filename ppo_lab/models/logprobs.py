@@ -12,14 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppo_lab.core import full_kl
-from ppo_lab.models.fast.products import product
+from ppo_lab.models.fast.products import computed_in, product
 from ppo_lab.models.fast.sweep import swept_logprobs
 
 # Logits of at most this many (token, vocabulary) pairs are built at once: 128 MiB in float32.
 TILE = 2**25
 
 # From here on a CPU walks through the vocabulary once, where the head allows it.
-LARGE_VOCABULARY = 2**16
+SWEPT_VOCABULARY = 2**12
 
 
 class Head(NamedTuple):
@@ -35,8 +35,10 @@ class Head(NamedTuple):
 
     def logits(self, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... vocab"]:
         """The logits in float32."""
+        on_cpu = self.weight.device.type == "cpu"
+        dtype = computed_in(self.weight.dtype) if on_cpu else self.weight.dtype
         # Flat and contiguous: transformers' sliced views make a CPU copy the head once a row.
-        rows = hidden.to(self.weight.dtype).flatten(0, -2).contiguous()
+        rows = hidden.to(dtype).flatten(0, -2).contiguous()
         z = product(rows, self.weight, self.bias).contiguous().float()
         z = z.view(*hidden.shape[:-1], -1)
         z = z * self.scale if self.scale != 1.0 else z
@@ -57,7 +59,7 @@ def token_logprobs(
     Memory does not grow with tokens x vocabulary: beyond TILE entries the vocabulary is walked
     through in tiles.
     """
-    if not entropy and len(head.weight) >= LARGE_VOCABULARY and _may_sweep(hidden, head):
+    if not entropy and len(head.weight) >= SWEPT_VOCABULARY and _may_sweep(hidden, head):
         swept = swept_logprobs(
             hidden, head.weight, head.bias, targets, scale=head.scale / temperature
         )

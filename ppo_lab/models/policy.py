@@ -180,7 +180,7 @@ def response_states(trunk: Trunk, tokens: Tokens) -> Float[Tensor, "batch time h
     ids = torch.cat([tokens.queries[:, skip:], tokens.responses[:, :longest]], 1)
     attention = torch.cat([tokens.query_mask[:, skip:], tokens.attended[:, :longest]], 1)
     # The last token predicts nothing that is asked for.
-    hidden = trunk.hidden(ids[:, :-1], attention[:, :-1])[:, width - skip - 1 :]
+    hidden = trunk.hidden(ids[:, :-1], attention[:, :-1], last=longest)
     return torch.nn.functional.pad(hidden, (0, 0, 0, time - longest))
 
 

@@ -1,4 +1,4 @@
-"""One token a row out of a large vocabulary: exponentials taken once, sums by blocks.
+"""One token a row from a softmax: exponentials taken once, sums by blocks.
 
 The cumulative distribution is inverted in two steps: first over sums of blocks of the vocabulary,
 then within the block that holds the number. The log-probability and the entropy fall out of the
@@ -6,6 +6,8 @@ same exponentials e_v = exp(z_v - m), where m is the largest logit and S = sum_v
 
     log p(y)  =  z_y - m - log S
     H         =  m + log S - sum_v e_v z_v / S
+
+A token without mass is never drawn, not even by a number that rounding takes to the very end.
 """
 
 from __future__ import annotations
@@ -13,10 +15,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 BLOCK = 512
+
+# From here on a row's exponentials fill a core's cache, and a CPU takes row by row.
+LARGE_VOCABULARY = 2**16
 
 
 class Drawn(NamedTuple):
@@ -27,37 +33,35 @@ class Drawn(NamedTuple):
     entropy: Float[Tensor, " batch"]
 
 
-def draw_by_blocks(
-    logits: Float[Tensor, "batch vocab"], uniforms: Float[Tensor, " batch"]
-) -> Drawn:
-    """One token a row at that row's uniform number in [0, 1), from softmax(logits).
-
-    Rows go one by one: a row's exponentials fit into a core's cache, a batch's do not.
-    """
-    rows = [_draw(z, u) for z, u in zip(logits.float(), uniforms.double(), strict=True)]
-    tokens, logprobs, entropy = zip(*rows, strict=True)
-    return Drawn(torch.stack(tokens), torch.stack(logprobs), torch.stack(entropy))
+def draw_from(logits: Float[Tensor, "batch vocab"], uniforms: Float[Tensor, " batch"]) -> Drawn:
+    """One token a row at that row's uniform number in [0, 1), from softmax(logits)."""
+    if logits.shape[1] < LARGE_VOCABULARY or logits.device.type != "cpu":
+        return _draw(logits.float(), uniforms.double())
+    pairs = zip(logits.float().split(1), uniforms.double().split(1), strict=True)
+    rows = [_draw(z, u) for z, u in pairs]
+    return Drawn(*map(torch.cat, zip(*rows, strict=True)))
 
 
-def _draw(logits: Float[Tensor, " vocab"], uniform: Float[Tensor, ""]) -> tuple[Tensor, ...]:
-    largest = logits.amax()
+def _draw(logits: Float[Tensor, "batch vocab"], uniforms: Float[Tensor, " batch"]) -> Drawn:
+    largest = logits.amax(1, keepdim=True)
     # Exponentials near the smallest normal number would be slow; those below 2e-35 are 0.
     terms = torch.threshold_((logits - largest).clamp_(min=-80.0).exp_(), 2e-35, 0.0)
-    sums = _block_sums(terms).double().cumsum(0)
-    threshold = uniform * sums[-1]
-    found = torch.searchsorted(sums, threshold, right=True)
-    block = int(found.clamp(max=int((sums < sums[-1]).sum())))
-    before = sums[block - 1] if block else 0.0
-    inside = terms[block * BLOCK : (block + 1) * BLOCK].double().cumsum(0)
-    place = torch.searchsorted(inside, threshold - before, right=True)
-    # Rounding between the two sums may ask for more than the block holds: its last token, then.
-    token = block * BLOCK + place.clamp(max=int((inside < inside[-1]).sum()))
-    log_total = sums[-1].log().float()
-    mean = torch.dot(terms, logits) / sums[-1].float()
-    return token, logits[token] - largest - log_total, largest + log_total - mean
+    mean = torch.linalg.vecdot(terms, logits)
+    blocks = F.pad(terms, (0, -terms.shape[1] % BLOCK)).view(len(terms), -1, BLOCK)
+    sums = blocks.sum(2).double().cumsum(1)
+    threshold = uniforms[:, None] * sums[:, -1:]
+    block = _first_beyond(sums, threshold)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(1)
+    token = block * BLOCK + _first_beyond(inside, threshold - before)
+    log_total = sums[:, -1].log().float()
+    logprobs = (logits.gather(1, token) - largest)[:, 0] - log_total
+    return Drawn(token[:, 0], logprobs, largest[:, 0] + log_total - mean / sums[:, -1].float())
 
 
-def _block_sums(terms: Float[Tensor, " vocab"]) -> Float[Tensor, " blocks"]:
-    whole = len(terms) - len(terms) % BLOCK
-    sums = terms[:whole].view(-1, BLOCK).sum(1)
-    return sums if whole == len(terms) else torch.cat([sums, terms[whole:].sum(0, keepdim=True)])
+def _first_beyond(
+    sums: Float[Tensor, "batch parts"], threshold: Float[Tensor, "batch 1"]
+) -> Int[Tensor, "batch 1"]:
+    """The first part at which the sum exceeds the threshold, or the last one with mass."""
+    last = torch.searchsorted(sums, sums[:, -1:].contiguous())
+    return torch.minimum(torch.searchsorted(sums, threshold, right=True), last)

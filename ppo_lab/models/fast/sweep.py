@@ -20,8 +20,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ppo_lab.models.fast.products import computed_in
+
 # Rows of the vocabulary at a time: tiles of z that stay in a core's cache.
-TILE = 4096
+TILE = 2048
 
 
 def swept_logprobs(
@@ -33,7 +35,7 @@ def swept_logprobs(
     scale: float,
 ) -> Float[Tensor, " tokens"] | None:
     """log softmax(scale (W h + b)) of the targets, differentiable in h; None on overflow."""
-    logprobs = _Sweep.apply(hidden.to(weight.dtype), weight, bias, targets, scale)
+    logprobs = _Sweep.apply(hidden.to(computed_in(weight.dtype)), weight, bias, targets, scale)
     return logprobs if bool(logprobs.isfinite().all()) else None
 
 
@@ -43,24 +45,23 @@ class _Sweep(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float
     ) -> Tensor:
         wanted = ctx.needs_input_grad[0]
-        chosen = weight[targets]
-        shift = (hidden.float() * chosen.float()).sum(1)
+        chosen = weight[targets].float()
+        shift = (hidden.float() * chosen).sum(1)
         shift = shift if bias is None else shift + bias[targets].float()
         # Rounded as the products below are, or z_y - z_y would not be 0.
-        shift = shift.to(weight.dtype).float()
+        shift = shift.to(hidden.dtype).float()
         total = torch.zeros(len(targets))
-        pulled = torch.zeros(hidden.shape, dtype=torch.float32) if wanted else None
+        pulled = torch.zeros(hidden.shape[1], len(targets)) if wanted else None
         for start in range(0, len(weight), TILE):
-            rows = weight[start : start + TILE]
+            rows = weight[start : start + TILE].to(hidden.dtype)
             terms = _products(rows, hidden, None if bias is None else bias[start : start + TILE])
             terms = terms.float().sub_(shift)
             terms = (terms if scale == 1.0 else terms.mul_(scale)).exp_()
             total += terms.sum(0)
             if pulled is not None:
-                by_token = torch.empty(len(targets), len(rows), dtype=weight.dtype).copy_(terms.t())
-                pulled += by_token @ rows
+                _pull(pulled, rows, terms)
         if pulled is not None:
-            slope = pulled.div_(total[:, None]).neg_().add_(chosen)
+            slope = pulled.div_(total).t().neg().add_(chosen)
             ctx.save_for_backward(slope if scale == 1.0 else slope.mul_(scale))
         return -total.log()
 
@@ -74,4 +75,13 @@ def _products(rows: Tensor, hidden: Tensor, bias: Tensor | None) -> Tensor:
     """(tile, tokens): W h + b with W as it lies."""
     if bias is None:
         return torch.mm(rows, hidden.t())
-    return torch.addmm(bias[:, None], rows, hidden.t())
+    return torch.addmm(bias[:, None].to(rows.dtype), rows, hidden.t())
+
+
+def _pull(pulled: Tensor, rows: Tensor, terms: Tensor) -> None:
+    """Add W^T terms, summed over tiles in float32 whatever the precision of the product."""
+    if rows.dtype == torch.float32:
+        pulled.addmm_(rows.t(), terms)
+        return
+    by_token = torch.empty(terms.shape[1], len(rows), dtype=rows.dtype).copy_(terms.t())
+    pulled += (by_token @ rows).t()

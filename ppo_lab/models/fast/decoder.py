@@ -1,0 +1,204 @@
+"""A decoder on a CPU: the same function as transformers', without what a CPU is slow at.
+
+Real tokens alone pass through products and norms; attention alone sees rectangles. Of the last
+layer only what is asked for is computed. Keys and values of earlier positions lie in one buffer.
+Where a processor does not compute in the weights' half precision, they are widened a tile at a
+time, and everything between them is float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ppo_lab.models.fast.attention import KeysAndValues, attend, attention_bias
+from ppo_lab.models.fast.elementwise import ACTIVATIONS, normed, rotated, spread_angles
+from ppo_lab.models.fast.layers import Anatomy, Layer, read
+from ppo_lab.models.fast.places import LastColumns, Places
+from ppo_lab.models.fast.products import computed_in, linear
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the layers of one pass share: where rows lie, what attention adds, how far they turn.
+
+    `angles` are rotary embeddings' cosines and signed sines, (rows, heads, size) each, and the
+    number of pairs that they turn.
+    """
+
+    places: Places
+    bias: Float[Tensor, "batch_kv group_new seen"]
+    angles: tuple[Tensor, Tensor, int] | None
+    cache: KeysAndValues | None
+
+    def turned(self, x: Float[Tensor, "rows heads size"]) -> Float[Tensor, "rows heads size"]:
+        """Queries or keys as rotary embeddings turn them."""
+        if self.angles is None:
+            return x
+        cos, sin, pairs = self.angles
+        return rotated(x, cos[:, : x.shape[1]], sin[:, : x.shape[1]], pairs)
+
+    def bias_of_last(self, columns: int, group: int) -> Float[Tensor, "batch_kv group_new seen"]:
+        """The bias of the queries in the last columns; `group` heads share a key."""
+        batch_kv, _, seen = self.bias.shape
+        return self.bias.view(batch_kv, group, -1, seen)[:, :, -columns:].reshape(
+            batch_kv, -1, seen
+        )
+
+
+class FastDecoder:
+    """The decoder of one model; holding no weights, it is always what the model is."""
+
+    def __init__(self, decoder: Any, anatomy: Anatomy) -> None:
+        self.decoder, self.anatomy = decoder, anatomy
+        self._modules = [module for block in anatomy.blocks for module in block.modules()]
+
+    @classmethod
+    def of(cls, decoder: Any) -> FastDecoder | None:
+        """The fast road of a decoder; None where it has parts that are not understood."""
+        anatomy = read(decoder)
+        return None if anatomy is None else cls(decoder, anatomy)
+
+    def usable(self) -> bool:
+        """Whether it is on a CPU now, with nothing on that only transformers' forward does."""
+        weight = self.decoder.get_input_embeddings().weight
+        on_cpu = weight.device.type == "cpu" and weight.dtype != torch.float16
+        checkpoints = self.decoder.gradient_checkpointing and self.decoder.training
+        return on_cpu and not checkpoints and not any(map(_is_hooked, self._modules))
+
+    def hidden(
+        self,
+        ids: Int[Tensor, "batch new"],
+        attention: Bool[Tensor, "batch seen"],
+        cache: KeysAndValues | None = None,
+        *,
+        last: int = 0,
+    ) -> Float[Tensor, "batch columns hidden"]:
+        """The last hidden states of `ids`, or those of their `last` columns alone; without meaning
+        on padding. See `Trunk.hidden`.
+        """
+        x, shared = self._enter(ids, attention, cache)
+        new, columns = ids.shape[1], last or ids.shape[1]
+        end = None if columns == new else LastColumns(shared.places, columns)
+        *lower, final = enumerate(self.anatomy.layers)
+        for index, layer in lower:
+            x = _layer(layer, index, x, shared)
+        x = normed(self.anatomy.norm, _layer(final[1], final[0], x, shared, end))
+        if cache is not None:
+            cache.seen += new
+        places = shared.places if end is None else end.places
+        return places.spread(x).view(len(ids), columns, -1)
+
+    def _enter(
+        self, ids: Tensor, attention: Tensor, cache: KeysAndValues | None
+    ) -> tuple[Float[Tensor, "rows hidden"], Pass]:
+        """The embedded rows, and what the layers will share."""
+        new, first = ids.shape[1], self.anatomy.layers[0]
+        places = Places(attention[:, -new:], width=self.anatomy.words.weight.shape[1])
+        positions = places.take((attention.cumsum(1) - 1).clamp(min=0)[:, -new:])
+        x = self.anatomy.embed(places.take(ids), positions)
+        stored = x.dtype
+        x = x.to(computed_in(stored))
+        bias = attention_bias(
+            attention,
+            new=new,
+            heads=first.heads,
+            kv_heads=first.kv_heads,
+            slopes=self.anatomy.slopes,
+            dtype=x.dtype,
+            rounded_to=stored,
+        )
+        return x, Pass(places, bias, self._angles(x, positions), cache)
+
+    def _angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, int] | None:
+        if self.anatomy.rotary is None:
+            return None
+        cos, sin = (angle[0] for angle in self.anatomy.rotary(x, positions[None]))
+        pairs, first = cos.shape[1] // 2, self.anatomy.layers[0]
+        spread = spread_angles(cos[:, :pairs], sin[:, :pairs], heads=first.heads, size=first.size)
+        return (*spread, pairs)
+
+
+def _layer(
+    layer: Layer,
+    index: int,
+    x: Float[Tensor, "rows hidden"],
+    shared: Pass,
+    end: LastColumns | None = None,
+) -> Float[Tensor, "rows_out hidden"]:
+    """One layer; with `end`, its output in the last columns alone."""
+    inner = normed(layer.norm, x)
+    attended = linear(layer.out, _attention(layer, index, inner, shared, end))
+    x, inner = (x, inner) if end is None else (end.pick(x), end.pick(inner))
+    if layer.parallel:
+        return x + attended + _feed_forward(layer, normed(layer.second_norm, x))
+    x = (inner if layer.after_norm else x) + attended
+    inner = normed(layer.second_norm, x)
+    return (inner if layer.after_norm else x) + _feed_forward(layer, inner)
+
+
+def _attention(
+    layer: Layer,
+    index: int,
+    x: Float[Tensor, "rows hidden"],
+    shared: Pass,
+    end: LastColumns | None,
+) -> Float[Tensor, "rows_out hidden"]:
+    """What the queries of the rows mix together."""
+    q, k, v = (
+        _as_rectangle(part, shared.places) for part in _queries_keys_values(layer, x, shared)
+    )
+    if shared.cache is not None:
+        k, v = shared.cache.add(index, k, v)
+    places, bias = shared.places, shared.bias
+    if end is not None:
+        places, q = end.places, q[:, :, -end.columns :]
+        bias = shared.bias_of_last(end.columns, layer.heads // layer.kv_heads)
+    mixed = attend(q, k, v, bias, layer.scaling)
+    return places.gather(mixed.transpose(1, 2).reshape(len(places.real.flatten()), -1))
+
+
+def _queries_keys_values(
+    layer: Layer, x: Float[Tensor, "rows hidden"], shared: Pass
+) -> tuple[Tensor, ...]:
+    """Each (rows, heads, size), queries and keys turned by their positions."""
+    products = [linear(projection, x) for projection in layer.projections]
+    if len(products) == 1:
+        q, k, v = layer.split(products[0])
+    else:
+        q, k, v = (
+            product.view(len(x), heads, -1)
+            for product, heads in zip(
+                products, (layer.heads, layer.kv_heads, layer.kv_heads), strict=True
+            )
+        )
+    return shared.turned(q), shared.turned(k), v
+
+
+def _as_rectangle(
+    rows: Float[Tensor, "rows heads size"], places: Places
+) -> Float[Tensor, "batch heads time size"]:
+    batch, time = places.real.shape
+    heads = rows.shape[1]
+    return places.spread(rows.flatten(1)).view(batch, time, heads, -1).transpose(1, 2)
+
+
+def _feed_forward(layer: Layer, x: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
+    activation, up = ACTIVATIONS[layer.activation], linear(layer.up, x)
+    if layer.gate is None:
+        return linear(layer.down, activation(up))
+    return linear(layer.down, activation(linear(layer.gate, x)) * up)
+
+
+def _is_hooked(module: Any) -> bool:
+    """Whether something is to happen around this module that only its own call would do.
+
+    Hooks by which transformers captures outputs sleep outside of its own forward.
+    """
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ours = [hook for hook in hooks if not hook.__module__.startswith("transformers.")]
+    return bool(ours) or hasattr(module, "_hf_hook")

@@ -1,0 +1,142 @@
+"""What stands between the products: activations, the root-mean-square norm, rotary embeddings.
+
+Each is the formula of its source with as few passes over memory as its gradient allows: on a CPU
+these cost as much as the products of a small model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+# gelu by tanh: x sigmoid(A x + B x^3), since (1 + tanh(u)) / 2 = sigmoid(2 u).
+A = 2.0 * math.sqrt(2.0 / math.pi)
+B = A * 0.044715
+
+
+def gelu_tanh(x: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2.
+
+    In float32 by one sigmoid, whose exponential is three times faster than torch's tanh; coarser
+    types would lose digits between the steps.
+
+    Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.
+    """
+    return _GeluTanh.apply(x) if x.dtype == torch.float32 else F.gelu(x, approximate="tanh")
+
+
+class _GeluTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _gate(x).mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """With s the sigmoid: s (1 + x (1 - s) (A + 3 B x^2))."""
+        (x,) = ctx.saved_tensors
+        s = _gate(x)
+        slope = (x * x).mul_(3.0 * B).add_(A).mul_(x).mul_(1.0 - s).add_(1.0).mul_(s)
+        return slope.mul_(grads[0])
+
+
+def _gate(x: Tensor) -> Tensor:
+    return (x * x).mul_(B).add_(A).mul_(x).sigmoid_()
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+def normed(module: Any, x: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
+    """What a norm of the model gives: a layer norm's, or else a root-mean-square norm's."""
+    weight = module.weight.to(x.dtype)
+    if isinstance(module, torch.nn.LayerNorm):
+        bias = None if module.bias is None else module.bias.to(x.dtype)
+        return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+    if not torch.is_grad_enabled():
+        return F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
+    return _RootMeanSquare.apply(x, weight, module.variance_epsilon)
+
+
+class _RootMeanSquare(torch.autograd.Function):
+    """w x / sqrt(mean(x^2) + eps). Source: Zhang and Sennrich 2019, arXiv:1910.07467."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean.add_(eps).rsqrt_()
+        unit = (wide * scale).to(x.dtype)
+        ctx.save_for_backward(unit, weight, scale)
+        return unit * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """With u = x / sqrt(...): (w g - u mean(w g u)) / sqrt(...), and sum(g u) for w."""
+        unit, weight, scale = ctx.saved_tensors
+        grad, wide, factor = grads[0].float(), unit.float(), weight.float()
+        product = grad * wide
+        for_weight = product.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        inner = (product @ factor)[:, None].div_(-unit.shape[-1])
+        slope = (grad * factor).addcmul_(wide, inner).mul_(scale)
+        return slope.to(unit.dtype), for_weight, None
+
+
+def rotated(
+    x: Float[Tensor, "rows heads size"],
+    cos: Float[Tensor, "rows heads size"],
+    sin: Float[Tensor, "rows heads size"],
+    half: int,
+) -> Float[Tensor, "rows heads size"]:
+    """Each pair (x_i, x_{i + half}) turned by its angle; what lies beyond the pairs stays.
+
+        x cos + swapped(x) sin
+
+    `cos` and `sin` are given for every number, as `spread_angles` makes them.
+
+    Source: Su et al. 2021, arXiv:2104.09864, the halves paired as GPT-NeoX pairs them.
+    """
+    return _Turn.apply(x, cos, sin, half)
+
+
+def spread_angles(
+    cos: Float[Tensor, "rows pairs"], sin: Float[Tensor, "rows pairs"], *, heads: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """The cosines and signed sines (rows, heads, size) of every number of every head."""
+    rows, half = cos.shape
+    beyond = cos.new_zeros(rows, size - 2 * half)
+    both = torch.cat([cos, cos, beyond + 1.0], 1), torch.cat([-sin, sin, beyond], 1)
+    wide, signed = (x[:, None].expand(rows, heads, size).contiguous() for x in both)
+    return wide, signed
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.half = half
+        return torch.addcmul(x * cos, _swapped(x, half), sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """The turn back: by the negative angle."""
+        cos, sin = ctx.saved_tensors
+        turned = (grads[0] * cos).addcmul_(_swapped(grads[0], ctx.half), sin, value=-1.0)
+        return turned, None, None, None
+
+
+def _swapped(x: Tensor, half: int) -> Tensor:
+    return torch.cat([x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]], -1)
