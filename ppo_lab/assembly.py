@@ -7,10 +7,21 @@ from typing import Any
 
 import torch
 
-from ppo_lab.config import Config, EvaluationSection, GenerationSection, PPOConfig
+from ppo_lab.config import (
+    Config,
+    EmbeddedReward,
+    EvaluationSection,
+    GenerationSection,
+    HeadCritic,
+    ModelCritic,
+    ModelReward,
+    PPOConfig,
+    RewardSection,
+)
 from ppo_lab.continuation import seed_random_state
 from ppo_lab.errors import ConfigError
 from ppo_lab.evaluation import Gold
+from ppo_lab.models.critic import Critic, check_shared_vocabulary
 from ppo_lab.models.loading import (
     check_vocabulary,
     eos_ids,
@@ -20,6 +31,8 @@ from ppo_lab.models.loading import (
 )
 from ppo_lab.models.lora import wrap_lora
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_lab.rewards.classifier import label_index
+from ppo_lab.rewards.loading import load_classifier, load_reward_tokenizer
 from ppo_lab.rollout import Sampling
 
 
@@ -38,9 +51,14 @@ def ppo_config(config: Config) -> PPOConfig:
     """The `ppo` section as the trainer takes it; an adapter has a step size of its own."""
     settings = asdict(config.ppo)
     if config.lora.r:
-        settings["value_learning_rate"] = config.ppo.value_learning_rate or config.ppo.learning_rate
         settings["learning_rate"] = config.ppo.learning_rate * config.lora.learning_rate_factor
-    return PPOConfig(**settings, seed=config.seed, model_name=config.model.name)
+    return PPOConfig(
+        **settings,
+        value_learning_rate=config.critic.learning_rate or config.ppo.learning_rate,
+        critic_warmup_steps=config.critic.warmup_steps,
+        seed=config.seed,
+        model_name=config.model.name,
+    )
 
 
 def load_policy(config: Config, tokenizer: Any, device: str) -> AutoModelForCausalLMWithValueHead:
@@ -53,11 +71,46 @@ def load_policy(config: Config, tokenizer: Any, device: str) -> AutoModelForCaus
     check_vocabulary(tokenizer, model)
     if config.lora.r:
         model = wrap_lora(model, config.lora)
+    head = config.critic if isinstance(config.critic, HeadCritic) else HeadCritic()
     policy = AutoModelForCausalLMWithValueHead(
-        model, v_head_init=config.model.v_head_init, v_head_init_std=config.model.v_head_init_std
+        model, v_head_init=head.v_head_init, v_head_init_std=head.v_head_init_std
     )
     policy.load_value_head(config.model.path)
     return policy
+
+
+def load_critic(config: Config, tokenizer: Any, device: str) -> Critic | None:
+    """The critic of its own, None where the policy's value head is it.
+
+    Raises:
+        ConfigError: it cannot be had, is no decoder, or does not share the policy's tokenizer.
+    """
+    if not isinstance(config.critic, ModelCritic):
+        return None
+    start = critic_start(config.critic, config.reward)
+    source: dict[str, Any] = {
+        "revision": start.revision,
+        "trust_remote_code": start.trust_remote_code,
+        "key": "critic.path",
+    }
+    model = load_classifier(start.path, dtype=config.critic.dtype, device=device, **source)
+    theirs = load_reward_tokenizer(start.path, **source)
+    rows = model.get_input_embeddings().num_embeddings
+    check_shared_vocabulary(start.path, theirs, tokenizer, rows)
+    index = label_index(model.config, start.label, key="critic.label")
+    return Critic(model, index=index, scale=config.reward.weight or 1.0)
+
+
+def critic_start(critic: ModelCritic, reward: RewardSection) -> ModelReward:
+    """The classifier that a critic starts from: that of `critic.path`, or else the reward's own."""
+    if critic.path == "embedded" or (not critic.path and isinstance(reward, EmbeddedReward)):
+        from ppo_lab import embedded
+
+        return ModelReward(path=str(embedded.reward_path()))
+    if critic.path:
+        return ModelReward(path=critic.path, revision=critic.revision, label=critic.label)
+    assert isinstance(reward, ModelReward), "the rules see to it that there is one"
+    return replace(reward, label=critic.label or reward.label)
 
 
 def sampling(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ppo_lab.config import PPOConfig
+from ppo_lab.errors import ConfigError
+from ppo_lab.models.critic import Critic
 from ppo_lab.models.loading import disable_dropout, eos_ids
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.rollout import NoiseKey, Sampling
@@ -39,7 +41,9 @@ NEUTRAL = {"max_length", "max_time", "use_cache", "cache_implementation", "token
 CLASSIC_STREAM = 2**62
 
 
-def check_constructor(config: Any, model: Any, ref_model: Any, tokenizer: Any) -> None:
+def check_constructor(
+    config: Any, model: Any, ref_model: Any, tokenizer: Any, critic: Any = None
+) -> None:
     """Refuse what no trainer can be made of.
 
     Raises:
@@ -47,12 +51,11 @@ def check_constructor(config: Any, model: Any, ref_model: Any, tokenizer: Any) -
     """
     if config is not None and not isinstance(config, PPOConfig):
         raise ValueError(f"config must be a PPOConfig, not {type(config).__name__}")
-    for name, value in (("model", model), ("ref_model", ref_model)):
+    causal, classifier = "a causal language model", "a sequence classifier"
+    given = (("model", model, causal), ("ref_model", ref_model, causal))
+    for name, value, kind in (*given, ("critic", critic, classifier)):
         if value is not None and not isinstance(value, torch.nn.Module):
-            raise ValueError(
-                f"{name} must be a causal language model (torch.nn.Module), "
-                f"not {type(value).__name__}"
-            )
+            raise ValueError(f"{name} must be {kind} (torch.nn.Module), not {type(value).__name__}")
     if model is None:
         raise ValueError(
             "model is missing: give a causal language model, with or without a value head"
@@ -89,6 +92,39 @@ def as_policy(model: Any) -> AutoModelForCausalLMWithValueHead:
             "is_trainable=True"
         )
     return policy
+
+
+def as_critic(critic: Any, policy: AutoModelForCausalLMWithValueHead) -> Any:
+    """What gives the values: `critic`, made of a classifier if need be, or the policy with its own
+    value head, which is otherwise not trained.
+
+    Raises:
+        ConfigError: the classifier cannot read the policy's tokens.
+    """
+    if critic is None:
+        return policy
+    made = critic if isinstance(critic, Critic) else Critic(critic)
+    models = (made.model, policy.trunk.model)
+    theirs, ours = (model.get_input_embeddings().num_embeddings for model in models)
+    if theirs < ours:
+        raise ConfigError(
+            f"critic: its embedding has {theirs} rows and the policy's {ours}; it must share the "
+            "policy's tokenizer"
+        )
+    policy.v_head.requires_grad_(False)
+    return made
+
+
+def check_optimizer(optimizer: Any, critic: torch.nn.Module) -> None:
+    """Refuse an optimizer that would leave the critic as it is.
+
+    Raises:
+        ValueError: it holds no parameter of it.
+    """
+    own = {id(p) for p in critic.parameters()}
+    groups = [] if optimizer is None else optimizer.param_groups
+    if groups and not any(id(p) in own for group in groups for p in group["params"]):
+        raise ValueError("optimizer holds no parameter of the critic, which would never learn")
 
 
 def default_sampling(policy: AutoModelForCausalLMWithValueHead, tokenizer: Any) -> Sampling:

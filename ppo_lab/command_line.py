@@ -32,7 +32,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from ppo_lab.config import REWARDS, SOURCES, conf_folder, register_schema
+from ppo_lab.config import TYPED, conf_folder, register_schema
 from ppo_lab.errors import ConfigError
 from ppo_lab.multirun import resumed_sweep, what_is_missing, with_search_defaults
 from ppo_lab.resume import MISSING_ONLY, resumed_command
@@ -57,6 +57,12 @@ ALIASES = {
     "epsilon": "ppo.cliprange",
     "clip_range": "ppo.cliprange",
     "lr": "ppo.learning_rate",
+    "value_learning_rate": "critic.learning_rate",
+    "v_head_init": "critic.v_head_init",
+    "v_head_init_std": "critic.v_head_init_std",
+    "critic_learning_rate": "critic.learning_rate",
+    "critic_warmup": "critic.warmup_steps",
+    "value_model_path": "critic.path",
     "epochs": "ppo.ppo_epochs",
     "num_ppo_epochs": "ppo.ppo_epochs",
     "iterations": "ppo.steps",
@@ -260,9 +266,9 @@ class CommandReader:
     def _nearest(self, config: DictConfig, key: str) -> str:
         """The key, or the group, that an unknown key was probably meant to be."""
         section, _, last = key.rpartition(".")
-        if last in ALIASES:
+        if ALIASES.get(last, key) != key:
             return f"; did you mean {ALIASES[last]}?"
-        for group, types in (("reward", REWARDS), ("data", SOURCES)):
+        for group, types in TYPED.items():
             having = [name for name, kind in types.items() if last in _names(kind)]
             if section == group and having:
                 return (

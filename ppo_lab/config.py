@@ -56,9 +56,6 @@ class PPOSection:
     )
     ppo_epochs: int = knob(4, "passes over each batch", at_least=1)
     learning_rate: float = knob(1.5e-5, "step size of Adam", above=0)
-    value_learning_rate: float = knob(
-        0.0, "step size of the value head; 0 = learning_rate", at_least=0
-    )
     lr_schedule: str = knob(
         "constant", "learning rate over the run", choices=("constant", "linear", "cosine")
     )
@@ -136,6 +133,10 @@ class PPOConfig(PPOSection):
         ValueError: naming every field whose value is not legal, all at once.
     """
 
+    value_learning_rate: float = knob(0.0, "step size of the critic; 0 = learning_rate", at_least=0)
+    critic_warmup_steps: int = knob(
+        0, "first iterations in which the critic learns and the policy does not", at_least=0
+    )
     model_name: str = knob("", "name of the run that `log_stats` opens")
     seed: int = knob(
         0, "seed of the sampling, the shuffling and the new weights", at_least=0, at_most=2**32 - 1
@@ -176,8 +177,6 @@ class ModelSection:
     )
     pad_token: str = knob("", "token that pads; empty = the tokenizer's, or else its EOS")
     eos_token: str = knob("", "token that ends a text; empty = the tokenizer's")
-    v_head_init: str = knob("zero", "weights of a new value head", choices=("normal", "zero"))
-    v_head_init_std: float = knob(0.2, "standard deviation of v_head_init=normal", above=0)
 
 
 @dataclass
@@ -350,6 +349,42 @@ class WeightedReward(RewardSection):
 
 
 @dataclass
+class CriticSection:
+    """`critic`: what predicts the return from each token on. Each type is a class of its own with
+    its own keys.
+    """
+
+    learning_rate: float = knob(0.0, "step size of the critic; 0 = ppo.learning_rate", at_least=0)
+    warmup_steps: int = knob(
+        0, "first iterations in which the critic learns and the policy does not", at_least=0
+    )
+
+
+@dataclass
+class HeadCritic(CriticSection):
+    """A value head on the policy's own trunk: its values fall out of the policy's passes."""
+
+    v_head_init: str = knob("zero", "weights of a new value head", choices=("normal", "zero"))
+    v_head_init_std: float = knob(0.2, "standard deviation of v_head_init=normal", above=0)
+
+
+@dataclass
+class ModelCritic(CriticSection):
+    """A model of its own, started from a reward model with the policy's tokenizer."""
+
+    path: str = knob(
+        "", "hub id or folder of a sequence classifier, or `embedded`; empty = the reward's own"
+    )
+    revision: str = knob("", "branch, tag or commit on the hub; empty = the newest")
+    label: str = knob("", "label, or number of the output, that is the score; empty = the only one")
+    dtype: str = knob(
+        "float32",
+        "weights; in half precision Adam's small steps are lost to rounding",
+        choices=("float32", "bfloat16"),
+    )
+
+
+@dataclass
 class DataSection:
     """`data`: the prompts. Each source is a class of its own with its own keys."""
 
@@ -455,6 +490,7 @@ class Config:
     generation: GenerationSection = field(default_factory=GenerationSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     reward: RewardSection = field(default_factory=RewardSection)
+    critic: CriticSection = field(default_factory=CriticSection)
     data: DataSection = field(default_factory=DataSection)
     tracking: TrackingSection = field(default_factory=TrackingSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
@@ -469,16 +505,18 @@ REWARDS = {
     "constant": ConstantReward,
     "weighted": WeightedReward,
 }
+CRITICS = {"head": HeadCritic, "reward_model": ModelCritic}
 SOURCES = {"embedded": EmbeddedData, "file": FileData, "hub": HubData}
+TYPED = {"reward": REWARDS, "critic": CRITICS, "data": SOURCES}
 
 
 def register_schema() -> None:
-    """Tell Hydra `/schema/config`, `/schema/reward/<type>` and `/schema/data/<source>`."""
+    """Tell Hydra `/schema/config` and `/schema/<group>/<type>` of each group with types."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
     store.store(group="schema", name="config", node=Config)
-    for group, types in (("reward", REWARDS), ("data", SOURCES)):
+    for group, types in TYPED.items():
         for name, section in types.items():
             store.store(group=f"schema/{group}", name=name, node=section)
 

@@ -15,6 +15,7 @@ from ppo_lab import checkpoint
 from ppo_lab.assembly import (
     evaluation_sampling,
     gold_scorer,
+    load_critic,
     load_policy,
     longest_prompt,
     pick_device,
@@ -149,6 +150,7 @@ def build(config: Config, folder: Path, overrides: Sequence[str] = ()) -> Lab:
         ppo_config(config),
         policy,
         tokenizer=tokenizer,
+        critic=load_critic(config, tokenizer, device),
         sampling=sampling(config.generation, policy, tokenizer, eos_token=config.model.eos_token),
         reward=reward,
         device=device,

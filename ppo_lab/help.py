@@ -17,6 +17,7 @@ GROUPS = {
     "model": "the policy to start from",
     "lora": "how it is trained",
     "reward": "what scores its responses",
+    "critic": "what predicts the score, token by token",
     "data": "the prompts",
     "tracking": "where metrics go, beside metrics.jsonl",
     "experiment": "all of it at once; none by default",

@@ -12,9 +12,11 @@ from typing import TypeVar
 import torch
 from torch import OutOfMemoryError
 
-from ppo_lab.config import Config
+from ppo_lab.assembly import critic_start
+from ppo_lab.config import Config, ModelCritic
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.loading import choose_dtype, load_config, parameter_bytes
+from ppo_lab.rewards.loading import classifier_bytes
 
 T = TypeVar("T")
 GIB = 2**30
@@ -73,11 +75,14 @@ def check_fits(config: Config, device: str) -> None:
     need = policy_bytes(
         parameter_bytes(load_config(config.model), dtype), trained=not config.lora.r
     )
+    if isinstance(config.critic, ModelCritic):
+        need["critic"] = critic_bytes(config)
     free, total = free_bytes(), sum(need.values())
     if total <= free:
         return
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in need.items())
-    ways = [] if config.lora.r else ["lora=r16"]
+    ways = ["critic=head"] if "critic" in need else []
+    ways += [] if config.lora.r else ["lora=r16"]
     ways += [] if config.model.dtype == "bfloat16" else ["model.dtype=bfloat16"]
     raise ConfigError(
         f"model.path={config.model.path}: needs {total / GIB:.1f} GiB of memory ({parts}) and "
@@ -106,6 +111,16 @@ def policy_bytes(weights: int, *, trained: bool) -> dict[str, int]:
         "gradients": weights,
         "Adam's moments": 2 * weights,
     }
+
+
+def critic_bytes(config: Config) -> int:
+    """Bytes of a critic of its own: its weights, their gradients and Adam's two moments."""
+    assert isinstance(config.critic, ModelCritic)
+    start = critic_start(config.critic, config.reward)
+    if start.trust_remote_code:
+        return 0  # nobody knows before its code has run
+    dtype = getattr(torch, config.critic.dtype)
+    return 4 * classifier_bytes(start.path, revision=start.revision, dtype=dtype, key="critic.path")
 
 
 def free_bytes() -> float:

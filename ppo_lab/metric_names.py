@@ -56,6 +56,7 @@ METRICS: dict[str, tuple[str, str]] = {
         "share",
         "variance of the returns that sampling-time values explain",
     ),
+    "ppo/val/grad_norm": ("-", "gradient norm of a critic apart; of a value head, ppo/grad_norm"),
     "ppo/learning_rate": ("1", "step size of this iteration"),
     "ppo/grad_norm": ("-", "gradient norm before clipping, mean over optimizer steps"),
     "ppo/skipped_updates": (

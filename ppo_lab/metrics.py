@@ -68,6 +68,7 @@ def iteration_metrics(
         "ppo/val/clipfrac": update.value_clipped,
         "ppo/val/var_explained": 1.0 - update.value_error / returns_var if returns_var > 0 else 0.0,
         "ppo/grad_norm": update.grad_norm,
+        "ppo/val/grad_norm": update.critic_grad_norm,
         "ppo/skipped_updates": float(update.skipped),
         "ppo/epochs": float(update.epochs),
     }

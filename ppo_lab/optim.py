@@ -66,7 +66,7 @@ class TFAdam(torch.optim.Optimizer):
 
 def make_optimizer(
     model: torch.nn.Module,
-    value_head: torch.nn.Module,
+    critic: torch.nn.Module,
     *,
     adam: str,
     learning_rate: float,
@@ -74,19 +74,19 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """Adam over what is trained of `model`, with the value head's own rate; `adam` is "torch" or
-    "tf".
+    """Adam over what is trained of `model`, and over the critic (a value head in it, or a model of
+    its own) with a rate of its own and no weight decay; `adam` is "torch" or "tf".
     """
-    head = list(value_head.parameters())
-    in_head = {id(p) for p in head}
-    trunk = [p for p in model.parameters() if p.requires_grad and id(p) not in in_head]
+    judging = list(critic.parameters())
+    in_critic = {id(p) for p in judging}
+    trunk = [p for p in model.parameters() if p.requires_grad and id(p) not in in_critic]
     groups = [
         {"params": trunk, "lr": learning_rate},
-        {"params": head, "lr": value_learning_rate or learning_rate, "weight_decay": 0.0},
+        {"params": judging, "lr": value_learning_rate or learning_rate, "weight_decay": 0.0},
     ]
     if adam == "tf":
         return TFAdam(groups, lr=learning_rate, eps=eps, weight_decay=weight_decay)
-    fused = all(p.device.type in ("cuda", "cpu") for p in trunk + head)
+    fused = all(p.device.type in ("cuda", "cpu") for p in trunk + judging)
     return torch.optim.AdamW(
         groups, lr=learning_rate, eps=eps, weight_decay=weight_decay, fused=fused
     )

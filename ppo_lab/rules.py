@@ -19,8 +19,11 @@ from ppo_lab.config import (
     Config,
     DataSection,
     EmbeddedData,
+    EmbeddedReward,
     FileData,
     FunctionReward,
+    HeadCritic,
+    ModelCritic,
     ModelReward,
     PPOSection,
     RewardSection,
@@ -261,6 +264,30 @@ def reward_rules(config: Config) -> Problems:
         yield from reward_problems(config.reward)
 
 
+def critic_rules(config: Config) -> Problems:
+    """A critic that could not be made of the reward, or that leaves the policy no iteration."""
+    critic, reward = config.critic, config.reward
+    if critic.warmup_steps >= config.ppo.steps:
+        yield (
+            f"critic.warmup_steps={critic.warmup_steps}: must be below ppo.steps={config.ppo.steps}"
+            ", or the policy would never learn"
+        )
+    if not isinstance(critic, ModelCritic):
+        return
+    if critic.path:
+        yield from model_folder("critic.path", critic.path)
+    elif not isinstance(reward, ModelReward | EmbeddedReward):
+        yield (
+            "critic=reward_model: this reward is no single reward model; name one with "
+            "critic.path=FOLDER, or use critic=head"
+        )
+    elif isinstance(reward, ModelReward) and reward.output != "logit":
+        yield (
+            f"critic=reward_model: starts from the reward's logit, and its score is "
+            f"reward.output={reward.output}; use reward.output=logit or critic=head"
+        )
+
+
 def data_rules(config: Config) -> Problems:
     """Prompts that cannot be had, or bounds that leave none."""
     data = config.data
@@ -316,6 +343,7 @@ RULES: tuple[Callable[[Config], Problems], ...] = (
     model_rules,
     device_rules,
     reward_rules,
+    critic_rules,
     data_rules,
     metric_rules,
     tracking_rules,
@@ -379,9 +407,19 @@ DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         "since there are no further attempts; add reward.retries=1",
     ),
     (
-        ("model.v_head_init_std",),
-        lambda c: c.model.v_head_init == "zero",
-        "since the value head starts at zero; add model.v_head_init=normal",
+        ("critic.v_head_init_std",),
+        lambda c: isinstance(c.critic, HeadCritic) and c.critic.v_head_init == "zero",
+        "since the value head starts at zero; add critic.v_head_init=normal",
+    ),
+    (
+        ("critic.revision",),
+        lambda c: isinstance(c.critic, ModelCritic) and not c.critic.path,
+        "since the critic starts from the reward's own model; add critic.path=HUB_ID",
+    ),
+    (
+        ("ppo.vf_coef",),
+        lambda c: isinstance(c.critic, ModelCritic),
+        "since a critic of its own has a loss of its own; critic.learning_rate is its step size",
     ),
     (
         ("model.revision", "model.trust_remote_code"),

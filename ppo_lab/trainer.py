@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ from ppo_lab.update import ClippedUpdates
 
 # Tokens of a pass without gradients: large matrix products, a few dozen MB of activations.
 PASS_TOKENS = 2048
+
+# Where a critic of its own is saved, in the folder of the policy.
+CRITIC_FOLDER = "critic"
 
 # Largest |log ratio| before the first optimizer step that rounding explains.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
@@ -56,6 +60,8 @@ class PPOTrainer:
             `data_collator`.
         optimizer, lr_scheduler: in place of Adam and the schedule of the config; stepped once an
             optimizer step, and once an iteration.
+        critic: what gives the values: a `Critic`, or a sequence classifier (a reward model, say)
+            that shares the policy's tokenizer; None for the policy's own value head.
         sampling: how `iteration` draws responses.
         reward: called as `reward(prompts=..., completions=..., **columns)`, returning `Scores`.
         device: where to train; by default the GPU if there is one.
@@ -78,11 +84,12 @@ class PPOTrainer:
         data_collator: Any = None,
         lr_scheduler: Any = None,
         *,
+        critic: Any = None,
         sampling: Sampling | None = None,
         reward: Reward | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        classic.check_constructor(config, model, ref_model, tokenizer)
+        classic.check_constructor(config, model, ref_model, tokenizer, critic)
         self.config = config or PPOConfig()
         self.tokenizer, self.reward, self.dataset = tokenizer, reward, dataset
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -90,13 +97,16 @@ class PPOTrainer:
         self.reference = Reference(
             self.policy, None if ref_model is None else ref_model.to(self.device)
         )
+        self.critic = classic.as_critic(critic, self.policy).to(self.device)
         self.sampling = sampling or classic.default_sampling(self.policy, tokenizer)
         self.drawn = self.sampling  # how the responses at hand were drawn, which log-probs follow
         if self.config.gradient_checkpointing:
-            self.policy.gradient_checkpointing_enable()
-        self.optimizer = optimizer or _optimizer(self.policy, self.config)
+            for trained in {self.policy, self.critic}:
+                trained.gradient_checkpointing_enable()
+        classic.check_optimizer(optimizer, self.critic)
+        self.optimizer = optimizer or _optimizer(self.policy, self.critic, self.config)
         self.lr_scheduler = lr_scheduler or _schedule(self.optimizer, self.config)
-        self.updates = ClippedUpdates(self.policy, self.optimizer, self.config)
+        self.updates = ClippedUpdates(self.policy, self.critic, self.optimizer, self.config)
         self.drawing = Passes("sampling")
         self.kl_controller = _controller(self.config)
         self.moments = RunningMoments()
@@ -146,18 +156,19 @@ class PPOTrainer:
         `seen` is what sampling left; responses from elsewhere are passed through the policy once.
         """
         with self.clock("reference"):
-            self.policy.eval()
+            self._train_mode(False)
             at = {"temperature": self.drawn.logprob_temperature}
             forward = seen or self.in_passes(
                 tokens, lambda t: self.policy.score(t, **at, entropy=True)
             )
+            values = forward.values
+            if self.has_critic:
+                values = self.in_passes(tokens, self.critic.values)
             ref_logprobs = self.in_passes(tokens, lambda t: self.reference.logprobs(t, **at))
             full_kl = None
             if self.config.kl_penalty == "full":
                 full_kl = self.in_passes(tokens, lambda t: self.reference.full_kl(t, **at))
-        return Rollout(
-            tokens, forward.logprobs, forward.values, ref_logprobs, forward.entropy, full_kl
-        )
+        return Rollout(tokens, forward.logprobs, values, ref_logprobs, forward.entropy, full_kl)
 
     def learn(self, rollout: Rollout, scores: Scores) -> dict[str, float]:
         """Everything after collection: rewards, advantages, clipped updates, KL controller.
@@ -165,11 +176,12 @@ class PPOTrainer:
         """
         shaped = self.shape(rollout, scores)
         with self.clock("update"):
-            self.policy.train()
+            self._train_mode(True)
             update = self.updates.run(
                 shaped.batch,
                 temperature=self.drawn.logprob_temperature,
                 seed=(self.config.seed, self.iterations_done),
+                critic_only=self.warms_up,
             )
         c = self.config
         metrics = iteration_metrics(
@@ -182,7 +194,8 @@ class PPOTrainer:
         )
         metrics["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self._check_invariants(metrics)
-        self.kl_controller.update(metrics["objective/kl"], n_samples=len(rollout))
+        if not self.warms_up:
+            self.kl_controller.update(metrics["objective/kl"], n_samples=len(rollout))
         advance(self.lr_scheduler)
         self.iterations_done += 1
         return {**metrics, **self.clock.read(tokens=int(rollout.tokens.mask.sum()))}
@@ -277,15 +290,30 @@ class PPOTrainer:
         classic.log_stats(self, stats, batch, rewards)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write model or adapter, value head and tokenizer, as safetensors."""
+        """Write model or adapter, value head and tokenizer, as safetensors; a critic of its own
+        goes into the folder `critic` there.
+        """
         self.policy.save_pretrained(save_directory, **kwargs)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(save_directory)
+        self.tokenizer.save_pretrained(save_directory)
+        if self.has_critic:
+            folder = Path(save_directory) / CRITIC_FOLDER
+            self.critic.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     @property
     def model(self) -> AutoModelForCausalLMWithValueHead:
         """The policy, under its classic name."""
         return self.policy
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a model of its own gives the values, and not the policy's value head."""
+        return self.critic is not self.policy
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether the critic learns alone in this iteration."""
+        return self.iterations_done < self.config.critic_warmup_steps
 
     def next_noise_stream(self) -> int:
         """A stream of noise of its own for every call of `generate`."""
@@ -304,7 +332,8 @@ class PPOTrainer:
         """
         return {
             "iterations_done": self.iterations_done,
-            "policy": {name: p for name, p in self.policy.named_parameters() if p.requires_grad},
+            "policy": _trained(self.policy),
+            "critic": _trained(self.critic) if self.has_critic else {},
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "kl_controller": self.kl_controller.state_dict(),
@@ -319,10 +348,9 @@ class PPOTrainer:
         Raises:
             KeyError: a part of the state is missing.
         """
-        parameters = dict(self.policy.named_parameters())
-        with torch.no_grad():
-            for name in (n for n, p in parameters.items() if p.requires_grad):
-                parameters[name].copy_(state["policy"][name])
+        _restore(self.policy, state["policy"])
+        if self.has_critic:
+            _restore(self.critic, state["critic"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.kl_controller.load_state_dict(state["kl_controller"])
@@ -377,6 +405,11 @@ class PPOTrainer:
         mini_batch = self.config.mini_batch_size or self.config.batch_size
         return self.updates.passes.until_it_fits(attempt, max(mini_batch, PASS_TOKENS // width))
 
+    def _train_mode(self, on: bool) -> None:
+        """Dropout is off either way; what gradient checkpointing recomputes hangs on it."""
+        for model in {self.policy, self.critic}:
+            model.train(on)
+
     @torch.no_grad()
     def draw(
         self, prompts: Prompts, sampling: Sampling, noise: NoiseKey, trunk: Any = None
@@ -406,12 +439,23 @@ def _controller(config: PPOConfig) -> FixedKLController:
     return FixedKLController(config.init_kl_coef)
 
 
+def _trained(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The weights that are trained, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def _restore(model: torch.nn.Module, saved: dict[str, Tensor]) -> None:
+    for name, parameter in _trained(model).items():
+        parameter.copy_(saved[name])
+
+
 def _optimizer(
-    policy: AutoModelForCausalLMWithValueHead, config: PPOConfig
+    policy: AutoModelForCausalLMWithValueHead, critic: Any, config: PPOConfig
 ) -> torch.optim.Optimizer:
     return make_optimizer(
         policy,
-        policy.v_head,
+        policy.v_head if critic is policy else critic,
         adam=config.adam,
         learning_rate=config.learning_rate,
         value_learning_rate=config.value_learning_rate,

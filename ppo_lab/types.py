@@ -127,8 +127,8 @@ class Rollout(_Rows):
     """What one pass over freshly sampled responses records; nothing in it carries a gradient.
 
     `logprobs` and `ref_logprobs` are those of the sampled tokens at the sampling temperature, under
-    the policy and under the reference; `values` is the value head on the state that predicts each
-    token. `full_kl` is the exact KL over the vocabulary, in nats per token, computed for
+    the policy and under the reference; `values` is the critic's word on the state that predicts
+    each token. `full_kl` is the exact KL over the vocabulary, in nats per token, computed for
     `kl_penalty=full` alone. Padding holds zeros.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ppo_lab import core
 from ppo_lab.config import PPOSection
 from ppo_lab.memory import Passes
-from ppo_lab.types import Batch
+from ppo_lab.types import Batch, Forward
 
 # What is summed over real tokens while updating, in the order of the vector that holds it.
 SUMS = (
@@ -49,9 +49,9 @@ class UpdateStats:
     made.
 
     `ratio_max` is the largest ratio seen; `first_ratio_error` is max |ratio - 1| before the first
-    optimizer step, which only rounding can move from 0; `grad_norm` is the mean norm before
-    clipping; `skipped` counts the optimizer steps not taken, `epochs` the passes over the batch
-    that were.
+    optimizer step, which only rounding can move from 0; `grad_norm` is the policy's mean norm
+    before clipping (with its value head), `critic_grad_norm` that of a critic apart; `skipped`
+    counts the optimizer steps not taken, `epochs` the passes over the batch that were.
     """
 
     policy_loss: float
@@ -68,26 +68,36 @@ class UpdateStats:
     ratio_max: float
     first_ratio_error: float
     grad_norm: float
+    critic_grad_norm: float
     skipped: int
     epochs: int
 
 
 class ClippedUpdates:
-    """Several epochs of clipped, mini-batched updates on one batch.
+    """Several epochs of clipped, mini-batched updates on one batch, of a policy and its critic.
+
+    `critic` gives the values: the policy itself, whose head stands on its trunk, or a model of its
+    own, whose loss and gradient norm are then its own too.
 
     The loss of an optimizer step is the mean over the real tokens of its optimizer batch, so that
     neither the mini-batch size nor `micro_batch_tokens` changes a step whose optimizer batch stays
     the same.
     """
 
-    def __init__(self, policy: Any, optimizer: torch.optim.Optimizer, config: PPOSection) -> None:
-        self.policy, self.optimizer, self.config = policy, optimizer, config
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    def __init__(
+        self, policy: Any, critic: Any, optimizer: torch.optim.Optimizer, config: PPOSection
+    ) -> None:
+        self.policy, self.critic, self.optimizer, self.config = policy, critic, optimizer, config
+        self.apart = critic is not policy
+        self.clipped_together = _by_model(optimizer, critic if self.apart else None)
         self.passes = Passes("training")
         self.skipped_in_a_row = 0
 
-    def run(self, batch: Batch, *, temperature: float, seed: tuple[int, int]) -> UpdateStats:
-        """All epochs; `seed` is (run seed, iteration) and fixes the order of the mini-batches.
+    def run(
+        self, batch: Batch, *, temperature: float, seed: tuple[int, int], critic_only: bool = False
+    ) -> UpdateStats:
+        """All epochs; `seed` is (run seed, iteration) and fixes the order of the mini-batches. With
+        `critic_only` the policy stays as it is.
 
         Raises:
             TrainingDiverged: `max_skipped_updates` optimizer steps in a row had to be skipped.
@@ -96,7 +106,9 @@ class ClippedUpdates:
         for epoch in range(self.config.ppo_epochs):
             epoch_sums = torch.zeros_like(totals)
             for rows in self.optimizer_batches(len(batch), seed=(*seed, epoch)):
-                step = self.optimizer_step(batch[rows], temperature=temperature)
+                step = self.optimizer_step(
+                    batch[rows], temperature=temperature, critic_only=critic_only
+                )
                 epoch_sums += step.sums
                 steps.append(step)
             totals, epochs = totals + epoch_sums, epochs + 1
@@ -114,24 +126,26 @@ class ClippedUpdates:
             mini * self.config.gradient_accumulation_steps
         )
 
-    def optimizer_step(self, batch: Batch, *, temperature: float) -> OptimizerStep:
+    def optimizer_step(
+        self, batch: Batch, *, temperature: float, critic_only: bool = False
+    ) -> OptimizerStep:
         """One step on one optimizer batch, in as many passes as memory asks for."""
         groups = self._groups(batch)
         sums, extremes = self.passes.until_it_fits(
             lambda size: self._backward(
-                batch, [p for rows in groups for p in rows.split(size)], temperature
+                batch, [p for rows in groups for p in rows.split(size)], temperature, critic_only
             ),
             max(len(rows) for rows in groups),
         )
         limit = self.config.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        done = OptimizerStep.read(sums, extremes, grad_norm)
+        norms = [torch.nn.utils.clip_grad_norm_(p, limit) for p in self.clipped_together]
+        done = OptimizerStep.read(sums, extremes, torch.stack(norms))
         if self._may_step(done, batch):
             self.optimizer.step()
         return done
 
     def _backward(
-        self, batch: Batch, passes: list[Tensor], temperature: float
+        self, batch: Batch, passes: list[Tensor], temperature: float, critic_only: bool
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the batch's mean loss, summed over the passes; their sums and ratio
         extremes.
@@ -141,7 +155,7 @@ class ClippedUpdates:
         sums = torch.zeros(len(SUMS), device=n_tokens.device)
         extremes = torch.ones(2, device=n_tokens.device)
         for rows in passes:
-            loss, pass_sums, pass_extremes = self._losses(batch[rows], temperature)
+            loss, pass_sums, pass_extremes = self._losses(batch[rows], temperature, critic_only)
             (loss / n_tokens).backward()
             sums += pass_sums
             extremes = torch.stack(
@@ -149,12 +163,14 @@ class ClippedUpdates:
             )
         return sums, extremes
 
-    def _losses(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses(
+        self, batch: Batch, temperature: float, critic_only: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The summed loss of one pass, its sums for the statistics, and its smallest and largest
         ratio.
         """
         c, mask = self.config, batch.tokens.mask
-        new = self.policy.score(batch.tokens, temperature=temperature, entropy=c.entropy_coef > 0)
+        new = self._forward(batch, temperature, critic_only)
         policy = core.policy_loss(
             new.logprobs,
             batch.logprobs,
@@ -167,7 +183,8 @@ class ClippedUpdates:
             new.values, batch.values, batch.returns, mask, cliprange_value=c.cliprange_value
         )
         entropy = torch.zeros_like(new.logprobs) if new.entropy is None else new.entropy
-        loss = policy.loss + c.vf_coef * value.loss - c.entropy_coef * entropy
+        vf_coef = 1.0 if self.apart else c.vf_coef  # a critic apart shares no gradient
+        loss = policy.loss + vf_coef * value.loss - c.entropy_coef * entropy
         log_ratio = new.logprobs.detach() - batch.logprobs
         ratio = policy.ratio.detach().masked_fill(~mask, 1.0)
         per_token = (
@@ -186,6 +203,16 @@ class ClippedUpdates:
         )
         sums = torch.stack([core.masked_sum(x, mask) for x in per_token])
         return core.masked_sum(loss, mask), sums, torch.stack([ratio.min(), ratio.max()])
+
+    def _forward(self, batch: Batch, temperature: float, critic_only: bool) -> Forward:
+        """Log-probs, values and entropies as the models stand; while the critic learns alone, the
+        log-probs are those of sampling.
+        """
+        if critic_only:
+            return Forward(batch.logprobs, self.critic.values(batch.tokens))
+        entropy = self.config.entropy_coef > 0
+        new = self.policy.score(batch.tokens, temperature=temperature, entropy=entropy)
+        return replace(new, values=self.critic.values(batch.tokens)) if self.apart else new
 
     def _groups(self, batch: Batch) -> list[Tensor]:
         """Rows of each forward and backward pass: mini-batches, split further by
@@ -226,26 +253,29 @@ class ClippedUpdates:
 
 @dataclass
 class OptimizerStep:
-    """One optimizer step as numbers on the host: token sums, ratio extremes, the gradient's norm,
-    whether it was taken.
+    """One optimizer step as numbers on the host: token sums, ratio extremes, the gradients' norms
+    (the policy's, and that of a critic apart), whether it was taken.
     """
 
     sums: Tensor
     ratio_min: float
     ratio_max: float
     grad_norm: float
+    critic_grad_norm: float
     taken: bool = True
 
     @classmethod
-    def read(cls, sums: Tensor, extremes: Tensor, grad_norm: Tensor) -> OptimizerStep:
+    def read(cls, sums: Tensor, extremes: Tensor, norms: Tensor) -> OptimizerStep:
         """Fetch everything in one synchronisation with the device."""
-        numbers = torch.cat([sums.double(), extremes.double(), grad_norm.double().reshape(1)]).cpu()
-        return cls(numbers[: len(SUMS)], *numbers[len(SUMS) :].tolist())
+        numbers = torch.cat([sums.double(), extremes.double(), norms.double()]).cpu()
+        smallest, largest, grad_norm, *critics = numbers[len(SUMS) :].tolist()
+        return cls(numbers[: len(SUMS)], smallest, largest, grad_norm, *(critics or [grad_norm]))
 
     @property
     def is_finite(self) -> bool:
         """Whether loss and gradient are numbers."""
-        return bool(self.sums.isfinite().all()) and math.isfinite(self.grad_norm)
+        finite = math.isfinite(self.grad_norm) and math.isfinite(self.critic_grad_norm)
+        return finite and bool(self.sums.isfinite().all())
 
 
 def pack_by_tokens(lengths: Tensor, *, limit: int) -> list[Tensor]:
@@ -268,6 +298,16 @@ def hash_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def _by_model(optimizer: torch.optim.Optimizer, critic: Any) -> list[list[Tensor]]:
+    """The trained parameters whose gradients are clipped together: all, or those of a critic apart
+    by themselves.
+    """
+    everything = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {id(p) for p in critic.parameters()} if critic is not None else set()
+    policy = [p for p in everything if id(p) not in own]
+    return [policy, [p for p in everything if id(p) in own]] if own else [policy]
+
+
 def _summary(totals: Tensor, steps: list[OptimizerStep], epochs: int) -> UpdateStats:
     means = dict(zip(SUMS[1:], (totals[1:] / totals[0].clamp(min=1)).tolist(), strict=True))
     first = steps[0]
@@ -276,6 +316,7 @@ def _summary(totals: Tensor, steps: list[OptimizerStep], epochs: int) -> UpdateS
         ratio_max=max(step.ratio_max for step in steps),
         first_ratio_error=max(abs(first.ratio_max - 1.0), abs(first.ratio_min - 1.0)),
         grad_norm=sum(step.grad_norm for step in steps) / len(steps),
+        critic_grad_norm=sum(step.critic_grad_norm for step in steps) / len(steps),
         skipped=sum(not step.taken for step in steps),
         epochs=epochs,
     )

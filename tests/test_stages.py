@@ -88,7 +88,7 @@ def test_what_a_stage_does_not_read_is_refused(tmp_path: Path) -> None:
         fit=FitSection(epochs=0),
         output=str(tmp_path),
     )
-    found = problems(config, {"ppo.steps", "lora.alpha", "model.v_head_init"})
+    found = problems(config, {"ppo.steps", "lora.alpha", "critic.v_head_init"})
     for key in ("fit.epochs", "load_in_4bit", "output", "ppo.steps", "lora.alpha", "v_head_init"):
         assert any(key in line for line in found), key
     assert len(found) == 6

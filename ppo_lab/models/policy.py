@@ -85,7 +85,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Write model (or adapter) and value head as safetensors; `AutoModelForCausalLM` or
-        `PeftModel` load it.
+        `PeftModel` load it. A value head that is not trained, since a critic stands in for it, is
+        left out.
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         self.pretrained_model.save_pretrained(path, **kwargs)
         if self.is_peft_model:
             _move_up(path / self.pretrained_model.active_adapter)
-        save_value_head(self.v_head, path)
+        if self.v_head.summary.weight.requires_grad:
+            save_value_head(self.v_head, path)
 
     def forward(
         self,
@@ -123,6 +125,12 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             values=spread(self.v_head(hidden), tokens.mask),
             entropy=None if entropies is None else spread(entropies, tokens.mask),
         )
+
+    def values(self, tokens: Tokens) -> Float[Tensor, "batch time"]:
+        """The values of the response tokens, on a trunk that learns nothing from them."""
+        with torch.no_grad():
+            hidden = response_states(self.trunk, tokens)[tokens.mask]
+        return spread(self.v_head(hidden), tokens.mask)
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """Transformers' own `generate`."""
@@ -157,15 +165,19 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass; with an adapter, gradients still reach it."""
-        model = self.pretrained_model
-        # The second name is that of transformers before 5.23.
-        enable = (
-            getattr(model, "activation_checkpointing_enable", None)
-            or model.gradient_checkpointing_enable
-        )
-        enable({"use_reentrant": False})
+        enable_checkpointing(self.pretrained_model)
         if self.is_peft_model:
             self.pretrained_model.enable_input_require_grads()
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Make a model of transformers recompute its activations in the backward pass."""
+    # The second name is that of transformers before 5.23.
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": False})
 
 
 def response_states(trunk: Trunk, tokens: Tokens) -> Float[Tensor, "batch time hidden"]:

@@ -1,4 +1,5 @@
-"""Any causal language model as a trunk that gives hidden states and a head that gives logits.
+"""Any causal language model as a trunk that gives hidden states and a head that gives logits; of a
+classifier, the trunk alone.
 
 PPO needs log-probabilities and values of response tokens alone. Asking the model for its logits
 would build them for every position and the whole vocabulary; asking its decoder for hidden states,
@@ -125,7 +126,7 @@ class Trunk:
         """Whether the fast road gives transformers' hidden states, padding and cache included."""
         if not fast.usable():
             return False
-        rows = len(self.head.weight)
+        rows = len(self.decoder.get_input_embeddings().weight)
         ids = (torch.arange(2 * 9).view(2, 9) * 7) % rows
         attention = torch.ones_like(ids, dtype=torch.bool)
         attention[1, :3] = False

@@ -183,10 +183,10 @@ class Classifier:
         return inputs
 
 
-def label_index(config: Any, label: str) -> int:
+def label_index(config: Any, label: str, *, key: str = "reward.label") -> int:
     """The column of the logits that `label` stands for.
 
-    It is a name or a number; empty stands for the only one.
+    It is a name or a number; empty stands for the only one. `key` names it in errors.
 
     Raises:
         RewardError: there are several and none is named, or there is no such label.
@@ -196,15 +196,11 @@ def label_index(config: Any, label: str) -> int:
     if not label:
         if len(names) == 1:
             return 0
-        raise RewardError(
-            f"reward.label: the reward model has several outputs; name one of {listed}."
-        )
+        raise RewardError(f"{key}: the reward model has several outputs; name one of {listed}.")
     for index, name in names.items():
         if label.lower() in (name.lower(), str(index)):
             return index
-    raise RewardError(
-        f"reward.label={label}: the reward model has no such output; it has {listed}."
-    )
+    raise RewardError(f"{key}={label}: the reward model has no such output; it has {listed}.")
 
 
 def longest_text(model: Any, tokenizer: Any) -> int:
