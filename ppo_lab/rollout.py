@@ -1,8 +1,9 @@
 """Prompts and a policy in, responses out: the one place that samples, stops and slices.
 
 The noise of every token is keyed by (seed, stream, sample, position): the same tokens come out
-whatever the batch is split into and however many processes share it. Log-probabilities and values
-of the sampled tokens fall out on the way.
+whatever the batch is split into and however many processes share it, but for one in some 10^5 whose
+probabilities rounding has moved past a random number. Log-probabilities and values of the sampled
+tokens fall out on the way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ppo_lab.models.choice import LEVELS, choose
 from ppo_lab.models.fast.draws import draw_from
 from ppo_lab.models.logprobs import from_logits
 from ppo_lab.models.trunk import Trunk
@@ -78,8 +80,8 @@ class NoiseKey:
     stream: int
     first_sample: int = 0
 
-    def uniforms(self, samples: int, positions: int) -> Float[Tensor, "samples positions"]:
-        """One number in [0, 1) for every sample and position."""
+    def uniforms(self, samples: int, positions: int) -> Float[Tensor, "samples positions levels"]:
+        """Numbers in [0, 1) for every sample and position, as many as a choice takes."""
         rows = [
             np.random.Generator(
                 np.random.Philox(
@@ -88,7 +90,7 @@ class NoiseKey:
             )
             for i in range(samples)
         ]
-        return torch.from_numpy(np.stack([row.random(positions) for row in rows]))
+        return torch.from_numpy(np.stack([row.random((positions, LEVELS)) for row in rows]))
 
 
 @torch.no_grad()
@@ -186,23 +188,18 @@ def _draw_and_see(
 
 def draw(
     logits: Float[Tensor, "batch vocab"],
-    uniforms: Float[Tensor, " batch"],
+    uniforms: Float[Tensor, "batch levels"],
     *,
     sampling: Sampling,
     banned: Int[Tensor, " tokens"] | None = None,
 ) -> Int[Tensor, " batch"]:
-    """One token a row, by inverting the cumulative distribution at that row's uniform number."""
+    """One token a row, at that row's uniform numbers."""
     if banned is not None and len(banned):
         logits = logits.index_fill(1, banned, -torch.inf)
     if sampling.temperature == 0.0:
         return logits.argmax(-1)
     logits = keep_likely(logits / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    # Below the total, which is 1 but for rounding, so that a token of zero probability is never the
-    # last resort.
-    threshold = uniforms.to(torch.float64) * cumulative[:, -1]
-    index = torch.searchsorted(cumulative, threshold[:, None], right=True)
-    return index.clamp(max=logits.shape[1] - 1).squeeze(1)
+    return choose(logits.softmax(-1), uniforms)
 
 
 def keep_likely(

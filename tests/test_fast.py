@@ -21,10 +21,11 @@ from transformers import (
 )
 
 from ppo_lab.bench.equality import _policy as adapted_policy
+from ppo_lab.models.choice import FAN, LEVELS, choose
 from ppo_lab.models.fast import draws, layers, products
 from ppo_lab.models.fast.attention import KeysAndValues, attend, attention_bias
 from ppo_lab.models.fast.decoder import FastDecoder
-from ppo_lab.models.fast.draws import BLOCK, draw_from
+from ppo_lab.models.fast.draws import draw_from
 from ppo_lab.models.fast.elementwise import ACTIVATIONS, normed, rotated, spread_angles
 from ppo_lab.models.fast.places import LastColumns, Places
 from ppo_lab.models.fast.products import is_plain, linear, product
@@ -363,12 +364,12 @@ def test_a_head_that_is_trained_gets_its_gradient() -> None:
     assert float(weight.grad[1].abs().max()) > 0
 
 
-def test_drawing_by_blocks_draws_what_the_whole_distribution_gives() -> None:
+def test_drawing_gives_what_the_whole_distribution_says() -> None:
     generator = torch.Generator().manual_seed(0)
-    for vocabulary in (3 * BLOCK, 3 * BLOCK + 5, 40):
+    for vocabulary in (FAN**3, 3 * FAN**2 + 5, 40):
         logits = 4 * torch.randn(200, vocabulary, generator=generator)
-        uniforms = torch.rand(200, generator=generator, dtype=torch.float64)
-        uniforms[:2] = torch.tensor([0.0, 1 - 2**-53])
+        uniforms = torch.rand(200, LEVELS, generator=generator, dtype=torch.float64)
+        uniforms[:2] = torch.tensor([[0.0], [1 - 2**-53]])
         ours = draw_from(logits, uniforms)
         tokens = draw(logits, uniforms, sampling=Sampling(1, (), 0))
         # Only a number within rounding of a border between two tokens may fall on its other side.
@@ -378,19 +379,42 @@ def test_drawing_by_blocks_draws_what_the_whole_distribution_gives() -> None:
         assert_close(ours.entropy, entropy, atol=1e-4, rtol=1e-4)
 
 
+def test_a_token_without_mass_is_never_drawn() -> None:
+    logits = torch.full((4, 1000), -1e4)
+    logits[:, 515] = 0.0
+    edges = torch.tensor([0.0, 0.5, 1 - 2**-24, 1 - 2**-53], dtype=torch.float64)
+    drawn = draw_from(logits, edges[:, None].expand(4, LEVELS))
+    assert drawn.tokens.tolist() == [515] * 4
+
+
+def test_choices_come_in_proportion_to_their_weights() -> None:
+    weights = torch.tensor([0.0, 1.0, 2.0, 0.0] + [0.0] * 30 + [3.0, 0.0, 4.0])
+    generator = torch.Generator().manual_seed(0)
+    uniforms = torch.rand(20_000, LEVELS, generator=generator, dtype=torch.float64)
+    found = torch.bincount(choose(weights.expand(20_000, -1), uniforms), minlength=37) / 20_000
+    assert_close(found, weights / 10, atol=0.01, rtol=0)
+    assert found[weights == 0].sum() == 0
+
+
+def test_rounding_of_the_weights_hardly_ever_changes_the_choice() -> None:
+    """Inverting the cumulative distribution would choose otherwise some 200 times here."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(50_000, generator=generator, dtype=torch.float64)
+    noise = 1e-5 * torch.randn(50_000, generator=generator, dtype=torch.float64)
+    uniforms = torch.rand(10_000, LEVELS, generator=generator, dtype=torch.float64)
+    one, other = (
+        torch.cat([choose(w.softmax(0).expand(500, -1), u) for u in uniforms.split(500)])
+        for w in (logits, logits + noise)
+    )
+    assert int((one != other).sum()) <= 4
+
+
 def test_rows_of_a_large_vocabulary_one_by_one_or_at_once_are_the_same(monkeypatch: Any) -> None:
-    logits, uniforms = 4 * torch.randn(7, 2000), torch.rand(7)
+    logits, uniforms = 4 * torch.randn(7, 2000), torch.rand(7, LEVELS)
     at_once = draw_from(logits, uniforms)
     monkeypatch.setattr(draws, "LARGE_VOCABULARY", 1000)
     for ours, theirs in zip(draw_from(logits, uniforms), at_once, strict=True):
         assert_close(ours, theirs)
-
-
-def test_a_block_without_mass_is_never_drawn_from() -> None:
-    logits = torch.full((4, 4 * BLOCK), -1e4)
-    logits[:, BLOCK + 3] = 0.0
-    drawn = draw_from(logits, torch.tensor([0.0, 0.5, 1 - 2**-24, 1 - 2**-53]))
-    assert drawn.tokens.tolist() == [BLOCK + 3] * 4
 
 
 def test_batches_split_or_whole_draw_the_same_tokens_of_a_large_vocabulary() -> None:

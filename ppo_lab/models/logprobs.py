@@ -40,7 +40,7 @@ class Head(NamedTuple):
         # Flat and contiguous: transformers' sliced views make a CPU copy the head once a row.
         rows = hidden.to(dtype).flatten(0, -2).contiguous()
         z = product(rows, self.weight, self.bias).contiguous().float()
-        z = z.view(*hidden.shape[:-1], -1)
+        z = z.view(*hidden.shape[:-1], len(self.weight))
         z = z * self.scale if self.scale != 1.0 else z
         return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
 
