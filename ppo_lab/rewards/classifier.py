@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ppo_lab.models.trunk import Trunk
 from ppo_lab.rewards.conversation import as_chat, is_chat, joined
 from ppo_lab.rewards.loading import load_classifier, load_reward_tokenizer
 from ppo_lab.rewards.scoring import RewardError, Scorer
@@ -97,9 +97,7 @@ class Classifier:
                 "reward.chat_template=always: the reward model's tokenizer has no chat template."
             )
         self.pad_token_id = _pad_token_id(model, tokenizer)
-        self._unpadded_head = _is_decoder(model) and _lacks_pad_id(model)
-        if self._unpadded_head:
-            _read_last_position(model)
+        self._trunk = Trunk(model) if _is_decoder(model) else None
         self.append_eos = _appends_eos(model, tokenizer, append_eos)
         self._eos_in_chats = append_eos == "always"
 
@@ -150,8 +148,7 @@ class Classifier:
 
     def _forward(self, ids: list[list[int]]) -> Tensor:
         """The scores of texts that fit into one pass."""
-        inputs = self._padded(ids)
-        logits = self.model(**inputs).logits.float()
+        logits = (self._read_whole(ids) if self._trunk is None else self._read_last(ids)).float()
         if self.output == "logit":
             return logits[:, self.index].cpu()
         single = logits.shape[1] == 1
@@ -159,28 +156,27 @@ class Classifier:
         chosen = logprobs[:, self.index].cpu()
         return chosen if self.output == "log_probability" else chosen.exp()
 
-    def _padded(self, ids: list[list[int]]) -> dict[str, Tensor]:
-        """The rectangle that the model reads.
+    def _read_last(self, ids: list[list[int]]) -> Tensor:
+        """A decoder's logits: its head on the last token of each text.
 
-        Right-padded: absolute positions then need no care, and the head finds the last token by the
-        pad id. A head without a pad id reads the last column, so its texts are left-padded with
-        positions of their own.
+        Texts are left-padded, so that they end in the last column and nothing depends on what pads;
+        of the last layer that column alone is computed.
         """
-        width = max(map(len, ids))
-        left = self._unpadded_head
-        rows, mask = [], []
-        for row in ids:
-            gap = width - len(row)
-            rows.append(
-                [self.pad_token_id] * gap + row if left else row + [self.pad_token_id] * gap
-            )
-            mask.append([0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap)
+        assert self._trunk is not None
+        width, pad = max(map(len, ids)), self.pad_token_id
+        rows = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
+        real = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in ids])
+        device, head = self.model.device, self.model.score
+        hidden = self._trunk.hidden(rows.to(device), real.to(device), last=1)[:, -1]
+        return head(hidden.to(head.weight.dtype))
+
+    def _read_whole(self, ids: list[list[int]]) -> Tensor:
+        """An encoder's logits, its texts right-padded."""
+        width, pad = max(map(len, ids)), self.pad_token_id
+        rows = torch.tensor([row + [pad] * (width - len(row)) for row in ids])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
         device = self.model.device
-        attention = torch.tensor(mask, device=device)
-        inputs = {"input_ids": torch.tensor(rows, device=device), "attention_mask": attention}
-        if left and _takes(self.model, "position_ids"):
-            inputs["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)
-        return inputs
+        return self.model(input_ids=rows.to(device), attention_mask=mask.to(device)).logits
 
 
 def label_index(config: Any, label: str, *, key: str = "reward.label") -> int:
@@ -214,8 +210,8 @@ def longest_text(model: Any, tokenizer: Any) -> int:
 
 
 def _is_decoder(model: Any) -> bool:
-    """Whether the head reads the last token; transformers calls those heads alone `score`."""
-    return hasattr(model, "score")
+    """Whether a linear head reads the last token; transformers calls those heads alone `score`."""
+    return isinstance(getattr(model, "score", None), torch.nn.Linear)
 
 
 def _appends_eos(model: Any, tokenizer: Any, choice: str) -> bool:
@@ -234,27 +230,12 @@ def _appends_eos(model: Any, tokenizer: Any, choice: str) -> bool:
 
 
 def _pad_token_id(model: Any, tokenizer: Any) -> int:
-    """The id that fills short rows: the model's own if it has one, for its head looks for it."""
-    if not _lacks_pad_id(model):
-        return model.config.get_text_config().pad_token_id
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((i for i in known if i is not None), 0)
-
-
-def _lacks_pad_id(model: Any) -> bool:
-    """Whether the model names no pad token; old Llama configurations say -1 for none."""
-    known = model.config.get_text_config().pad_token_id
-    return known is None or known < 0
-
-
-def _read_last_position(model: Any) -> None:
-    """Make a decoder's head without a pad id read the last column of every row.
-
-    Such a head refuses batches, because it could not tell padding from text. With an id that no
-    token has it finds every column to be text, and left padding puts the text's end into the last
-    one.
+    """The id that fills short rows: the model's own if it has one; old Llama configurations say -1
+    for none.
     """
-    model.config.get_text_config().pad_token_id = -1
+    own = model.config.get_text_config().pad_token_id
+    known = (own, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in known if i is not None and i >= 0), 0)
 
 
 def _refuse_foreign_tokenizer(model: Any, tokenizer: Any) -> None:
@@ -265,8 +246,3 @@ def _refuse_foreign_tokenizer(model: Any, tokenizer: Any) -> None:
             f"reward.tokenizer: the tokenizer has {len(tokenizer)} tokens, the reward model "
             f"{rows}; they do not belong together."
         )
-
-
-def _takes(model: Any, argument: str) -> bool:
-    """Whether the model's forward has this argument."""
-    return argument in inspect.signature(model.forward).parameters
