@@ -120,6 +120,11 @@ class PPOSection:
     max_kl: float = knob(
         0.0, "KL, nats per sequence, beyond which the run stops; 0 = no ceiling", at_least=0
     )
+    cache_trunk: bool = knob(
+        False,
+        "compute the frozen layers below the adapter once a batch, for policy, reference and all "
+        "epochs; keeps tokens x width numbers; needs lora.top_layers",
+    )
     gradient_checkpointing: bool = knob(
         False, "recompute activations in the backward pass: less memory, more time"
     )
@@ -192,6 +197,7 @@ class LoraSection:
         default_factory=list,
         metadata={"meaning": "names of the adapted modules; [] = PEFT's choice"},
     )
+    top_layers: int = knob(0, "adapt the uppermost layers alone, so many; 0 = all", at_least=0)
     use_rslora: bool = knob(False, "scale by alpha / sqrt(r) instead (rsLoRA)")
     use_dora: bool = knob(False, "learn magnitude and direction apart (DoRA)")
     learning_rate_factor: float = knob(

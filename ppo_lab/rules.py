@@ -152,6 +152,11 @@ def ppo_conflicts(ppo: PPOSection, prefix: str = "") -> Problems:
             f"{prefix}ratio_threshold={ppo.ratio_threshold:g}: the ratio starts at 1, so this "
             "would skip every update; must be above 1, or 0 = never"
         )
+    if ppo.cache_trunk and ppo.gradient_checkpointing:
+        yield (
+            f"{prefix}gradient_checkpointing=true: computes again what {prefix}cache_trunk=true "
+            "keeps; leave one of them out"
+        )
     if ppo.warmup_steps >= max(ppo.steps, 1):
         yield f"{prefix}warmup_steps={ppo.warmup_steps}: must be below {prefix}steps={ppo.steps}"
 
@@ -160,6 +165,11 @@ def ppo_rules(config: Config) -> Problems:
     """`ppo` as a whole."""
     yield from batch_division(config.ppo, "ppo.")
     yield from ppo_conflicts(config.ppo, "ppo.")
+    if config.ppo.cache_trunk and not (config.lora.r and config.lora.top_layers):
+        yield (
+            "ppo.cache_trunk=true: needs frozen layers below the adapter; adapt the upper layers "
+            "alone with lora=r16 lora.top_layers=N"
+        )
 
 
 def generation_rules(config: Config) -> Problems:
@@ -384,6 +394,7 @@ DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
             "lora.alpha",
             "lora.dropout",
             "lora.target_modules",
+            "lora.top_layers",
             "lora.use_rslora",
             "lora.use_dora",
             "lora.learning_rate_factor",

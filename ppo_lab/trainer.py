@@ -104,6 +104,8 @@ class PPOTrainer:
             for trained in {self.policy, self.critic}:
                 trained.gradient_checkpointing_enable()
         classic.check_optimizer(optimizer, self.critic)
+        if self.config.cache_trunk:
+            self.policy.trunk.keep_below()
         self.optimizer = optimizer or _optimizer(self.policy, self.critic, self.config)
         self.lr_scheduler = lr_scheduler or _schedule(self.optimizer, self.config)
         self.updates = ClippedUpdates(self.policy, self.critic, self.optimizer, self.config)
@@ -157,6 +159,7 @@ class PPOTrainer:
         """
         with self.clock("reference"):
             self._train_mode(False)
+            tokens = self._keep_below(tokens)
             at = {"temperature": self.drawn.logprob_temperature}
             forward = seen or self.in_passes(
                 tokens, lambda t: self.policy.score(t, **at, entropy=True)
@@ -404,6 +407,14 @@ class PPOTrainer:
         width = tokens.queries.shape[1] + tokens.responses.shape[1]
         mini_batch = self.config.mini_batch_size or self.config.batch_size
         return self.updates.passes.until_it_fits(attempt, max(mini_batch, PASS_TOKENS // width))
+
+    def _keep_below(self, tokens: Tokens) -> Tokens:
+        """With `cache_trunk`, the tokens and what the frozen layers below the adapter make of them,
+        from which reference and updates go on.
+        """
+        if not self.config.cache_trunk:
+            return tokens
+        return replace(tokens, below=self.in_passes(tokens, self.policy.below))
 
     def _train_mode(self, on: bool) -> None:
         """Dropout is off either way; what gradient checkpointing recomputes hangs on it."""

@@ -73,7 +73,9 @@ class Tokens(_Rows):
     `queries` is left-padded with `query_mask` True on real tokens. `responses` is right-padded;
     `lengths` counts its tokens, and `mask` is True on those that are trained: all of them, unless
     some (the words of a tool, say) were masked out, which stay context. `ended` is True where a
-    stop condition was generated, False where the length limit cut the response.
+    stop condition was generated, False where the length limit cut the response. `below`, where it
+    is kept, holds the hidden states that enter the policy's first adapted layer, of every token but
+    the last: frozen layers make them, so that they stay the same while the policy learns.
     """
 
     queries: Int[Tensor, "batch query"]
@@ -82,6 +84,7 @@ class Tokens(_Rows):
     mask: Bool[Tensor, "batch time"]
     lengths: Int[Tensor, " batch"]
     ended: Bool[Tensor, " batch"]
+    below: Float[Tensor, "batch seen hidden"] | None = None
 
     @classmethod
     def pack(

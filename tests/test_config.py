@@ -189,6 +189,12 @@ RULES = [
     (["ppo.target_kl=0.2"], "add ppo.early_stopping=true"),
     (["ppo.ratio_threshold=0.5"], "above 1, or 0"),
     (["ppo.warmup_steps=40"], "below ppo.steps=40"),
+    (["ppo.cache_trunk=true"], "with lora=r16 lora.top_layers=N"),
+    (
+        ["ppo.cache_trunk=true", "lora.top_layers=1", "ppo.gradient_checkpointing=true"],
+        "computes again what ppo.cache_trunk=true keeps",
+    ),
+    (["lora=none", "lora.top_layers=1"], "lora.top_layers: has no effect"),
     # lengths and sampling
     (["generation.min_new_tokens=99"], "at most generation.max_new_tokens"),
     (["generation.min_new_tokens=9", "evaluation.max_new_tokens=5"], "evaluation.max_new_tokens=5"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from transformers import (
 )
 
 from ppo_lab.bench.equality import _policy as adapted_policy
+from ppo_lab.config import LoraSection
+from ppo_lab.errors import ConfigError
 from ppo_lab.models.choice import FAN, LEVELS, choose
 from ppo_lab.models.fast import draws, layers, products
 from ppo_lab.models.fast.attention import KeysAndValues, attend, attention_bias
@@ -31,8 +34,12 @@ from ppo_lab.models.fast.places import LastColumns, Places
 from ppo_lab.models.fast.products import is_plain, linear, product
 from ppo_lab.models.fast.sweep import TILE, swept_logprobs
 from ppo_lab.models.logprobs import Head, from_logits, token_logprobs
+from ppo_lab.models.lora import wrap_lora
+from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_lab.models.reference import Reference
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.rollout import NoiseKey, Sampling, draw, sample
+from ppo_lab.types import Tokens
 
 LLAMA_LIKE = {
     "hidden_size": 48,
@@ -220,6 +227,47 @@ def test_gradient_checkpointing_is_transformers_own() -> None:
     assert trunk._fast is not None
     assert not trunk._fast.usable()
     assert not isinstance(trunk.new_cache(4), KeysAndValues)
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt2", "gpt-neox", "llama"])
+def test_a_kept_trunk_changes_no_number(name: str) -> None:
+    """Reference, log-probs, values and the adapter's gradients, from layers computed once."""
+
+    def numbers(cache_trunk: bool) -> dict[str, torch.Tensor]:
+        adapter = LoraSection(r=4, top_layers=1, target_modules=["all-linear"])
+        model = wrap_lora(tiny_model(name), adapter)
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.manual_seed(1))
+        policy = AutoModelForCausalLMWithValueHead(model, v_head_init="zero")
+        reference = Reference(policy)
+        tokens = Tokens.pack(
+            [[5, 6, 7, 8], [9], [3, 4]], [[11, 12], [13, 14, 15, 16, 17], [18]], pad_id=0
+        )
+        if cache_trunk:
+            policy.trunk.keep_below()
+            tokens = replace(tokens, below=policy.below(tokens))
+            policy.trunk._fast.anatomy.layers[0].up.weight.data.fill_(torch.nan)  # not read again
+        forward = policy.score(tokens, temperature=0.7)
+        (forward.logprobs.square() + forward.values).sum().backward()
+        found = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+        assert any("lora_A" in key for key in found)
+        ref_logprobs = reference.logprobs(tokens, temperature=0.7)
+        return {**found, "logprobs": forward.logprobs.detach(), "reference": ref_logprobs}
+
+    ours = numbers(True)
+    for key, wanted in numbers(False).items():
+        assert_close(ours[key], wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()) + 1e-6)
+
+
+def test_a_trunk_that_changes_while_training_is_not_kept() -> None:
+    whole = wrap_lora(tiny_bloom(), LoraSection(r=2))
+    with pytest.raises(ConfigError, match="the first layer of BloomForCausalLM is trained"):
+        Trunk(whole).keep_below()
+    upper = Trunk(wrap_lora(tiny_bloom(), LoraSection(r=2, top_layers=1)))
+    upper._fast = None
+    with pytest.raises(ConfigError, match="are not known one by one"):
+        upper.keep_below()
 
 
 def test_a_product_is_that_of_a_linear_layer_in_either_layout() -> None:

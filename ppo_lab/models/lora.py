@@ -28,12 +28,15 @@ def lora_config(section: LoraSection, model: PreTrainedModel) -> LoraConfig:
     made from hidden states and the head's own weight.
 
     Raises:
-        ConfigError: a target that is no linear layer of the model, or its output head.
+        ConfigError: a target that is no linear layer of the model, or its output head; more layers
+            than there are.
     """
     names = linear_names(model)
     targets = list(section.target_modules) or _default_targets(model)
     if targets != [ALL_LINEAR]:
         _check_targets(targets, names, model)
+    elif section.top_layers:  # PEFT takes no word for all of them beside numbers of layers
+        targets = sorted({name.rpartition(".")[2] for name in names})
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=section.r,
@@ -42,6 +45,7 @@ def lora_config(section: LoraSection, model: PreTrainedModel) -> LoraConfig:
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         use_rslora=section.use_rslora,
         use_dora=section.use_dora,
+        layers_to_transform=_top_layers(section, model),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
 
@@ -64,6 +68,16 @@ def wrap_lora(model: PreTrainedModel | PeftModel, section: LoraSection) -> PeftM
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[return-value]
+
+
+def _top_layers(section: LoraSection, model: PreTrainedModel) -> list[int] | None:
+    """The numbers of the layers to adapt, None for all."""
+    if not section.top_layers:
+        return None
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if section.top_layers > layers:
+        raise ConfigError(f"lora.top_layers={section.top_layers}: this model has {layers} layers")
+    return list(range(layers - section.top_layers, layers))
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
@@ -117,7 +131,7 @@ def _head_name(model: PreTrainedModel) -> str:
 def _check_same_adapter(model: PeftModel, section: LoraSection) -> None:
     own: Any = model.peft_config[model.active_adapter]
     settings = {"r": own.r, "alpha": own.lora_alpha, "use_rslora": own.use_rslora}
-    settings["use_dora"] = own.use_dora
+    settings |= {"use_dora": own.use_dora, "top_layers": len(own.layers_to_transform or ())}
     problems = [
         f"lora.{name}={getattr(section, name)}: the adapter in model.path has {value}; "
         f"set lora.{name}={value} to go on training it"

@@ -132,6 +132,14 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             hidden = response_states(self.trunk, tokens)[tokens.mask]
         return spread(self.v_head(hidden), tokens.mask)
 
+    def below(self, tokens: Tokens) -> Float[Tensor, "batch seen hidden"]:
+        """The hidden states that enter the first adapted layer, of every token but the last; zeros
+        in columns that are padding in every row.
+        """
+        skip, longest, ids, attention = _without_empty_columns(tokens)
+        after = tokens.responses.shape[1] - longest
+        return torch.nn.functional.pad(self.trunk.below(ids, attention), (0, 0, skip, after))
+
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """Transformers' own `generate`."""
         return self.pretrained_model.generate(*args, **kwargs)
@@ -185,15 +193,23 @@ def response_states(trunk: Trunk, tokens: Tokens) -> Float[Tensor, "batch time h
 
     Columns that are padding in every row are not computed; on padding the result holds zeros.
     """
-    time = tokens.responses.shape[1]
-    width = tokens.queries.shape[1]
-    skip = width - int(tokens.query_mask.sum(1).max())
+    skip, longest, ids, attention = _without_empty_columns(tokens)
+    below = tokens.below if trunk.keeps_below else None
+    if below is not None:
+        below = below[:, skip : skip + ids.shape[1]]
+    hidden = trunk.hidden(ids, attention, last=longest, below=below)
+    return torch.nn.functional.pad(hidden, (0, 0, 0, tokens.responses.shape[1] - longest))
+
+
+def _without_empty_columns(tokens: Tokens) -> tuple[int, int, Tensor, Tensor]:
+    """Columns left out at the beginning, the longest response, and ids and attention of what
+    predicts something: the last token of all does not.
+    """
+    skip = tokens.queries.shape[1] - int(tokens.query_mask.sum(1).max())
     longest = int(tokens.lengths.max())
     ids = torch.cat([tokens.queries[:, skip:], tokens.responses[:, :longest]], 1)
     attention = torch.cat([tokens.query_mask[:, skip:], tokens.attended[:, :longest]], 1)
-    # The last token predicts nothing that is asked for.
-    hidden = trunk.hidden(ids[:, :-1], attention[:, :-1], last=longest)
-    return torch.nn.functional.pad(hidden, (0, 0, 0, time - longest))
+    return skip, longest, ids[:, :-1], attention[:, :-1]
 
 
 def spread(x: Float[Tensor, " tokens"], mask: Tensor) -> Float[Tensor, "batch time"]:

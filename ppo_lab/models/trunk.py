@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ppo_lab.errors import ConfigError
 from ppo_lab.models.fast.attention import KeysAndValues
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.logprobs import Head
@@ -36,6 +37,7 @@ class Trunk:
         )
         parameters = inspect.signature(self.decoder.forward).parameters
         self._takes_positions = "position_ids" in parameters
+        self.keeps_below = False
         self._fast = FastDecoder.of(self.decoder)
         if self._fast and not self._proves_equal(self._fast):
             self._fast = None
@@ -63,17 +65,42 @@ class Trunk:
         *,
         cache: Any = None,
         last: int = 0,
+        below: Float[Tensor, "batch new hidden"] | None = None,
     ) -> Float[Tensor, "batch columns hidden"]:
         """The last hidden states of `ids`, the newest of the `seen` positions; `cache` holds the
-        earlier ones. With `last`, only those of so many last columns of `ids` are given.
+        earlier ones. With `last`, only those of so many last columns of `ids` are given. `below`
+        are the states of `ids` that enter the first adapted layer, where they are known already.
 
         Positions count real tokens alone, so that left padding moves nothing. Padding's hidden
         states have no meaning.
         """
         fast = self._fast if cache is None or isinstance(cache, KeysAndValues) else None
-        if fast and fast.usable():
-            return fast.hidden(ids, attention, cache, last=last)
+        if fast and (below is not None or fast.usable()):
+            return fast.hidden(ids, attention, cache, last=last, below=below)
         return self._by_transformers(ids, attention, cache)[:, -last:]
+
+    def keep_below(self) -> None:
+        """From now on take the states below the first adapted layer from where they are kept.
+
+        Raises:
+            ConfigError: there is nothing frozen below, or the architecture is not known in parts.
+        """
+        name = type(self.model).__name__
+        if self._fast is None:
+            raise ConfigError(
+                f"ppo.cache_trunk=true: the layers of {name} are not known one by one; leave it out"
+            )
+        if self._fast.first_trained() == 0:
+            raise ConfigError(
+                f"ppo.cache_trunk=true: the first layer of {name} is trained, so that nothing is "
+                "computed twice; adapt the upper layers alone with lora.top_layers=N"
+            )
+        self.keeps_below = True
+
+    def below(self, ids: Tensor, attention: Tensor) -> Float[Tensor, "batch new hidden"]:
+        """The hidden states that enter the first adapted layer."""
+        assert self._fast is not None, "keep_below() comes first"
+        return self._fast.below(ids, attention)
 
     def new_cache(self, positions: int) -> Any:
         """An empty cache for `hidden`, with room for so many positions."""

@@ -77,15 +77,17 @@ class FastDecoder:
         cache: KeysAndValues | None = None,
         *,
         last: int = 0,
+        below: Float[Tensor, "batch new hidden"] | None = None,
     ) -> Float[Tensor, "batch columns hidden"]:
         """The last hidden states of `ids`, or those of their `last` columns alone; without meaning
-        on padding. See `Trunk.hidden`.
+        on padding. See `Trunk.hidden`. With `below`, the layers from the first adapted one on are
+        passed alone.
         """
-        x, shared = self._enter(ids, attention, cache)
+        x, shared = self._enter(ids, attention, cache, below)
         new, columns = ids.shape[1], last or ids.shape[1]
         end = None if columns == new else LastColumns(shared.places, columns)
         *lower, final = enumerate(self.anatomy.layers)
-        for index, layer in lower:
+        for index, layer in lower[0 if below is None else self.first_trained() :]:
             x = _layer(layer, index, x, shared)
         x = normed(self.anatomy.norm, _layer(final[1], final[0], x, shared, end))
         if cache is not None:
@@ -93,16 +95,42 @@ class FastDecoder:
         places = shared.places if end is None else end.places
         return places.spread(x).view(len(ids), columns, -1)
 
+    @torch.no_grad()
+    def below(
+        self, ids: Int[Tensor, "batch new"], attention: Bool[Tensor, "batch new"]
+    ) -> Float[Tensor, "batch new hidden"]:
+        """The hidden states that enter the first trained layer; without meaning on padding."""
+        x, shared = self._enter(ids, attention)
+        for index, layer in enumerate(self.anatomy.layers[: self.first_trained()]):
+            x = _layer(layer, index, x, shared)
+        return shared.places.spread(x).view(*ids.shape, -1)
+
+    def first_trained(self) -> int:
+        """The number of layers, from the first on, that nothing trained is in or under."""
+        if any(p.requires_grad for part in self.anatomy.entrance for p in part.parameters()):
+            return 0
+        trained = [
+            any(p.requires_grad for p in block.parameters()) for block in self.anatomy.blocks
+        ]
+        return trained.index(True) if True in trained else len(trained)
+
     def _enter(
-        self, ids: Tensor, attention: Tensor, cache: KeysAndValues | None
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        cache: KeysAndValues | None = None,
+        below: Tensor | None = None,
     ) -> tuple[Float[Tensor, "rows hidden"], Pass]:
-        """The embedded rows, and what the layers will share."""
+        """The rows that enter the first layer to be passed, and what the layers will share."""
         new, first = ids.shape[1], self.anatomy.layers[0]
         places = Places(attention[:, -new:], width=self.anatomy.words.weight.shape[1])
         positions = places.take((attention.cumsum(1) - 1).clamp(min=0)[:, -new:])
-        x = self.anatomy.embed(places.take(ids), positions)
-        stored = x.dtype
-        x = x.to(computed_in(stored))
+        stored = self.anatomy.words.weight.dtype
+        if below is None:
+            x = self.anatomy.embed(places.take(ids), positions)
+        else:
+            x = places.gather(below.flatten(0, 1))
+        x = x.to(computed_in(stored) if x.device.type == "cpu" else stored)
         bias = attention_bias(
             attention,
             new=new,

@@ -83,6 +83,12 @@ class Anatomy:
     rotary: Any = None
     slopes: Float[Tensor, " heads"] | None = None
 
+    @property
+    def entrance(self) -> tuple[Any, ...]:
+        """The modules before the first layer."""
+        parts = (self.words, self.first_norm, self.learned)
+        return tuple(part for part in parts if part is not None)
+
     def embed(
         self, ids: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]
     ) -> Float[Tensor, "rows hidden"]:
