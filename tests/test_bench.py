@@ -12,7 +12,7 @@ from ppo_lab.bench import equality, report
 from ppo_lab.bench.__main__ import parser
 from ppo_lab.bench.floor import Floor, Rates, floor
 from ppo_lab.bench.runs import WORKERS, Result, medians, pairwise
-from ppo_lab.bench.shapes import SHAPES, Shape
+from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
 from ppo_lab.bench.venvs import REQUIREMENTS
 
 WORK = Shape("hand", 10, 1, 1, 100, batch=2, mini_batch=1, epochs=3, new_tokens=4)
@@ -71,9 +71,10 @@ def test_the_gate_passes_and_fails() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_gate_holds_here(precision: str) -> None:
-    assert equality.gate(precision).passed
+def test_the_gate_holds_here(precision: str, architecture: str) -> None:
+    assert equality.gate(precision, architecture).passed
 
 
 def test_every_trainer_has_its_worker() -> None:

@@ -21,7 +21,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from ppo_lab.bench.equality import _policy as adapted_policy
+from ppo_lab.bench.equality import tiny_policy
 from ppo_lab.config import LoraSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.choice import FAN, LEVELS, choose
@@ -466,7 +466,7 @@ def test_rows_of_a_large_vocabulary_one_by_one_or_at_once_are_the_same(monkeypat
 
 
 def test_batches_split_or_whole_draw_the_same_tokens_of_a_large_vocabulary() -> None:
-    policy = adapted_policy(70_000, torch.float32)
+    policy = tiny_policy(70_000, torch.float32)
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
 
     def drawn(size: int) -> torch.Tensor:

@@ -1,4 +1,8 @@
-"""`python -m ppo_lab.bench`: this project and those it replaces on the same work, in turn."""
+"""`python -m ppo_lab.bench`: this project and those it replaces on the same work, in turn.
+
+`python -m ppo_lab.bench growth` measures how time and memory grow with the work, `... options` what
+each option costs or saves.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,28 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ppo_lab.bench.shapes import SHAPES
+from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
 from ppo_lab.bench.venvs import REQUIREMENTS, environments_folder
+
+# Benchmarks with a command line of their own.
+OTHERS = ("growth", "options")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Gate, run, show, keep; 1 where the gate fails or a worker does."""
-    asked = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
     console = Console(stderr=False)
     try:
-        return bench(asked, console)
+        if words and words[0] in OTHERS:
+            return import_module(f"ppo_lab.bench.{words[0]}").main(words[1:])
+        return bench(parser().parse_args(words), console)
     except RuntimeError as error:
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return 1
@@ -36,11 +47,11 @@ def bench(asked: argparse.Namespace, console: Console) -> int:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    gates = [gate(precision) for precision in asked.precision]
+    gates = [gate(precision, asked.architecture) for precision in asked.precision]
     show_gates(gates, console)
     if not all(g.passed for g in gates):
         return 1
-    shape = SHAPES[asked.shape]
+    shape = shape_of(asked)
     runs = interleaved(
         contestants(asked, say),
         shape,
@@ -71,6 +82,11 @@ def contestants(asked: argparse.Namespace, say: Any) -> list[Any]:
     ]
 
 
+def shape_of(asked: argparse.Namespace) -> Shape:
+    """The work, on the architecture asked for."""
+    return replace(SHAPES[asked.shape], architecture=asked.architecture)
+
+
 def floors(asked: argparse.Namespace) -> dict[str, Any]:
     """Rates and floor of each precision, measured now."""
     import torch
@@ -82,7 +98,7 @@ def floors(asked: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for precision in asked.precision:
         rates = measure_rates(precision, device)
-        found[precision] = (rates, floor(SHAPES[asked.shape], precision, rates, seed=asked.seed))
+        found[precision] = (rates, floor(shape_of(asked), precision, rates, seed=asked.seed))
     return found
 
 
@@ -90,6 +106,9 @@ def parser() -> argparse.ArgumentParser:
     """What may be asked for."""
     p = argparse.ArgumentParser(prog="python -m ppo_lab.bench", description=__doc__)
     p.add_argument("--shape", choices=SHAPES, default="small", help="the model and the batch")
+    p.add_argument(
+        "--architecture", choices=ARCHITECTURES, default="bloom", help="the family of the model"
+    )
     p.add_argument(
         "--vs",
         type=_list_of(REQUIREMENTS),

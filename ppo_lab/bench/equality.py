@@ -1,7 +1,8 @@
 """The gate before any ratio: what is fast must compute what transformers, PEFT and log_softmax do.
 
-On a tiny BLOOM with an adapter that changes it, log-probs, values and the adapter's gradients of
-this project's policy are compared with those taken plainly. Errors are max |a - b| / max |b|.
+On a tiny model of the same architecture with an adapter that changes it, log-probs, values and the
+adapter's gradients of this project's policy are compared with those taken plainly. Errors are
+max |a - b| / max |b|.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_lab.bench.shapes import Shape
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.models.reference import Reference
 from ppo_lab.rollout import NoiseKey, Sampling, sample
@@ -37,17 +39,17 @@ class Gate:
         return all(error <= self.tolerance for error in self.errors.values())
 
 
-def gate(precision: str) -> Gate:
+def gate(precision: str, architecture: str = "bloom") -> Gate:
     """Both roads on a small vocabulary and on BLOOM's own."""
     errors: dict[str, float] = {}
     for vocabulary in VOCABULARIES:
-        for name, error in _errors(precision, vocabulary).items():
-            errors[f"{name}/{vocabulary}"] = error
+        for name, error in _errors(precision, vocabulary, architecture).items():
+            errors[f"{name}/{architecture}/{vocabulary}"] = error
     return Gate(precision, TOLERANCE[precision], errors)
 
 
-def _errors(precision: str, vocabulary: int) -> dict[str, float]:
-    policy = _policy(vocabulary, DTYPES[precision])
+def _errors(precision: str, vocabulary: int, architecture: str) -> dict[str, float]:
+    policy = tiny_policy(vocabulary, DTYPES[precision], architecture)
     plain = copy.deepcopy(policy.pretrained_model)
     prompts = [list(range(5, 5 + n)) for n in (16, 9, 12, 3, 16, 5, 7, 11)]
     tokens, seen = sample(
@@ -74,22 +76,23 @@ def _errors(precision: str, vocabulary: int) -> dict[str, float]:
     return {**found, "gradients": _gradient_error(policy.pretrained_model, plain)}
 
 
-def _policy(vocabulary: int, dtype: torch.dtype) -> AutoModelForCausalLMWithValueHead:
+def tiny_policy(
+    vocabulary: int, dtype: torch.dtype, architecture: str = "bloom"
+) -> AutoModelForCausalLMWithValueHead:
+    """A policy of random weights, its adapter's included."""
     from peft import LoraConfig
-    from transformers import BloomConfig, BloomForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = BloomConfig(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        n_layer=3,
-        n_head=4,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        initializer_range=0.1,
+    shape = Shape("gate", 64, 3, 4, vocabulary, architecture=architecture)
+    config = AutoConfig.for_model(**shape.model(), initializer_range=0.1, pad_token_id=0)
+    adapter = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=list(shape.family.targets),
+        fan_in_fan_out=architecture == "gpt2",
     )
-    adapter = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["query_key_value"])
-    model: Any = BloomForCausalLM(config)
+    model: Any = AutoModelForCausalLM.from_config(config)
     policy = AutoModelForCausalLMWithValueHead.from_pretrained(model.to(dtype), peft_config=adapter)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -112,7 +115,10 @@ def _plainly(model: Any, v_head: Any, tokens: Tokens, temperature: float) -> tup
     """Log-probs and values of the responses by transformers' own forward."""
     ids = torch.cat([tokens.queries, tokens.responses], 1)
     attention = torch.cat([tokens.query_mask, tokens.attended], 1).long()
-    out = model(input_ids=ids, attention_mask=attention, output_hidden_states=True, use_cache=False)
+    inputs = {"input_ids": ids, "attention_mask": attention}
+    if model.config.model_type != "bloom":  # ALiBi counts by the mask
+        inputs["position_ids"] = (attention.cumsum(1) - 1).clamp(min=0)
+    out = model(**inputs, output_hidden_states=True, use_cache=False)
     start = tokens.queries.shape[1] - 1
     logits = out.logits[:, start:-1].float() / temperature
     logprobs = logits.log_softmax(-1).gather(2, tokens.responses[..., None]).squeeze(2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -79,9 +79,17 @@ def interleaved(
         yield result
 
 
-def run(contestant: Contestant, shape: Shape, *, turn: int, threads: int, seed: int) -> Result:
-    """One process of one contestant."""
-    spec = shape.spec(contestant.precision, threads=threads, seed=seed)
+def run(
+    contestant: Contestant,
+    shape: Shape,
+    *,
+    turn: int,
+    threads: int,
+    seed: int,
+    more: Mapping[str, Any] | None = None,
+) -> Result:
+    """One process of one contestant; `more` goes into the worker's task."""
+    spec = {**shape.spec(contestant.precision, threads=threads, seed=seed), **(more or {})}
     script = WORKERS / f"{contestant.trainer}_worker.py"
     command = [str(contestant.python), str(script), json.dumps(spec)]
     done = subprocess.run(  # noqa: S603

@@ -8,8 +8,62 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Architecture:
+    """How a family of models spells its sizes, which layers its adapter goes on, and its options.
+
+    `feed_forward` is the width of the feed-forward part as a multiple of the hidden states',
+    `gated` whether it has a third matrix.
+    """
+
+    hidden: str
+    layers: str
+    heads: str
+    targets: tuple[str, ...]
+    options: dict[str, Any]
+    inner: str = ""
+    feed_forward: float = 4.0
+    gated: bool = False
+
+
+ARCHITECTURES = {
+    "bloom": Architecture(
+        "hidden_size",
+        "n_layer",
+        "n_head",
+        ("query_key_value",),
+        {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+    ),
+    "gpt2": Architecture(
+        "n_embd",
+        "n_layer",
+        "n_head",
+        ("c_attn",),
+        {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+    ),
+    "gpt_neox": Architecture(
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        ("query_key_value",),
+        {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+        inner="intermediate_size",
+    ),
+    "llama": Architecture(
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        ("q_proj", "k_proj", "v_proj"),
+        {"attention_dropout": 0.0},
+        inner="intermediate_size",
+        feed_forward=2.75,
+        gated=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Shape:
-    """A BLOOM of random weights, and one PPO iteration on it."""
+    """A model of random weights, and one PPO iteration on it."""
 
     name: str
     hidden_size: int
@@ -24,17 +78,24 @@ class Shape:
     new_tokens: int = 32
     warm_up: int = 1
     measured: int = 1
+    architecture: str = "bloom"
+
+    @property
+    def family(self) -> Architecture:
+        """How its architecture spells what it is."""
+        return ARCHITECTURES[self.architecture]
+
+    @property
+    def inner_size(self) -> int:
+        """The width of the feed-forward part."""
+        return int(self.family.feed_forward * self.hidden_size)
 
     def spec(self, precision: str, *, threads: int, seed: int) -> dict[str, Any]:
         """What a worker is told, as JSON's types."""
         return {
-            "model": {
-                "hidden_size": self.hidden_size,
-                "n_layer": self.n_layer,
-                "n_head": self.n_head,
-                "vocab_size": self.vocab_size,
-            },
-            "lora": {"r": 16, "lora_alpha": 32, "target_modules": ["query_key_value"]},
+            "model": self.model(),
+            "layers_key": self.family.layers,
+            "lora": {"r": 16, "lora_alpha": 32, "target_modules": list(self.family.targets)},
             "dtype": {"fp32": "float32", "bf16": "bfloat16"}[precision],
             "prompts": self.prompts(seed),
             "new_tokens": self.new_tokens,
@@ -45,6 +106,18 @@ class Shape:
             "threads": threads,
             "seed": seed,
         }
+
+    def model(self) -> dict[str, Any]:
+        """The keywords of the model's configuration."""
+        family = self.family
+        sizes = {
+            family.hidden: self.hidden_size,
+            family.layers: self.n_layer,
+            family.heads: self.n_head,
+            "vocab_size": self.vocab_size,
+        }
+        inner = {family.inner: self.inner_size} if family.inner else {}
+        return {"model_type": self.architecture, **sizes, **inner, **family.options}
 
     def prompts(self, seed: int) -> list[list[int]]:
         """Token ids without meaning; the first rows have the longest and the shortest prompt."""
@@ -58,7 +131,9 @@ class Shape:
     @property
     def trunk_weights(self) -> int:
         """Weights of the layers' matrices; the adapter's and the norms' are left out."""
-        return 12 * self.n_layer * self.hidden_size**2
+        matrices = 3 if self.family.gated else 2
+        inner = matrices * self.hidden_size * self.inner_size
+        return self.n_layer * (4 * self.hidden_size**2 + inner)
 
     @property
     def head_weights(self) -> int:

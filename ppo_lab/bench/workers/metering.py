@@ -76,28 +76,37 @@ def versions() -> dict[str, str]:
     return found
 
 
-def random_bloom(spec: dict[str, Any]) -> Any:
-    """The BLOOM of this shape, its random weights made in their final precision, no dropout."""
+def random_model(spec: dict[str, Any]) -> Any:
+    """The language model of this shape, its random weights made in their final precision."""
     import torch
-    from transformers import BloomConfig, BloomForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = BloomConfig(**spec["model"], hidden_dropout=0.0, attention_dropout=0.0)
     torch.manual_seed(spec["seed"])
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, spec["dtype"]))
     try:
-        model = BloomForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(model_config(spec))
     finally:
         torch.set_default_dtype(before)
     model.generation_config.eos_token_id = None
     return model
 
 
+def model_config(spec: dict[str, Any], **changed: Any) -> Any:
+    """The architecture's configuration, without dropout."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**{**spec["model"], **changed}, pad_token_id=0)
+
+
 def lora(spec: dict[str, Any]) -> Any:
-    """PEFT's settings for the adapter."""
+    """PEFT's settings for the adapter; GPT-2's layers hold transposed weights."""
     from peft import LoraConfig
 
-    return LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **spec["lora"])
+    transposed = spec["model"]["model_type"] == "gpt2"
+    return LoraConfig(
+        task_type="CAUSAL_LM", lora_dropout=0.0, fan_in_fan_out=transposed, **spec["lora"]
+    )
 
 
 def tokenizer(spec: dict[str, Any]) -> Any:

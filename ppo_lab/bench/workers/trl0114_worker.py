@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 
 import torch
-from metering import Meter, asked, lora, random_bloom, report, tokenizer
+from metering import Meter, asked, lora, random_model, report, tokenizer
 
 warnings.filterwarnings("ignore")
 
@@ -22,7 +22,7 @@ def main() -> None:
     torch.set_num_threads(spec["threads"])
     from peft import get_peft_model
 
-    adapted = get_peft_model(random_bloom(spec), lora(spec))
+    adapted = get_peft_model(random_model(spec), lora(spec))
     config = PPOConfig(
         batch_size=len(spec["prompts"]),
         mini_batch_size=spec["mini_batch_size"],

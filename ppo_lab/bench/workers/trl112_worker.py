@@ -19,8 +19,8 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from metering import Meter, asked, lora, random_bloom, report, tokenizer  # noqa: E402
-from transformers import BloomConfig, BloomForSequenceClassification  # noqa: E402
+from metering import Meter, asked, lora, model_config, random_model, report, tokenizer  # noqa: E402
+from transformers import AutoModelForSequenceClassification  # noqa: E402
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # noqa: E402
 
 
@@ -33,9 +33,9 @@ def main() -> None:
         trainer = PPOTrainer(
             args=settings(spec, folder, total),
             processing_class=tokenizer(spec),
-            model=random_bloom(spec),
+            model=random_model(spec),
             ref_model=None,
-            reward_model=classifier(spec, n_layer=2),
+            reward_model=classifier(spec, layers=2),
             value_model=classifier(spec),
             train_dataset=Dataset.from_dict({"input_ids": spec["prompts"]}),
             eval_dataset=Dataset.from_dict({"input_ids": spec["prompts"]}),
@@ -67,13 +67,15 @@ def settings(spec: dict[str, Any], folder: str, iterations: int) -> PPOConfig:
     )
 
 
-def classifier(spec: dict[str, Any], **changed: int) -> BloomForSequenceClassification:
-    """A model with one score, of the policy's shape and precision unless changed."""
-    config = BloomConfig(**{**spec["model"], **changed}, num_labels=1, pad_token_id=0)
+def classifier(spec: dict[str, Any], layers: int = 0) -> Any:
+    """A model with one score, of the policy's shape and precision, with fewer layers if asked."""
+    changed = {spec["layers_key"]: layers} if layers else {}
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, spec["dtype"]))
     try:
-        return BloomForSequenceClassification(config)
+        return AutoModelForSequenceClassification.from_config(
+            model_config(spec, num_labels=1, **changed)
+        )
     finally:
         torch.set_default_dtype(before)
 

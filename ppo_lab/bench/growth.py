@@ -1,0 +1,110 @@
+"""`python -m ppo_lab.bench growth`: how time and memory grow with the work.
+
+Time: one PPO iteration at growing batches and growing responses, each in a process of its own; the
+exponent is the slope of log seconds over log size (1 = linear). Memory: the most that the loss of a
+fixed number of tokens takes on top of head and hidden states, at growing vocabularies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ppo_lab.bench.memory_probe import peak_of
+from ppo_lab.bench.options import OURS_HERE
+from ppo_lab.bench.report import machine
+from ppo_lab.bench.runs import run
+from ppo_lab.bench.shapes import SHAPES, Shape
+
+FACTORS = (1, 2, 4, 8)
+VOCABULARIES = (2**14, 2**15, 2**16, 2**17, 2**18)
+# Tokens and width of the loss whose memory is taken.
+TOKENS, WIDTH = 256, 128
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, show, keep."""
+    asked = parser().parse_args(arguments)
+    console = Console()
+    grown = {
+        "batch": lambda shape, factor: replace(shape, batch=factor * shape.batch),
+        "response": lambda shape, factor: replace(shape, new_tokens=factor * shape.new_tokens),
+    }
+    kept: dict[str, Any] = {"machine": machine(asked.threads), "shape": asked.shape}
+    kept["time"] = {name: times(asked, grow) for name, grow in grown.items()}
+    kept["loss_memory_mb"] = {str(v): loss_memory(v, asked.threads) for v in VOCABULARIES}
+    show(kept, console)
+    if asked.json:
+        asked.json.write_text(json.dumps(kept, indent=1) + "\n")
+    return 0
+
+
+def times(asked: argparse.Namespace, grow: Callable[[Shape, int], Shape]) -> dict[str, Any]:
+    """Median seconds of an iteration at each size, and the exponent of their growth."""
+    seconds = {}
+    for factor in FACTORS:
+        shape = grow(SHAPES[asked.shape], factor)
+        results = [
+            run(OURS_HERE, shape, turn=turn, threads=asked.threads, seed=0)
+            for turn in range(asked.rounds)
+        ]
+        seconds[str(factor)] = median(result.wall_s for result in results)
+    return {"seconds": seconds, "exponent": exponent(FACTORS, list(seconds.values()))}
+
+
+def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """The slope of log seconds over log size, by least squares."""
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
+def loss_memory(vocabulary: int, threads: int) -> float:
+    """MB that log-probs of TOKENS tokens and their gradient take beyond what was there before."""
+    code = (
+        "import torch\n"
+        "from ppo_lab.models.logprobs import Head, token_logprobs\n"
+        f"torch.set_num_threads({threads})\n"
+        f"hidden = torch.randn({TOKENS}, {WIDTH}, requires_grad=True)\n"
+        f"head = Head(torch.randn({vocabulary}, {WIDTH}) * 0.02)\n"
+        f"targets = torch.randint(0, {vocabulary}, ({TOKENS},))\n"
+        "def work():\n"
+        "    logprobs, _ = token_logprobs(hidden, head, targets, temperature=1.0)\n"
+        "    logprobs.sum().backward()\n"
+    )
+    return peak_of(code)
+
+
+def show(kept: dict[str, Any], console: Console) -> None:
+    """The record as tables."""
+    table = Table(title=f"seconds of an iteration, {kept['shape']} shape")
+    for column in ("grown", *(f"x {factor}" for factor in FACTORS), "exponent"):
+        table.add_column(column, justify="right")
+    for name, found in kept["time"].items():
+        row = (f"{seconds:.2f}" for seconds in found["seconds"].values())
+        table.add_row(name, *row, f"{found['exponent']:.2f}")
+    console.print(table)
+    memory = Table(title=f"MB that the loss of {TOKENS} tokens takes, by vocabulary")
+    for vocabulary in kept["loss_memory_mb"]:
+        memory.add_column(vocabulary, justify="right")
+    memory.add_row(*(f"{mb:.1f}" for mb in kept["loss_memory_mb"].values()))
+    console.print(memory)
+
+
+def parser() -> argparse.ArgumentParser:
+    """What may be asked for."""
+    p = argparse.ArgumentParser(prog="python -m ppo_lab.bench growth", description=__doc__)
+    p.add_argument(
+        "--shape", choices=SHAPES, default="small", help="the model, and the work at x 1"
+    )
+    p.add_argument("--rounds", type=int, default=3, help="processes at each size")
+    p.add_argument("--threads", type=int, default=1, help="threads of each process")
+    p.add_argument("--json", type=Path, help="file that keeps the result")
+    return p

@@ -1,0 +1,112 @@
+"""`python -m ppo_lab.bench options`: what each option of this project costs or saves.
+
+One iteration with an option and one without, in turn, each in a process of its own: the ratio says
+how many times less the option takes (below 1: how much more).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ppo_lab.bench.report import machine
+from ppo_lab.bench.runs import OURS, Contestant, Result, pairwise, run
+from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
+
+OURS_HERE = Contestant(OURS, "fp32", Path(sys.executable))
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting to be measured beside another: what is added to a worker's task for each."""
+
+    meaning: str
+    on: dict[str, Any]
+    off: dict[str, Any] = field(default_factory=dict)
+
+
+def options(shape: Shape) -> dict[str, Option]:
+    """Everything that can be measured, on this shape."""
+    layers = shape.n_layer
+    upper = {"lora": {**shape.spec("fp32", threads=1, seed=0)["lora"]}}
+    upper["lora"]["layers_to_transform"] = list(range(layers - max(1, layers // 4), layers))
+    return {
+        "fast road": Option(
+            "the CPU's own decoder instead of transformers'", {}, {"road": "transformers"}
+        ),
+        "cache_trunk": Option(
+            "ppo.cache_trunk=true, LoRA on the upper quarter of the layers",
+            {**upper, "ppo": {"cache_trunk": True}},
+            upper,
+        ),
+        "gradient_checkpointing": Option(
+            "ppo.gradient_checkpointing=true",
+            {"ppo": {"gradient_checkpointing": True}},
+            {"road": "transformers"},
+        ),
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, show, keep."""
+    asked = parser().parse_args(arguments)
+    shape = replace(SHAPES[asked.shape], architecture=asked.architecture)
+    console = Console()
+    kept: dict[str, Any] = {"machine": machine(asked.threads), "shape": asked.shape, "options": {}}
+    for name, option in options(shape).items():
+        kept["options"][name] = {"meaning": option.meaning, **measured(asked, shape, option)}
+    show(kept, console)
+    if asked.json:
+        asked.json.write_text(json.dumps(kept, indent=1) + "\n")
+    return 0
+
+
+def measured(asked: argparse.Namespace, shape: Shape, option: Option) -> dict[str, Any]:
+    """The ratios off / on of wall time, CPU time and memory, of each pair."""
+    results: list[Result] = []
+    for turn, (name, more) in product(
+        range(asked.rounds), (("off", option.off), ("on", option.on))
+    ):
+        found = run(OURS_HERE, shape, turn=turn, threads=asked.threads, seed=0, more=more)
+        results.append(replace(found, contestant=name))
+    return {
+        "wall": pairwise(results, "on", "off", lambda r: r.wall_s),
+        "cpu": pairwise(results, "on", "off", lambda r: r.cpu_s),
+        "memory": pairwise(results, "on", "off", lambda r: r.peak_gb),
+    }
+
+
+def show(kept: dict[str, Any], console: Console) -> None:
+    """The record as a table."""
+    table = Table(title=f"without / with each option, {kept['shape']} shape: median (range)")
+    for column in ("option", "wall", "CPU", "memory"):
+        table.add_column(column)
+    for name, found in kept["options"].items():
+        cells = (_median_and_range(found[kind]) for kind in ("wall", "cpu", "memory"))
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def _median_and_range(ratios: list[float]) -> str:
+    ordered = sorted(ratios)
+    return f"{ordered[len(ordered) // 2]:.2f} ({ordered[0]:.2f}-{ordered[-1]:.2f})"
+
+
+def parser() -> argparse.ArgumentParser:
+    """What may be asked for."""
+    p = argparse.ArgumentParser(prog="python -m ppo_lab.bench options", description=__doc__)
+    p.add_argument("--shape", choices=SHAPES, default="small", help="the model and the batch")
+    p.add_argument("--architecture", choices=ARCHITECTURES, default="bloom", help="its family")
+    p.add_argument("--rounds", type=int, default=3, help="pairs")
+    p.add_argument("--threads", type=int, default=1, help="threads of each process")
+    p.add_argument("--json", type=Path, help="file that keeps the result")
+    return p
