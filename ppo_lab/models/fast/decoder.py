@@ -55,7 +55,7 @@ class FastDecoder:
 
     def __init__(self, decoder: Any, anatomy: Anatomy) -> None:
         self.decoder, self.anatomy = decoder, anatomy
-        self._modules = [module for block in anatomy.blocks for module in block.modules()]
+        self._modules = list(decoder.modules())
 
     @classmethod
     def of(cls, decoder: Any) -> FastDecoder | None:
