@@ -31,6 +31,7 @@ from ppo_lab.models.loading import (
 )
 from ppo_lab.models.lora import wrap_lora
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_lab.processes.alone import Alone
 from ppo_lab.rewards.classifier import label_index
 from ppo_lab.rewards.loading import load_classifier, load_reward_tokenizer
 from ppo_lab.rollout import Sampling
@@ -170,8 +171,10 @@ def gold_scorer(config: Config) -> Gold | None:
     return embedded.gold
 
 
-def pick_device(wanted: str) -> str:
-    """`auto` as the GPU, where there is one."""
+def pick_device(wanted: str, processes: Alone) -> str:
+    """`auto` as the GPU, where there is one; of several processes each has one of its own."""
+    if processes.size > 1:
+        return processes.device
     if wanted != "auto":
         return wanted
     return "cuda" if torch.cuda.is_available() else "cpu"

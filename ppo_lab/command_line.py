@@ -35,6 +35,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from ppo_lab.config import TYPED, conf_folder, register_schema
 from ppo_lab.errors import ConfigError
 from ppo_lab.multirun import resumed_sweep, what_is_missing, with_search_defaults
+from ppo_lab.processes import launch as processes
+from ppo_lab.processes.launch import shared, speaks
 from ppo_lab.resume import MISSING_ONLY, resumed_command
 from ppo_lab.rules import TYPE_NAMES, allowed, suggestion
 from ppo_lab.secrecy import secret_overrides
@@ -92,14 +94,16 @@ def launch(job: Job, *, check: Check, config_name: str = "config") -> None:
         if found := command_problems(sys.argv[1:], check=check, config_name=config_name):
             raise ConfigError(found)
     except ConfigError as error:
-        refuse(error)
+        refuse(shared(error))  # every process reads the same command
+    sys.argv[1:] = processes.without_a_folder(sys.argv[1:])
     entry = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)
     entry(_hydra_job(job, check))()
 
 
 def refuse(error: ConfigError) -> NoReturn:
-    """Print the problems and exit with code 1."""
-    sys.stderr.write(_message(error) + "\n")
+    """Print the problems, once for all processes that have them, and exit with code 1."""
+    if speaks(error):
+        sys.stderr.write(_message(error) + "\n")
     sys.exit(1)
 
 
@@ -163,6 +167,8 @@ class CommandReader:
         found: list[str] = []
         overrides = self._parsed(texts, found)
         multirun = multirun or "hydra.mode=MULTIRUN" in texts
+        if multirun and processes.is_launched():
+            return ["-m: several processes make one run together; launch each run by itself"]
         if not multirun:
             swept = [o for o in overrides if o.is_sweep_override()]
             found += [f"{o.input_line}: several values need -m: ppo_lab -m ..." for o in swept]
@@ -240,6 +246,12 @@ class CommandReader:
         if override.is_delete():
             return
         value, options = override.value(), self.loader.get_group_options(override.key_or_group)
+        if override.key_or_group == "accelerate":
+            yield (
+                f"{override.input_line}: is for the launcher: accelerate launch --config_file "
+                f"conf/accelerate/{value}.yaml -m ppo_lab ..."
+            )
+            return
         if extra := _missing_extra(override):
             yield f"{override.input_line}: needs an extra: pip install 'ppo_lab[{extra}]'"
         elif not isinstance(value, str) or value not in options:
@@ -418,7 +430,7 @@ def _hydra_job(job: Job, check: Check) -> Callable[[DictConfig], float | None]:
             if isinstance(config, float):
                 return config
             if found := check(config, stated):
-                raise ConfigError(found)
+                raise shared(ConfigError(found))
             return job(config, Path(settings.runtime.output_dir), list(settings.overrides.task))
         except ConfigError as error:
             if settings.mode == RunMode.MULTIRUN:

@@ -480,6 +480,18 @@ class CheckpointSection:
 
 
 @dataclass
+class ProcessesSection:
+    """`processes`: several of them as one run, as torchrun or accelerate launch start them."""
+
+    timeout: float = knob(
+        1800.0,
+        "seconds that a process waits for the others before the run ends: more than the slowest "
+        "reward function takes for a batch",
+        above=0,
+    )
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -500,6 +512,7 @@ class Config:
     data: DataSection = field(default_factory=DataSection)
     tracking: TrackingSection = field(default_factory=TrackingSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    processes: ProcessesSection = field(default_factory=ProcessesSection)
 
 
 REWARDS = {

@@ -56,10 +56,12 @@ class Keeper:
         is_best = self._improves(metrics, step)
         if not (due or is_best or (every and step % every == 0)):
             return
+        state, save_model = state_of(lab), lab.trainer.saver() if is_best else None
+        if not lab.processes.is_main:
+            return
         try:
             _flush_record(self.folder)
-            save_model = lab.trainer.save_pretrained if is_best else None
-            checkpoint.save(self.folder, state_of(lab), step=step, save_model=save_model)
+            checkpoint.save(self.folder, state, step=step, save_model=save_model)
             best = None if self.best is None else int(self.best["step"])
             checkpoint.prune(self.folder, keep=self.section.keep, best=best)
             self._refused = False

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,17 +39,19 @@ from ppo_lab.guards import check_ceiling, explain, warn_of_remote_code
 from ppo_lab.memory import check_fits
 from ppo_lab.models.loading import keep_quiet, load_tokenizer
 from ppo_lab.outcome import objective, summarise
+from ppo_lab.processes.alone import Alone, joined
 from ppo_lab.record import to_stderr
 from ppo_lab.resume import RECORD, differences, record_again, resume_command, run_folder
 from ppo_lab.rewards import build_reward
 from ppo_lab.rewards.scoring import RewardError
 from ppo_lab.secrecy import hidden, hidden_text
 from ppo_lab.signals import Preempted, Preemption
-from ppo_lab.tracking import Tracker, open_trackers
+from ppo_lab.tracking import Composite, Tracker, open_trackers
 from ppo_lab.trainer import PPOTrainer
 from ppo_lab.update import TrainingDiverged
 
 Metrics = dict[str, float]
+ALONE = Alone()
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Lab:
     trackers: Tracker
     keeper: Keeper
     identity: dict[str, str]
+    processes: Alone = field(default_factory=Alone)
     started: float = field(default_factory=time.time)
     history: list[Metrics] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -78,33 +81,69 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
     """Train as `config` says, leave everything in `folder`, and return the objective.
 
     `overrides` is what the command line changed, for the run's name. With `config.resume` the run
-    goes on in that folder.
+    goes on in that folder. Of several processes each runs this, and the main one writes.
 
     Raises:
         ConfigError: what only models and data could show to be wrong.
         Preempted: SIGTERM or SIGINT asked the run to stop, and it left a checkpoint.
     """
     keep_quiet()
-    if config.resume:
-        if found := differences(config):
-            raise ConfigError(found)
-        folder = run_folder(config.resume)
-    folder.mkdir(parents=True, exist_ok=True)
-    with alone_in(folder), Preemption() as preemption:
-        if config.resume or not (folder / RECORD / "config.yaml").exists():
-            with writing(folder, RECORD):
-                record_again(folder, config, overrides)
-        lab = build(resolve(config), folder, overrides)
-        try:
-            train(lab, preemption)
-            with writing(folder, "model"):
-                lab.trainer.save_pretrained(str(folder / "model"))
-            summary = summarise(lab)
-        except BaseException as error:
-            fail(lab, error)
-            raise
-        lab.trackers.finish("finished", summary)
-        return summary["objective"]
+    with joined(device=config.device, timeout=config.processes.timeout) as processes:
+        place = processes.from_main(lambda: place_of(config, folder))
+        with taken(place, processes), Preemption(tells=processes.is_main) as preemption:
+            processes.from_main(lambda: record(config, place, overrides))
+            lab = build(processes.from_main(lambda: resolve(config)), place, overrides, processes)
+            try:
+                train(lab, preemption)
+                save = lab.trainer.saver()
+                processes.from_main(lambda: write_model(save, place))
+                summary = summarise(lab)
+            except BaseException as error:
+                fail(lab, error)
+                raise
+            lab.trackers.finish("finished", summary)
+            return summary["objective"]
+
+
+def place_of(config: Config, folder: Path) -> Path:
+    """The run's folder: a new one, or that of the run that goes on.
+
+    Raises:
+        ConfigError: that run cannot go on with these settings.
+    """
+    if not config.resume:
+        return folder.absolute()
+    if found := differences(config):
+        raise ConfigError(found)
+    return run_folder(config.resume)
+
+
+@contextmanager
+def taken(folder: Path, processes: Alone) -> Iterator[None]:
+    """The run's folder, in which nobody else trains meanwhile."""
+    with ExitStack() as stack:
+        with processes.together():
+            if processes.is_main:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(alone_in(folder))
+        yield
+
+
+def record(config: Config, folder: Path, overrides: Sequence[str]) -> None:
+    """Write down what the run is, unless Hydra has."""
+    if config.resume or not (folder / RECORD / "config.yaml").exists():
+        with writing(folder, RECORD):
+            record_again(folder, config, overrides)
+
+
+def write_model(save: Callable[[str], None], folder: Path) -> None:
+    """Leave the trained model in the run's folder."""
+    with writing(folder, "model"):
+        save(str(folder / "model"))
+
+
+def silent(text: str) -> None:
+    """What the main process says for all."""
 
 
 @contextmanager
@@ -121,7 +160,7 @@ def writing(folder: Path, name: str) -> Iterator[None]:
 
 def fail(lab: Lab, error: BaseException) -> None:
     """What a run that ends early leaves: a checkpoint if its state is whole, a summary with why."""
-    if isinstance(error, TrainingDiverged):
+    if isinstance(error, TrainingDiverged) and lab.processes.is_main:
         explain(error, lab.folder, lab.trainer.iterations_done + (error.batch is not None))
     if isinstance(error, RewardError) and lab.trainer.iterations_done == len(lab.history) > 0:
         lab.keeper.keep(lab, {}, due=True)
@@ -130,22 +169,29 @@ def fail(lab: Lab, error: BaseException) -> None:
     lab.trackers.finish(status, {**summarise(lab), "reason": reason})
 
 
-def build(config: Config, folder: Path, overrides: Sequence[str] = ()) -> Lab:
+def build(
+    config: Config,
+    folder: Path,
+    overrides: Sequence[str] = (),
+    processes: Alone = ALONE,
+) -> Lab:
     """Everything that a run needs, loaded in the order in which mistakes are cheapest to find."""
     from ppo_lab.data import PromptStream, load_prompts
 
-    device = pick_device(config.device)
-    warn_of_remote_code(config.model, to_stderr)
-    check_fits(config, device)
-    tokenizer = load_tokenizer(config.model)
-    prompts = load_prompts(
-        config.data,  # type: ignore[arg-type]
-        tokenizer,
-        max_prompt_tokens=longest_prompt(config),
-        seed=config.seed,
-    )
-    reward = build_reward(config.reward, device=device)
-    policy = load_policy(config, tokenizer, device)
+    device, say = pick_device(config.device, processes), to_stderr if processes.is_main else silent
+    with processes.together():
+        warn_of_remote_code(config.model, say)
+        check_fits(config, device, processes=processes.here)
+        tokenizer = load_tokenizer(config.model)
+        prompts = load_prompts(
+            config.data,  # type: ignore[arg-type]
+            tokenizer,
+            max_prompt_tokens=longest_prompt(config),
+            seed=config.seed,
+        )
+        reward = build_reward(config.reward, device=device, processes=processes)
+        policy = load_policy(config, tokenizer, device)
+        start = identity(prompts.train, policy)
     trainer = PPOTrainer(
         ppo_config(config),
         policy,
@@ -154,6 +200,7 @@ def build(config: Config, folder: Path, overrides: Sequence[str] = ()) -> Lab:
         sampling=sampling(config.generation, policy, tokenizer, eos_token=config.model.eos_token),
         reward=reward,
         device=device,
+        processes=processes,
     )
     evaluator = Evaluator(
         trainer,
@@ -169,8 +216,8 @@ def build(config: Config, folder: Path, overrides: Sequence[str] = ()) -> Lab:
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
-    begun = find(config.resume, folder) if config.resume else None
-    trackers = open_trackers(
+    begun = processes.from_main(lambda: find(config.resume, folder)) if config.resume else None
+    trackers = Composite([], say=silent) if not processes.is_main else open_trackers(
         config.tracking,
         folder,
         hidden(asdict(config)),
@@ -179,12 +226,14 @@ def build(config: Config, folder: Path, overrides: Sequence[str] = ()) -> Lab:
         resume_step=(checkpoint.step_of(begun) if begun else -1) if config.resume else None,
     )
     keeper = Keeper(config.checkpoint, folder, trackers.say)
-    start = identity(prompts.train, policy)
-    lab = Lab(config, folder, trainer, stream, evaluator, trackers, keeper, start)
+    lab = Lab(config, folder, trainer, stream, evaluator, trackers, keeper, start, processes)
     seed_random_state(config.seed)  # again: libraries draw numbers while they are first imported
     if begun:
-        restore(lab, checkpoint.read(begun))
-        checkpoint.set_aside_later(folder, trainer.iterations_done)
+        with processes.together():
+            state = checkpoint.read(begun)
+        with processes.together():
+            restore(lab, state)
+        processes.from_main(lambda: checkpoint.set_aside_later(folder, trainer.iterations_done))
     return lab
 
 
@@ -200,7 +249,8 @@ def train(lab: Lab, preemption: Preemption) -> None:
     preemption.deferred = True
     if not lab.evaluations:
         evaluate(lab, 0)
-        objective(lab)
+        with lab.processes.together():
+            objective(lab)
     for metrics in lab.trainer.train(lab.stream):
         step = lab.trainer.iterations_done
         if step == steps or (every and step % every == 0):
@@ -212,10 +262,11 @@ def train(lab: Lab, preemption: Preemption) -> None:
         lab.history.append(summarised(metrics))
         lab.place = lab.stream.state_dict()
         too_far = 0 < lab.config.ppo.max_kl < metrics["kl"]
-        lab.keeper.keep(lab, metrics, due=step == steps or too_far or bool(preemption.asked))
+        asked = lab.processes.first(preemption.asked)
+        lab.keeper.keep(lab, metrics, due=step == steps or too_far or bool(asked))
         check_ceiling(metrics, max_kl=lab.config.ppo.max_kl)
-        if preemption.asked and step < steps:
-            raise Preempted(preemption.asked)
+        if asked and step < steps:
+            raise Preempted(asked)
 
 
 def evaluate(lab: Lab, step: int) -> Metrics:

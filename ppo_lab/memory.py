@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +17,7 @@ from ppo_lab.assembly import critic_start
 from ppo_lab.config import Config, ModelCritic
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.loading import choose_dtype, load_config, parameter_bytes
+from ppo_lab.processes import launch
 from ppo_lab.rewards.loading import classifier_bytes
 
 T = TypeVar("T")
@@ -28,9 +30,13 @@ class Passes:
     No number that is learnt from depends on it beyond rounding. It stays as small as it had to get.
     """
 
-    def __init__(self, purpose: str) -> None:
-        """`purpose` says in the one warning what the passes are for."""
-        self.purpose = purpose
+    def __init__(self, purpose: str, agree: Callable[[bool], bool] | None = bool) -> None:
+        """`purpose` says in the one warning what the passes are for.
+
+        `agree` tells whether memory ran out on any of several processes; None where they cannot
+        try again together, because some would still be waiting inside of the failed attempt.
+        """
+        self.purpose, self.agree = purpose, agree
         self.most = 0
 
     def until_it_fits(self, attempt: Callable[[int], T], wanted: int) -> T:
@@ -41,12 +47,15 @@ class Passes:
         """
         while True:
             size = min(wanted, self.most or wanted)
+            done, result = False, None
             try:
-                return attempt(size)
+                result, done = attempt(size), True
             except OutOfMemoryError:
-                if size == 1:
+                if size == 1 or self.agree is None:
                     raise
             # Outside of the handler, which would keep the failed attempt's tensors alive.
+            if self.agree is None or not self.agree(not done):
+                return result  # type: ignore[return-value]
             self._halve(size)
 
     def _halve(self, size: int) -> None:
@@ -63,8 +72,9 @@ class Passes:
             )
 
 
-def check_fits(config: Config, device: str) -> None:
-    """Nothing, if what the policy needs on a CPU is free; what rollouts need comes on top.
+def check_fits(config: Config, device: str, *, processes: int = 1) -> None:
+    """Nothing, if what the policy needs on a CPU is free, in each of the processes that share the
+    machine; what rollouts need comes on top.
 
     Raises:
         ConfigError: it is not, with the figures and the ways out.
@@ -77,10 +87,11 @@ def check_fits(config: Config, device: str) -> None:
     )
     if isinstance(config.critic, ModelCritic):
         need["critic"] = critic_bytes(config)
-    free, total = free_bytes(), sum(need.values())
+    free, total = free_bytes(), processes * sum(need.values())
     if total <= free:
         return
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in need.items())
+    parts += f", in each of {processes} processes" if processes > 1 else ""
     ways = ["critic=head"] if "critic" in need else []
     ways += [] if config.lora.r else ["lora=r16"]
     ways += [] if config.model.dtype == "bfloat16" else ["model.dtype=bfloat16"]
@@ -94,6 +105,12 @@ def check_fits(config: Config, device: str) -> None:
 def ways_out(error: OutOfMemoryError) -> str:
     """What to do about a GPU that is too small even for one sample at a time."""
     said = " ".join(str(error).split())[:200]
+    if launch.is_launched():
+        return (
+            f"GPU memory ran out in process {os.environ['RANK']} ({said}); several processes do "
+            "not make smaller passes by themselves: ppo.micro_batch_tokens=N bounds those of the "
+            "update, generation.batch_size=N those of sampling; a resumed run may change both"
+        )
     return (
         f"GPU memory ran out with a single sample a pass ({said}); lora=r16, "
         "ppo.gradient_checkpointing=true, model.load_in_4bit=true, shorter prompts "

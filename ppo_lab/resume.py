@@ -31,15 +31,20 @@ FREE = (
     "objective",
     "tracking.",
     "checkpoint.",
+    "processes.",
     "evaluation.every",
     "evaluation.samples",
     "ppo.steps",
     "ppo.max_kl",
     "ppo.max_skipped_updates",
+    "ppo.micro_batch_tokens",
+    "ppo.gradient_checkpointing",
+    "generation.batch_size",
 )
 FREE_IN_WORDS = (
-    "ppo.steps, ppo.max_kl, ppo.max_skipped_updates, evaluation.every, evaluation.samples, "
-    "tracking, checkpoint, device, name and objective may change"
+    "ppo.steps, ppo.max_kl, ppo.max_skipped_updates, ppo.micro_batch_tokens, "
+    "ppo.gradient_checkpointing, generation.batch_size, evaluation.every, evaluation.samples, "
+    "tracking, checkpoint, processes, device, name and objective may change"
 )
 
 

@@ -102,12 +102,14 @@ def sample(
     noise: NoiseKey,
     decode: Callable[[list[int]], str] | None = None,
     trunk: Trunk | None = None,
+    all_ended: Callable[[bool], bool] = bool,
 ) -> tuple[Tokens, Forward]:
     """Responses to `prompts` from `policy` (or from another `trunk`), with their log-probabilities
     and values.
 
     Log-probabilities are of the raw distribution at the temperature, whatever top-k or top-p took
-    away from it. `decode` turns ids into text; stop strings need it.
+    away from it. `decode` turns ids into text; stop strings need it. `all_ended` is told after each
+    token whether every response here has ended, and says whether sampling may.
     """
     queries = prompts.ids if isinstance(prompts, Prompts) else [list(p) for p in prompts]
     uniforms = noise.uniforms(len(queries), sampling.max_new_tokens)
@@ -120,6 +122,7 @@ def sample(
             sampling,
             decode,
             trunk or policy.trunk,
+            all_ended,
         )
         for i in range(0, len(queries), chunk)
     ]
@@ -133,6 +136,7 @@ def _sample_chunk(
     sampling: Sampling,
     decode: Callable[[list[int]], str] | None,
     trunk: Trunk,
+    all_ended: Callable[[bool], bool],
 ) -> list[Tensor]:
     """[responses, lengths, ended, logprobs, values, entropy] of one chunk."""
     device = trunk.head.weight.device
@@ -158,7 +162,7 @@ def _sample_chunk(
             | torch.isin(token, eos)
             | _completes_stop(tokens, ended, sampling.stop_strings, decode)
         )
-        if bool(ended.all()):
+        if all_ended(bool(ended.all())):
             break
         ids = token[:, None]
         attention = torch.cat([attention, torch.ones_like(ids, dtype=torch.bool)], 1)

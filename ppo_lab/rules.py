@@ -30,6 +30,7 @@ from ppo_lab.config import (
     WeightedReward,
 )
 from ppo_lab.data import problems as data_problems
+from ppo_lab.processes import launch
 from ppo_lab.resume import MISSING_ONLY, differences
 from ppo_lab.rewards.checks import problems as reward_problems
 
@@ -248,7 +249,9 @@ def device_rules(config: Config) -> Problems:
 
 def device_problem(key: str, device: str) -> Problems:
     """What is wrong with one device."""
-    if not DEVICE.fullmatch(device):
+    if launch.is_launched() and key == "device" and device.startswith("cuda:"):
+        yield f"{key}={device}: each of several processes has a GPU of its own; must be auto or cpu"
+    elif not DEVICE.fullmatch(device):
         near = suggestion(device, ("auto", "cpu", "cuda"))
         yield f"{key}={device}: must be auto, cpu, cuda or cuda:N{near}"
     elif device.startswith("cuda"):

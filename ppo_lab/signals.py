@@ -34,11 +34,12 @@ class Preemption:
 
     As long as `deferred` is False there is nothing to lose, and the first signal raises
     `Preempted`. From then on it only sets `asked`, for the loop to see at the end of an iteration.
-    A second signal ends the process at once, by the signal's own means.
+    A second signal ends the process at once, by the signal's own means. Of several processes that
+    are all asked one `tells`.
     """
 
-    def __init__(self) -> None:
-        self.asked = ""
+    def __init__(self, *, tells: bool = True) -> None:
+        self.asked, self._tells = "", tells
         self.deferred = False
         self._before: dict[int, Any] = {}
 
@@ -57,7 +58,8 @@ class Preemption:
         self.asked = signal.Signals(number).name
         if not self.deferred:
             raise Preempted(self.asked)
-        _tell(f"{self.asked}: the iteration is finished first; once more stops at once\n")
+        if self._tells:
+            _tell(f"{self.asked}: the iteration is finished first; once more stops at once\n")
 
 
 def _die_of(number: int) -> None:

@@ -25,6 +25,7 @@ from ppo_lab.metrics import Shaped, iteration_metrics
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.models.reference import Reference
 from ppo_lab.optim import advance, make_optimizer, make_schedule
+from ppo_lab.processes.alone import Alone
 from ppo_lab.rollout import NoiseKey, Sampling, sample
 from ppo_lab.scaling import RunningMoments, penalise_unended, scale_scores
 from ppo_lab.types import Batch, Forward, Prompts, Rollout, Scores, Tokens
@@ -65,6 +66,8 @@ class PPOTrainer:
         sampling: how `iteration` draws responses.
         reward: called as `reward(prompts=..., completions=..., **columns)`, returning `Scores`.
         device: where to train; by default the GPU if there is one.
+        processes: those that train together, by default this one alone. All of them give the same
+            arguments and call the same verbs, and all get the same metrics.
 
     Raises:
         ValueError: naming the argument that is missing or of the wrong type.
@@ -88,10 +91,12 @@ class PPOTrainer:
         sampling: Sampling | None = None,
         reward: Reward | None = None,
         device: torch.device | str | None = None,
+        processes: Alone | None = None,
     ) -> None:
         classic.check_constructor(config, model, ref_model, tokenizer, critic)
         self.config = config or PPOConfig()
         self.tokenizer, self.reward, self.dataset = tokenizer, reward, dataset
+        self.processes = processes or Alone()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.policy = classic.as_policy(model).to(self.device)
         self.reference = Reference(
@@ -108,8 +113,13 @@ class PPOTrainer:
             self.policy.trunk.keep_below()
         self.optimizer = optimizer or _optimizer(self.policy, self.critic, self.config)
         self.lr_scheduler = lr_scheduler or _schedule(self.optimizer, self.config)
-        self.updates = ClippedUpdates(self.policy, self.critic, self.optimizer, self.config)
-        self.drawing = Passes("sampling")
+        modules = {"policy": self.policy, "critic": self.critic, **self.reference.modules}
+        self.models = self.processes.wrap(modules, self.optimizer)
+        self.updates = ClippedUpdates(
+            self.policy, self.critic, self.models, self.config, self.processes
+        )
+        again = None if self.models.sharded else self.processes.any
+        self.drawing, self.scoring = Passes("sampling", again), Passes("log-probs", again)
         self.kl_controller = _controller(self.config)
         self.moments = RunningMoments()
         self.iterations_done = 0
@@ -296,12 +306,24 @@ class PPOTrainer:
         """Write model or adapter, value head and tokenizer, as safetensors; a critic of its own
         goes into the folder `critic` there.
         """
-        self.policy.save_pretrained(save_directory, **kwargs)
-        self.tokenizer.save_pretrained(save_directory)
-        if self.has_critic:
-            folder = Path(save_directory) / CRITIC_FOLDER
-            self.critic.save_pretrained(folder)
+        save = self.saver(**kwargs)
+        if self.processes.is_main:
+            save(save_directory)
+
+    def saver(self, **kwargs: Any) -> Callable[[str], None]:
+        """What writes the models as they are now into a folder; all processes make one, the main
+        one calls it.
+        """
+        policy, critic = map(self.models.state_of, (self.policy, self.critic))
+
+        def save(folder: str) -> None:
+            self.policy.save_pretrained(folder, state_dict=policy, **kwargs)
             self.tokenizer.save_pretrained(folder)
+            if self.has_critic:
+                self.critic.save_pretrained(Path(folder) / CRITIC_FOLDER, state_dict=critic)
+                self.tokenizer.save_pretrained(Path(folder) / CRITIC_FOLDER)
+
+        return save
 
     @property
     def model(self) -> AutoModelForCausalLMWithValueHead:
@@ -335,9 +357,9 @@ class PPOTrainer:
         """
         return {
             "iterations_done": self.iterations_done,
-            "policy": _trained(self.policy),
-            "critic": _trained(self.critic) if self.has_critic else {},
-            "optimizer": self.optimizer.state_dict(),
+            "policy": self.models.whole(_trained(self.policy)),
+            "critic": self.models.whole(_trained(self.critic)) if self.has_critic else {},
+            "optimizer": self.models.optimizer_state(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "kl_controller": self.kl_controller.state_dict(),
             "moments": self.moments.state_dict(),
@@ -351,16 +373,21 @@ class PPOTrainer:
         Raises:
             KeyError: a part of the state is missing.
         """
-        _restore(self.policy, state["policy"])
+        self._restore(self.policy, state["policy"])
         if self.has_critic:
-            _restore(self.critic, state["critic"])
-        self.optimizer.load_state_dict(state["optimizer"])
+            self._restore(self.critic, state["critic"])
+        self.models.load_optimizer_state(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.moments.load_state_dict(state["moments"])
         self.updates.skipped_in_a_row = state["skipped_in_a_row"]
         self._noise_streams = state["noise_streams"]
         self.iterations_done = state["iterations_done"]
+
+    @torch.no_grad()
+    def _restore(self, model: torch.nn.Module, saved: dict[str, Tensor]) -> None:
+        for name, parameter in _trained(model).items():
+            self.models.put(parameter, saved[name])
 
     def _check_invariants(self, metrics: dict[str, float]) -> None:
         """Warn, once each, where ratios or KL before an update are not what they must be."""
@@ -399,14 +426,18 @@ class PPOTrainer:
         """`function`, which gives a tensor or a `Forward`, over all samples: a mini-batch at a
         time, or as many more as PASS_TOKENS allows, since nothing is kept for a backward pass.
         """
+        own = tokens[self.models.rows(len(tokens))]
 
         def attempt(size: int) -> Any:
-            parts = [function(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+            parts = [
+                self.models.call(function, own[i : i + size]) for i in range(0, len(own), size)
+            ]
             return Forward.join(parts) if isinstance(parts[0], Forward) else torch.cat(parts)
 
         width = tokens.queries.shape[1] + tokens.responses.shape[1]
         mini_batch = self.config.mini_batch_size or self.config.batch_size
-        return self.updates.passes.until_it_fits(attempt, max(mini_batch, PASS_TOKENS // width))
+        found = self.scoring.until_it_fits(attempt, max(mini_batch, PASS_TOKENS // width))
+        return self.processes.gather(found, len(tokens))
 
     def _keep_below(self, tokens: Tokens) -> Tokens:
         """With `cache_trunk`, the tokens and what the frozen layers below the adapter make of them,
@@ -429,17 +460,22 @@ class PPOTrainer:
         memory asks for.
         """
         self.policy.eval()
-        return self.drawing.until_it_fits(
-            lambda size: sample(
-                self.policy,
-                prompts,
-                sampling=replace(sampling, batch_size=size),
-                noise=noise,
-                decode=self.decode,
-                trunk=trunk,
-            ),
-            sampling.batch_size or len(prompts),
-        )
+        n, own = len(prompts), prompts[self.models.rows(len(prompts))]
+        with self.models.sampling():
+            tokens, seen = self.drawing.until_it_fits(
+                lambda size: self.models.call(
+                    sample,
+                    self.policy,
+                    own,
+                    sampling=replace(sampling, batch_size=size),
+                    noise=replace(noise, first_sample=self.processes.share(n).start),
+                    decode=self.decode,
+                    trunk=trunk,
+                    all_ended=self.models.all_ended,
+                ),
+                sampling.batch_size or n,
+            )
+        return self.processes.gather(tokens, n), self.processes.gather(seen, n)
 
 
 def _controller(config: PPOConfig) -> FixedKLController:
@@ -453,12 +489,6 @@ def _controller(config: PPOConfig) -> FixedKLController:
 def _trained(model: torch.nn.Module) -> dict[str, Tensor]:
     """The weights that are trained, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def _restore(model: torch.nn.Module, saved: dict[str, Tensor]) -> None:
-    for name, parameter in _trained(model).items():
-        parameter.copy_(saved[name])
 
 
 def _optimizer(

@@ -60,10 +60,37 @@ class _Rows:
         """The same record on another device."""
         return self._map(lambda value: value.to(device))
 
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """The samples of all parts, in their order, made equally wide: queries are padded on the
+        left, everything else on the right, with zeros.
+        """
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{name: _joined(name, column) for name, column in columns.items()})
+
     def _map(self, function: Any) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         changed = {name: function(value) for name, value in values.items() if value is not None}
         return replace(self, **changed)  # type: ignore[type-var]
+
+
+def _joined(name: str, parts: Sequence[Any]) -> Any:
+    """One tensor, or one record, out of those of all parts; None where it is absent."""
+    if parts[0] is None:
+        return None
+    if not isinstance(parts[0], Tensor):
+        return type(parts[0]).join(parts)
+    if parts[0].dim() < 2:
+        return torch.cat(list(parts))
+    width = max(part.shape[1] for part in parts)
+    on_left = name in ("queries", "query_mask")
+    missing = [width - part.shape[1] for part in parts]
+    return torch.cat(
+        [
+            part if not m else torch.nn.functional.pad(part, (m, 0) if on_left else (0, m))
+            for m, part in zip(missing, parts, strict=True)
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -165,6 +192,12 @@ class Batch(_Rows):
     advantages: Float[Tensor, "batch time"]
     returns: Float[Tensor, "batch time"]
 
+    def blank(self) -> Batch:
+        """The first sample with every token masked out: it costs a pass and teaches nothing."""
+        first = self[:1]
+        tokens = replace(first.tokens, mask=torch.zeros_like(first.tokens.mask))
+        return replace(first, tokens=tokens)
+
 
 @dataclass(frozen=True)
 class Forward(_Rows):
@@ -177,16 +210,6 @@ class Forward(_Rows):
     logprobs: Float[Tensor, "batch time"]
     values: Float[Tensor, "batch time"]
     entropy: Float[Tensor, "batch time"] | None = None
-
-    @classmethod
-    def join(cls, parts: Sequence[Forward]) -> Forward:
-        """The samples of all parts, in their order."""
-        entropies = [part.entropy for part in parts if part.entropy is not None]
-        return cls(
-            torch.cat([part.logprobs for part in parts]),
-            torch.cat([part.values for part in parts]),
-            torch.cat(entropies) if entropies else None,
-        )
 
 
 @dataclass(frozen=True)

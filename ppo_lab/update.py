@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ppo_lab import core
 from ppo_lab.config import PPOSection
 from ppo_lab.memory import Passes
+from ppo_lab.processes.alone import Alone, Whole
 from ppo_lab.types import Batch, Forward
 
 # What is summed over real tokens while updating, in the order of the vector that holds it.
@@ -35,8 +36,11 @@ SUMS = (
 class TrainingDiverged(RuntimeError):
     """The run cannot go on to any use; the message says which checks to make.
 
-    `batch` is the optimizer batch that was at fault, where there is one.
+    `batch` is the optimizer batch that was at fault, where there is one. Several processes find
+    out together.
     """
+
+    shared = True
 
     def __init__(self, message: str, batch: Batch | None = None) -> None:
         super().__init__(message)
@@ -85,12 +89,18 @@ class ClippedUpdates:
     """
 
     def __init__(
-        self, policy: Any, critic: Any, optimizer: torch.optim.Optimizer, config: PPOSection
+        self,
+        policy: Any,
+        critic: Any,
+        models: Whole,
+        config: PPOSection,
+        processes: Alone | None = None,
     ) -> None:
-        self.policy, self.critic, self.optimizer, self.config = policy, critic, optimizer, config
+        self.policy, self.critic, self.models, self.config = policy, critic, models, config
+        self.processes = processes or Alone()
         self.apart = critic is not policy
-        self.clipped_together = _by_model(optimizer, critic if self.apart else None)
-        self.passes = Passes("training")
+        self.clipped_together = _by_model(models.parameters, critic if self.apart else None)
+        self.passes = Passes("training", bool if self.processes.size == 1 else None)
         self.skipped_in_a_row = 0
 
     def run(
@@ -129,34 +139,44 @@ class ClippedUpdates:
     def optimizer_step(
         self, batch: Batch, *, temperature: float, critic_only: bool = False
     ) -> OptimizerStep:
-        """One step on one optimizer batch, in as many passes as memory asks for."""
+        """One step on one optimizer batch, in as many passes as memory asks for.
+
+        Each process passes its share of the samples; sums, gradients and the decision are of all.
+        """
         groups = self._groups(batch)
         sums, extremes = self.passes.until_it_fits(
             lambda size: self._backward(
                 batch, [p for rows in groups for p in rows.split(size)], temperature, critic_only
             ),
-            max(len(rows) for rows in groups),
+            max(map(len, groups), default=1),
         )
-        limit = self.config.max_grad_norm or math.inf
-        norms = [torch.nn.utils.clip_grad_norm_(p, limit) for p in self.clipped_together]
-        done = OptimizerStep.read(sums, extremes, torch.stack(norms))
-        if self._may_step(done, batch):
-            self.optimizer.step()
-        return done
+        done: list[OptimizerStep] = []
+
+        def judge(norms: Tensor) -> bool:
+            done.append(OptimizerStep.read(sums, extremes, norms, self.processes.each))
+            return self._may_step(done[0], batch)
+
+        self.models.step(judge, self.clipped_together, max_norm=self.config.max_grad_norm)
+        return done[0]
 
     def _backward(
         self, batch: Batch, passes: list[Tensor], temperature: float, critic_only: bool
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of the batch's mean loss, summed over the passes; their sums and ratio
-        extremes.
+        """Gradients of the batch's mean loss, summed over all passes; the sums and ratio extremes
+        of those made here.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        self.models.zero_grad()
         n_tokens = batch.tokens.mask.sum().clamp(min=1)
         sums = torch.zeros(len(SUMS), device=n_tokens.device)
         extremes = torch.ones(2, device=n_tokens.device)
-        for rows in passes:
-            loss, pass_sums, pass_extremes = self._losses(batch[rows], temperature, critic_only)
-            (loss / n_tokens).backward()
+        passes = self.models.evened(passes)
+        for i, rows in enumerate(passes):
+            part = batch[rows] if len(rows) else batch.blank()
+            with self.models.accumulating(last=i == len(passes) - 1):
+                loss, pass_sums, pass_extremes = self.models.call(
+                    self._losses, part, temperature, critic_only
+                )
+                self.models.backward(loss / n_tokens)
             sums += pass_sums
             extremes = torch.stack(
                 [extremes[0].minimum(pass_extremes[0]), extremes[1].maximum(pass_extremes[1])]
@@ -215,8 +235,8 @@ class ClippedUpdates:
         return replace(new, values=self.critic.values(batch.tokens)) if self.apart else new
 
     def _groups(self, batch: Batch) -> list[Tensor]:
-        """Rows of each forward and backward pass: mini-batches, split further by
-        `micro_batch_tokens`.
+        """This process's rows of each forward and backward pass: its part of each mini-batch,
+        split further by `micro_batch_tokens`.
 
         Under a token limit rows are sorted by length, so that little padding is computed.
         """
@@ -224,10 +244,11 @@ class ClippedUpdates:
             self.config.mini_batch_size or self.config.batch_size,
             self.config.micro_batch_tokens,
         )
+        own = torch.arange(len(batch))[self.processes.share(len(batch))]
         if not limit:
-            return list(torch.arange(len(batch)).split(mini))
+            return list(own.split(math.ceil(mini / self.processes.size))) if len(own) else []
         lengths = (batch.tokens.query_mask.sum(1) + batch.tokens.lengths).cpu()
-        return pack_by_tokens(lengths, limit=limit)
+        return [own[rows] for rows in pack_by_tokens(lengths[own], limit=limit)]
 
     def _may_step(self, step: OptimizerStep, batch: Batch) -> bool:
         """Whether a step may be taken; counts those that may not."""
@@ -265,11 +286,26 @@ class OptimizerStep:
     taken: bool = True
 
     @classmethod
-    def read(cls, sums: Tensor, extremes: Tensor, norms: Tensor) -> OptimizerStep:
-        """Fetch everything in one synchronisation with the device."""
-        numbers = torch.cat([sums.double(), extremes.double(), norms.double()]).cpu()
-        smallest, largest, grad_norm, *critics = numbers[len(SUMS) :].tolist()
-        return cls(numbers[: len(SUMS)], smallest, largest, grad_norm, *(critics or [grad_norm]))
+    def read(
+        cls,
+        sums: Tensor,
+        extremes: Tensor,
+        norms: Tensor,
+        each: Callable[[Tensor], Tensor] = Alone().each,
+    ) -> OptimizerStep:
+        """Fetch everything in one synchronisation with the device, and `each` process's numbers
+        in one with them; the norms are those of all gradients already.
+        """
+        rows = each(torch.cat([sums.double(), extremes.double(), norms.double()]).cpu())
+        smallest, largest, *norms_of = rows[:, len(SUMS) :].unbind(1)
+        grad_norm, *critics = [float(norm[0]) for norm in norms_of]
+        return cls(
+            rows[:, : len(SUMS)].sum(0),
+            float(smallest.min()),
+            float(largest.max()),
+            grad_norm,
+            *(critics or [grad_norm]),
+        )
 
     @property
     def is_finite(self) -> bool:
@@ -298,14 +334,13 @@ def hash_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _by_model(optimizer: torch.optim.Optimizer, critic: Any) -> list[list[Tensor]]:
+def _by_model(parameters: list[Any], critic: Any) -> list[list[Any]]:
     """The trained parameters whose gradients are clipped together: all, or those of a critic apart
     by themselves.
     """
-    everything = [p for group in optimizer.param_groups for p in group["params"]]
     own = {id(p) for p in critic.parameters()} if critic is not None else set()
-    policy = [p for p in everything if id(p) not in own]
-    return [policy, [p for p in everything if id(p) in own]] if own else [policy]
+    policy = [p for p in parameters if id(p) not in own]
+    return [policy, [p for p in parameters if id(p) in own]] if own else [policy]
 
 
 def _summary(totals: Tensor, steps: list[OptimizerStep], epochs: int) -> UpdateStats:

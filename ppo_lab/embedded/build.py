@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from typing import Any
 
 from ppo_lab.embedded.cache import built, cache_folder, fingerprint
 from ppo_lab.embedded.corpus import preference_rows, sft_rows
+from ppo_lab.processes import launch
 from ppo_lab.stages.config import FitSection
 
 PACKAGES = ("torch", "transformers", "trl", "tokenizers", "datasets")
@@ -55,9 +58,20 @@ def folder_of_this_version() -> Path:
 def ensure(*, rebuild: bool = False) -> Path:
     """The folder with `policy`, `reward` and `report.json`, built when it is not there."""
     folder = folder_of_this_version()
+    if launch.is_launched() and not folder.is_dir():
+        _build_apart()
     if rebuild or not folder.is_dir():
         say(f"Building the embedded help desk, about a minute, once: {folder}")
     return built(folder, build, anew=rebuild)
+
+
+def _build_apart() -> None:
+    """Build in a process that is not one of several, which TRL's trainers would take it for."""
+    told = None if launch.is_first_here() else subprocess.DEVNULL
+    command = [sys.executable, "-m", "ppo_lab.embedded"]
+    subprocess.run(  # noqa: S603
+        command, env=launch.as_if_alone(os.environ), stdout=subprocess.DEVNULL, stderr=told, check=True
+    )
 
 
 def say(line: str) -> None:

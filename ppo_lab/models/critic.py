@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.loading import disable_dropout
-from ppo_lab.models.policy import enable_checkpointing, response_states, spread
+from ppo_lab.models.policy import enable_checkpointing, response_states, spread, under
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.types import Tokens
 
@@ -53,12 +53,16 @@ class Critic(nn.Module):
         """Recompute activations in the backward pass."""
         enable_checkpointing(self.model)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         """Write the classifier as safetensors; `AutoModelForSequenceClassification` loads it.
 
         The scale is not in it: the saved model gives raw scores, as the reward model did.
+        `state_dict` is that of the whole critic, where it is sharded.
         """
-        self.model.save_pretrained(folder)
+        state = None if state_dict is None else under("model.", state_dict)
+        self.model.save_pretrained(folder, state_dict=state)
 
 
 def check_decoder(model: Any) -> None:

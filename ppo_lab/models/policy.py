@@ -83,13 +83,18 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             self.v_head.load_state_dict(weights)
         return weights is not None
 
-    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
         """Write model (or adapter) and value head as safetensors; `AutoModelForCausalLM` or
         `PeftModel` load it. A value head that is not trained, since a critic stands in for it, is
-        left out.
+        left out. `state_dict` is that of the whole policy, where it is sharded.
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
+        head = self.v_head.state_dict() if state_dict is None else under("v_head.", state_dict)
+        if state_dict is not None:
+            kwargs["state_dict"] = under("pretrained_model.", state_dict)
         if self.is_peft_model:
             kwargs["selected_adapters"] = [self.pretrained_model.active_adapter]
             # The vocabulary never changes here; finding that out, PEFT would ask the hub.
@@ -98,7 +103,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         if self.is_peft_model:
             _move_up(path / self.pretrained_model.active_adapter)
         if self.v_head.summary.weight.requires_grad:
-            save_value_head(self.v_head, path)
+            save_value_head(head, path)
 
     def forward(
         self,
@@ -186,6 +191,12 @@ def enable_checkpointing(model: Any) -> None:
         or model.gradient_checkpointing_enable
     )
     enable({"use_reentrant": False})
+
+
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of one part of a state, under their names in that part."""
+    found = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
 def response_states(trunk: Trunk, tokens: Tokens) -> Float[Tensor, "batch time hidden"]:

@@ -49,6 +49,12 @@ class Reference:
                 else "off"
             )
 
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The models of its own by name: none where it shares the policy's trunk."""
+        shared = self._trunk is self._policy.trunk
+        return {} if shared else {"reference": self._trunk.model}
+
     @torch.no_grad()
     def logprobs(self, tokens: Tokens, *, temperature: float) -> Float[Tensor, "batch time"]:
         """Log-probabilities of the response tokens under the reference."""

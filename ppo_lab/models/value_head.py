@@ -42,10 +42,10 @@ class ValueHead(nn.Module):
         return self.summary(hidden.to(self.summary.weight.dtype)).squeeze(-1)
 
 
-def save_value_head(head: ValueHead, folder: Path) -> None:
-    """Write the head beside a saved model, as safetensors."""
+def save_value_head(weights: dict[str, Tensor], folder: Path) -> None:
+    """Write a head's weights beside a saved model, as safetensors."""
     save_file(
-        {_PREFIX + k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()},
+        {_PREFIX + k: v.detach().cpu().contiguous() for k, v in weights.items()},
         folder / VALUE_HEAD_FILE,
     )
 

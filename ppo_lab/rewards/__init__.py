@@ -37,9 +37,9 @@ class Reward(Protocol):
         ...
 
 
-def build_reward(section: Any, *, device: str) -> Reward:
+def build_reward(section: Any, *, device: str, processes: Any = None) -> Reward:
     """The reward that a section of the configuration describes; `device` is where a reward model
-    lives.
+    lives. Several `processes` score together.
 
     Raises:
         ConfigError: the reward cannot be made: no such model or function, a missing extra, ...
@@ -48,7 +48,8 @@ def build_reward(section: Any, *, device: str) -> Reward:
     from ppo_lab.rewards.scoring import WeightedSum
 
     name = section.name or kind(section)
-    return WeightedSum(name, weight=section.weight, parts=_parts(section, name, device))
+    parts = _parts(section, name, device)
+    return WeightedSum(name, weight=section.weight, parts=parts, processes=processes)
 
 
 def _parts(section: Any, name: str, device: str) -> dict[str, tuple[float, Scorer]]:

@@ -48,6 +48,9 @@ class FunctionScorer:
     attempt, and one that exceeds them is left behind in its thread, since Python cannot stop it.
     """
 
+    # It may count its calls, draw random numbers, or compare the samples of a batch.
+    sees_whole_batch = True
+
     def __init__(
         self,
         function: Callable[..., Any],

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ppo_lab.errors import ConfigError
+from ppo_lab.processes.alone import Alone
 from ppo_lab.rewards.conversation import as_text
 from ppo_lab.types import Scores
 
@@ -24,16 +25,23 @@ class WeightedSum:
     """A reward made of named raw scorers: total = weight * (w_1 s_1 + w_2 s_2 + ...).
 
     A reward of a single kind is the sum of one part. `Scores.parts` holds s_1, s_2, ... before any
-    weight.
+    weight. Of several processes each scores its share; a scorer with `sees_whole_batch` is asked
+    once for all samples, by the main process.
     """
 
     def __init__(
-        self, name: str, *, weight: float = 1.0, parts: dict[str, tuple[float, Scorer]]
+        self,
+        name: str,
+        *,
+        weight: float = 1.0,
+        parts: dict[str, tuple[float, Scorer]],
+        processes: Alone | None = None,
     ) -> None:
         """A reward called `name`; `parts` maps a name to (weight within the sum, scorer)."""
         self.name = name
         self.weight = weight
         self._parts = parts
+        self._processes = processes or Alone()
 
     def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> Scores:
         """The checked scores of these completions.
@@ -44,31 +52,57 @@ class WeightedSum:
         raw: dict[str, torch.Tensor] = {}
         total = torch.zeros(len(completions), dtype=torch.float64)
         for name, (weight, scorer) in self._parts.items():
-            scores = scorer(prompts, completions, **columns)
-            raw[name] = checked_scores(name, scores, prompts, completions)
+            raw[name] = self._scores(name, scorer, prompts, completions, columns)
             total += weight * raw[name].double()
         return Scores(total=(self.weight * total).float(), parts=raw)
 
+    def _scores(
+        self,
+        name: str,
+        scorer: Scorer,
+        prompts: list[Any],
+        completions: list[str],
+        columns: dict[str, list[Any]],
+    ) -> torch.Tensor:
+        """One part's checked scores of all samples, on every process."""
+
+        def judge(rows: slice) -> torch.Tensor:
+            own = {name: column[rows] for name, column in columns.items()}
+            scores = scorer(prompts[rows], completions[rows], **own)
+            return checked_scores(name, scores, prompts, completions, rows)
+
+        n = len(completions)
+        if getattr(scorer, "sees_whole_batch", False):
+            return self._processes.from_main(lambda: judge(slice(0, n)))
+        with self._processes.together():
+            share = self._processes.share(n)
+            own = judge(share) if share.stop > share.start else torch.empty(0)
+        return self._processes.gather(own, n)
+
 
 def checked_scores(
-    name: str, scores: Any, prompts: Sequence[Any], completions: Sequence[str]
+    name: str,
+    scores: Any,
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    rows: slice = slice(None),
 ) -> torch.Tensor:
-    """What a scorer returned as a float32 tensor of shape (batch,).
+    """What a scorer returned for these rows of a batch as a float32 tensor of shape (batch,).
 
     Raises:
         RewardError: it is no list (nor tensor, nor array), has not one item a sample, or an
             item is not a finite number; the message names the reward and the first such sample.
     """
-    items = _as_list(name, scores)
-    if len(items) != len(completions):
+    items, (first, end, _) = _as_list(name, scores), rows.indices(len(completions))
+    if len(items) != end - first:
         raise RewardError(
-            f"reward {name!r}: {len(items)} scores came back for {len(completions)} samples; "
+            f"reward {name!r}: {len(items)} scores came back for {end - first} samples; "
             "it must return one number a sample."
         )
-    values = [_as_float(name, item, i, prompts, completions) for i, item in enumerate(items)]
+    values = [_as_float(name, item, i, prompts, completions) for i, item in enumerate(items, first)]
     result = torch.tensor(values, dtype=torch.float32)
     for i in (~result.isfinite()).nonzero().flatten().tolist():
-        where = describe(i, prompts, completions)
+        where = describe(first + i, prompts, completions)
         raise RewardError(
             f"reward {name!r}: the score of {where} is {values[i]}, not a finite number."
         )
