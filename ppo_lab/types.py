@@ -40,7 +40,7 @@ class Prompts:
         picked = range(len(self))[rows] if isinstance(rows, slice) else rows
         return Prompts(
             ids=[self.ids[i] for i in picked],
-            texts=[self.texts[i] for i in picked],
+            texts=[self.texts[i] for i in picked] if self.texts else [],
             columns={name: [column[i] for i in picked] for name, column in self.columns.items()},
             indices=[self.indices[i] for i in picked] if self.indices else [],
         )

@@ -46,7 +46,11 @@ def wrap(group: Group, models: nn.ModuleDict, optimizer: torch.optim.Optimizer) 
     Raises:
         ConfigError: a kind of sharding that is not supported.
     """
-    kind = {"": Replicated, "fsdp": Sharded}[launch.sharding()]
+    if launch.sharding() == "deepspeed":
+        from ppo_lab.processes.zero import Partitioned
+
+        return Partitioned(group, Caller(models), optimizer)
+    kind = Sharded if launch.sharding() == "fsdp" else Replicated
     return kind(group, Caller(models), optimizer)
 
 
@@ -55,7 +59,7 @@ class Replicated(Whole):
 
     def __init__(self, group: Group, caller: Caller, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(optimizer)
-        self.group = group
+        self.group, self.caller = group, caller
         self.wrapped: Any = self._wrapped(caller)
 
     def _wrapped(self, caller: Caller) -> nn.Module:
@@ -115,6 +119,10 @@ class Sharded(Replicated):
         share = self.group.share(n)
         own = list(range(share.start, share.stop))
         return own + [0] * (-(-n // self.group.size) - len(own))
+
+    def all_ended(self, ended: bool) -> bool:
+        """Whether sampling may end: where every process has ended, as a step waits for all."""
+        return self.group.all(ended) if self.sharded else ended
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
