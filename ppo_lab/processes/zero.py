@@ -6,6 +6,7 @@ for which DeepSpeed keeps adapters in bfloat16 and their masters in float32.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,7 @@ class Partitioned(Sharded):
     def __init__(self, group: Group, caller: Caller, optimizer: torch.optim.Optimizer) -> None:
         self._judge: Callable[[Tensor], bool] | None = None
         self._verdict: bool | None = None
+        self._linked = False
         self._trained = [p for part in optimizer.param_groups for p in part["params"]]
         self._layout = optimizer.state_dict()["param_groups"]
         super().__init__(group, caller, optimizer)
@@ -87,6 +89,17 @@ class Partitioned(Sharded):
         if self._verdict is None:  # the engine found the gradient not to be finite
             judge(torch.tensor(math.inf))
         self._judge = None
+        self._link_states()
+
+    def _link_states(self) -> None:
+        """Have stage 2 look for the state of every group: it looks once, after the first group's
+        step, when the others have none.
+        """
+        engine = self.wrapped.optimizer
+        if self._verdict and not self._linked and hasattr(engine, "_hp_optimizer_states_linked"):
+            engine._hp_optimizer_states_linked = False
+            engine._lazy_init_hp_params_optimizer_state()
+        self._linked = self._linked or bool(self._verdict)
 
     def _ask(self, closure: Any = None) -> None:
         """The optimizer's step as the engine calls it, once for each group of parameters."""
@@ -123,7 +136,7 @@ class Partitioned(Sharded):
             return {"state": {}, "param_groups": groups}
         state = {
             number: {
-                "step": steps[0],
+                "step": copy.deepcopy(steps[0]),
                 **{m: self._mine(safe_get_full_optimizer_state(p, m)) for m in MOMENTS},
             }
             for number, p in enumerate(self._trained)
