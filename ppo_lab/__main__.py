@@ -21,8 +21,10 @@ def main() -> None:
         print_page()
     else:
         from ppo_lab.command_line import launch
+        from ppo_lab.processes.relaunch import start_as_many_as_asked
         from ppo_lab.rules import problems
 
+        start_as_many_as_asked()
         launch(train, check=problems)
 
 

@@ -32,6 +32,7 @@ from ppo_lab.models.loading import (
 from ppo_lab.models.lora import wrap_lora
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.processes.alone import Alone
+from ppo_lab.record import Say
 from ppo_lab.rewards.classifier import label_index
 from ppo_lab.rewards.loading import load_classifier, load_reward_tokenizer
 from ppo_lab.rollout import Sampling
@@ -178,6 +179,16 @@ def pick_device(wanted: str, processes: Alone) -> str:
     if wanted != "auto":
         return wanted
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def tell_of_other_gpus(device: str, say: Say) -> None:
+    """Say how all GPUs are used, where this run uses one of several; not run here."""
+    count = torch.cuda.device_count()
+    if device == "cuda" and count > 1:
+        say(
+            f"one of the {count} GPUs here is used; all of them: "
+            f"accelerate launch --num_processes {count} -m ppo_lab ..."
+        )
 
 
 def longest_prompt(config: Config) -> int:

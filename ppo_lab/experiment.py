@@ -22,6 +22,7 @@ from ppo_lab.assembly import (
     ppo_config,
     resolve,
     sampling,
+    tell_of_other_gpus,
 )
 from ppo_lab.config import Config
 from ppo_lab.continuation import (
@@ -179,6 +180,7 @@ def build(
     from ppo_lab.data import PromptStream, load_prompts
 
     device, say = pick_device(config.device, processes), to_stderr if processes.is_main else silent
+    tell_of_other_gpus(device, say)
     with processes.together():
         warn_of_remote_code(config.model, say)
         check_fits(config, device, processes=processes.here)
@@ -217,13 +219,17 @@ def build(
         shuffle=config.data.shuffle,
     )
     begun = processes.from_main(lambda: find(config.resume, folder)) if config.resume else None
-    trackers = Composite([], say=silent) if not processes.is_main else open_trackers(
-        config.tracking,
-        folder,
-        hidden(asdict(config)),
-        total_steps=config.ppo.steps,
-        overrides=overrides,
-        resume_step=(checkpoint.step_of(begun) if begun else -1) if config.resume else None,
+    trackers = (
+        Composite([], say=silent)
+        if not processes.is_main
+        else open_trackers(
+            config.tracking,
+            folder,
+            hidden(asdict(config)),
+            total_steps=config.ppo.steps,
+            overrides=overrides,
+            resume_step=(checkpoint.step_of(begun) if begun else -1) if config.resume else None,
+        )
     )
     keeper = Keeper(config.checkpoint, folder, trackers.say)
     lab = Lab(config, folder, trainer, stream, evaluator, trackers, keeper, start, processes)

@@ -30,20 +30,24 @@ class Passes:
     No number that is learnt from depends on it beyond rounding. It stays as small as it had to get.
     """
 
-    def __init__(self, purpose: str, agree: Callable[[bool], bool] | None = bool) -> None:
-        """`purpose` says in the one warning what the passes are for.
+    def __init__(self, purpose: str) -> None:
+        """`purpose` says in the one warning what the passes are for."""
+        self.purpose = purpose
+        self.most = 0
+
+    def until_it_fits(
+        self,
+        attempt: Callable[[int], T],
+        wanted: int,
+        agree: Callable[[bool], bool] | None = bool,
+    ) -> T:
+        """`attempt(size)` with at most `wanted` samples a pass, half as many after each failure.
 
         `agree` tells whether memory ran out on any of several processes; None where they cannot
         try again together, because some would still be waiting inside of the failed attempt.
-        """
-        self.purpose, self.agree = purpose, agree
-        self.most = 0
-
-    def until_it_fits(self, attempt: Callable[[int], T], wanted: int) -> T:
-        """`attempt(size)` with at most `wanted` samples a pass, half as many after each failure.
 
         Raises:
-            OutOfMemoryError: not even a single sample fits.
+            OutOfMemoryError: not even a single sample fits, or there is no trying again.
         """
         while True:
             size = min(wanted, self.most or wanted)
@@ -51,10 +55,10 @@ class Passes:
             try:
                 result, done = attempt(size), True
             except OutOfMemoryError:
-                if size == 1 or self.agree is None:
+                if size == 1 or agree is None:
                     raise
             # Outside of the handler, which would keep the failed attempt's tensors alive.
-            if self.agree is None or not self.agree(not done):
+            if agree is None or not agree(not done):
                 return result  # type: ignore[return-value]
             self._halve(size)
 

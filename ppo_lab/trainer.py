@@ -118,8 +118,7 @@ class PPOTrainer:
         self.updates = ClippedUpdates(
             self.policy, self.critic, self.models, self.config, self.processes
         )
-        again = None if self.models.sharded else self.processes.any
-        self.drawing, self.scoring = Passes("sampling", again), Passes("log-probs", again)
+        self.drawing = Passes("sampling")
         self.kl_controller = _controller(self.config)
         self.moments = RunningMoments()
         self.iterations_done = 0
@@ -436,7 +435,8 @@ class PPOTrainer:
 
         width = tokens.queries.shape[1] + tokens.responses.shape[1]
         mini_batch = self.config.mini_batch_size or self.config.batch_size
-        found = self.scoring.until_it_fits(attempt, max(mini_batch, PASS_TOKENS // width))
+        wanted = max(mini_batch, PASS_TOKENS // width)
+        found = self.updates.passes.until_it_fits(attempt, wanted, self._again)
         return self.processes.gather(found, len(tokens))
 
     def _keep_below(self, tokens: Tokens) -> Tokens:
@@ -446,6 +446,11 @@ class PPOTrainer:
         if not self.config.cache_trunk:
             return tokens
         return replace(tokens, below=self.in_passes(tokens, self.policy.below))
+
+    @property
+    def _again(self) -> Callable[[bool], bool] | None:
+        """How processes agree to make smaller passes; sharded models wait inside of each."""
+        return None if self.models.sharded else self.processes.any
 
     def _train_mode(self, on: bool) -> None:
         """Dropout is off either way; what gradient checkpointing recomputes hangs on it."""
@@ -474,6 +479,7 @@ class PPOTrainer:
                     all_ended=self.models.all_ended,
                 ),
                 sampling.batch_size or n,
+                self._again,
             )
         return self.processes.gather(tokens, n), self.processes.gather(seen, n)
 

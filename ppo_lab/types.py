@@ -52,7 +52,7 @@ class _Rows:
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))  # type: ignore[arg-type]
 
-    def __getitem__(self, rows: Tensor | slice) -> Self:
+    def __getitem__(self, rows: Tensor | slice | list[int]) -> Self:
         """These samples of every tensor; nested records and absent (None) tensors included."""
         return self._map(lambda value: value[rows])
 

@@ -100,7 +100,7 @@ class ClippedUpdates:
         self.processes = processes or Alone()
         self.apart = critic is not policy
         self.clipped_together = _by_model(models.parameters, critic if self.apart else None)
-        self.passes = Passes("training", bool if self.processes.size == 1 else None)
+        self.passes = Passes("training")
         self.skipped_in_a_row = 0
 
     def run(
@@ -149,6 +149,7 @@ class ClippedUpdates:
                 batch, [p for rows in groups for p in rows.split(size)], temperature, critic_only
             ),
             max(map(len, groups), default=1),
+            bool if self.processes.size == 1 else None,
         )
         done: list[OptimizerStep] = []
 
@@ -291,20 +292,19 @@ class OptimizerStep:
         sums: Tensor,
         extremes: Tensor,
         norms: Tensor,
-        each: Callable[[Tensor], Tensor] = Alone().each,
+        each: Callable[[Tensor], Tensor],
     ) -> OptimizerStep:
         """Fetch everything in one synchronisation with the device, and `each` process's numbers
         in one with them; the norms are those of all gradients already.
         """
         rows = each(torch.cat([sums.double(), extremes.double(), norms.double()]).cpu())
         smallest, largest, *norms_of = rows[:, len(SUMS) :].unbind(1)
-        grad_norm, *critics = [float(norm[0]) for norm in norms_of]
         return cls(
             rows[:, : len(SUMS)].sum(0),
             float(smallest.min()),
             float(largest.max()),
-            grad_norm,
-            *(critics or [grad_norm]),
+            float(norms_of[0][0]),
+            float(norms_of[-1][0]),
         )
 
     @property

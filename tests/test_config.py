@@ -30,7 +30,7 @@ ANY_NUMBER = {"weight", "value", "none_score"}
 OPTIONS = [
     f"{file.parent.name}={file.stem}"
     for file in sorted(conf_folder().glob("*/*.yaml"))
-    if file.parent.name != "schema"
+    if file.parent.name not in ("schema", "accelerate")
 ]
 MODELS = [option for option in OPTIONS if option.startswith("model=") and option != "model=local"]
 

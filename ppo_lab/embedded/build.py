@@ -70,7 +70,11 @@ def _build_apart() -> None:
     told = None if launch.is_first_here() else subprocess.DEVNULL
     command = [sys.executable, "-m", "ppo_lab.embedded"]
     subprocess.run(  # noqa: S603
-        command, env=launch.as_if_alone(os.environ), stdout=subprocess.DEVNULL, stderr=told, check=True
+        command,
+        env=launch.as_if_alone(os.environ),
+        stdout=subprocess.DEVNULL,
+        stderr=told,
+        check=True,
     )
 
 

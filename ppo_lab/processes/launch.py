@@ -9,8 +9,8 @@ from typing import TypeVar
 E = TypeVar("E", bound=BaseException)
 
 # What tells a process that it is one of several; children that are not must not see it.
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-LAUNCHERS += ("ACCELERATE_", "FSDP_")
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+LAUNCHERS = (*RANKS, "ACCELERATE_", "FSDP_")
 
 
 def is_launched() -> bool:

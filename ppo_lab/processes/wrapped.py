@@ -142,10 +142,14 @@ class Sharded(Replicated):
         most = int(self.group.each(torch.tensor([len(passes)])).max())
         return passes + [torch.empty(0, dtype=torch.long)] * (most - len(passes))
 
-    def step(self, judge: Callable[[Tensor], bool], *, max_norm: float) -> None:
-        """As of whole models; the norm is over all shards."""
+    def full(self, tensor: Tensor) -> Tensor:
+        """A tensor that may be sharded, in full."""
         with self.group.answering():
-            super().step(lambda norm: judge(_full(norm)), max_norm=max_norm)
+            return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def state_of(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """A model's state in full, on the main process; None where it is so by itself."""
+        return self.whole(model.state_dict(keep_vars=True)) if self.sharded else None
 
     def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters and buffers in full, on the main process; the others only help."""
@@ -176,12 +180,8 @@ class Sharded(Replicated):
     def _kept(self, value: Any) -> Any:
         if not isinstance(value, DTensor):
             return value
-        full = _full(value.detach())
+        full = self.full(value.detach())
         return full.cpu() if self.group.is_main else torch.empty(0)
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(parameter: Tensor, value: Any) -> Any:

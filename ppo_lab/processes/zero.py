@@ -1,7 +1,7 @@
 """Models and optimizer partitioned over the processes by DeepSpeed's ZeRO, stages 2 and 3.
 
-Tried on CPUs (gloo) with LoRA and full fine-tuning; not run here: GPUs, offloading, bfloat16 trunks,
-for which DeepSpeed keeps adapters in bfloat16 and their masters in float32.
+Tried on CPUs (gloo) with LoRA and full fine-tuning. Not run here: GPUs, offloading, and bfloat16
+trunks, for which DeepSpeed keeps adapters in bfloat16 and their masters in float32.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ppo_lab.errors import ConfigError
 from ppo_lab.processes.wrapped import Caller, Sharded
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ class Partitioned(Sharded):
         self._linked = False
         self._trained = [p for part in optimizer.param_groups for p in part["params"]]
         self._layout = optimizer.state_dict()["param_groups"]
+        if caller.models["policy"] is not caller.models["critic"]:
+            raise ConfigError(
+                "critic=reward_model: DeepSpeed clips and steps all weights as one; use "
+                "critic=head, or conf/accelerate/ddp.yaml or fsdp2.yaml"
+            )
         super().__init__(group, caller, optimizer)
         self.sharded = self.wrapped.zero_optimization_partition_weights()
 
@@ -49,7 +55,7 @@ class Partitioned(Sharded):
         if any(p.dtype == torch.bfloat16 for p in caller.parameters()):
             config["bf16"] = {"enabled": True}
         self._take_step = self.optimizer.step
-        self.optimizer.step = self._ask  # type: ignore[method-assign]
+        self.optimizer.step = self._ask  # type: ignore[method-assign, assignment]
         return accelerator.prepare(caller, self.optimizer)[0]
 
     @property
@@ -80,14 +86,20 @@ class Partitioned(Sharded):
     def zero_grad(self) -> None:
         """Nothing: the engine forgets gradients when it has stepped."""
 
-    def step(self, judge: Callable[[Tensor], bool], *, max_norm: float) -> None:
+    def step(
+        self,
+        judge: Callable[[Tensor], bool],
+        clipped_together: list[list[nn.Parameter]],
+        *,
+        max_norm: float,
+    ) -> None:
         """An optimizer step with clipped gradients, if `judge` lets it pass, given their norm."""
         self.wrapped.optimizer.clip_grad = max_norm
         self._judge, self._verdict = judge, None
         with self.group.answering():
             self.wrapped.step()
         if self._verdict is None:  # the engine found the gradient not to be finite
-            judge(torch.tensor(math.inf))
+            judge(torch.tensor([math.inf]))
         self._judge = None
         self._link_states()
 
@@ -106,7 +118,7 @@ class Partitioned(Sharded):
         assert self._judge is not None, "the engine steps only when it is told to"
         if self._verdict is None:
             norm = float(self.wrapped.optimizer._global_grad_norm)
-            self._verdict = self._judge(torch.tensor(norm if norm >= 0 else math.nan))
+            self._verdict = self._judge(torch.tensor([norm if norm >= 0 else math.nan]))
         if self._verdict:
             self._take_step()
 
@@ -116,8 +128,8 @@ class Partitioned(Sharded):
 
     def put(self, parameter: Tensor, whole: Tensor) -> None:
         """Set a parameter and its master copy."""
-        from deepspeed.utils import safe_set_full_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param
 
         with GatheredParameters([parameter], modifier_rank=0):
             parameter.data.copy_(whole)
@@ -167,16 +179,15 @@ class Partitioned(Sharded):
         with self.accumulating(last=True):
             loss = self.call(self._nothing)
             self.backward(loss)
-        self.step(lambda _: True, max_norm=0.0)
+        self.step(lambda _: True, [self._trained], max_norm=0.0)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
     def _nothing(self) -> Tensor:
         """0, by way of every parameter that is trained."""
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.group.device)
-        outputs = [model(ids) for name, model in self.caller.models.items() if name != "reference"]
-        found = [t for output in outputs for t in output if isinstance(t, Tensor)]
-        return 0.0 * torch.stack([t.float().sum() for t in found]).sum()
+        logits, _, values = self.caller.models["policy"](ids)
+        return 0.0 * (logits.sum() + values.sum())
 
     def _settings(self) -> list[dict[str, Any]]:
         return [
@@ -185,8 +196,8 @@ class Partitioned(Sharded):
         ]
 
     def _in_full(self, tensor: Tensor) -> Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
 
         if tensor.requires_grad and (found := safe_get_full_fp32_param(tensor)) is not None:
             return self._mine(found)
