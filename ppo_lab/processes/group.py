@@ -30,7 +30,7 @@ SIGNS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "
 
 
 class ProcessLost(ConfigError):
-    """Another process of the run is gone, or has not answered in time; one of those left says it."""
+    """Another process is gone, or has not answered in time; one of those left says so."""
 
     shared = True
 
