@@ -299,7 +299,11 @@ class ModelReward(RewardSection):
         "weights; auto = bfloat16 on a GPU that computes in it, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    device: str = knob("auto", "auto = where the policy is; cpu, cuda or cuda:N")
+    device: str = knob(
+        "auto",
+        "auto = where the policy is, a copy for each process; cpu; cuda:N, one copy for all "
+        "processes; sharded = over all processes",
+    )
     trust_remote_code: bool = knob(False, "run Python code that comes with the model")
 
 

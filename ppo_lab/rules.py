@@ -251,6 +251,9 @@ def device_problem(key: str, device: str) -> Problems:
     """What is wrong with one device."""
     if launch.is_launched() and key == "device" and device.startswith("cuda:"):
         yield f"{key}={device}: each of several processes has a GPU of its own; must be auto or cpu"
+    elif device == "sharded" and key != "device":
+        if not launch.is_launched():
+            yield f"{key}=sharded: this is one process; launch several, or leave it auto"
     elif not DEVICE.fullmatch(device):
         near = suggestion(device, ("auto", "cpu", "cuda"))
         yield f"{key}={device}: must be auto, cpu, cuda or cuda:N{near}"

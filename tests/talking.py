@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from ppo_lab.errors import ConfigError
@@ -45,13 +46,9 @@ def what_fails_for_one_fails_for_all_in_the_same_words(group) -> None:
         raise ConfigError("only the main process got here")
 
     for attempt in (lambda: group.from_main(fail), lambda: inside(group)):
-        try:
+        with pytest.raises(ConfigError, match="process") as caught:
             attempt()
-        except ConfigError as error:
-            assert is_shared(error)
-            assert "process" in str(error)
-        else:
-            raise AssertionError("nothing was raised")
+        assert is_shared(caught.value)
 
 
 def inside(group) -> None:

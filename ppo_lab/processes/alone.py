@@ -58,6 +58,15 @@ class Alone:
         """The samples of this process out of `n`: contiguous, at most one more than another's."""
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
+    def rows(self, n: int) -> list[int]:
+        """The numbers of the samples in this process's share of `n`."""
+        return list(range(n))[self.share(n)]
+
+    def evened(self, n: int) -> list[int]:
+        """The same, and the first sample of all where others have one more: `gather` drops it."""
+        own = self.rows(n)
+        return own + [0] * (-(-n // self.size) - len(own))
+
     def gather(self, record: T, n: int) -> T:
         """The record of all `n` samples, on every process, given that of this process's share."""
         return record
@@ -86,6 +95,10 @@ class Alone:
     def together(self) -> Iterator[None]:
         """What raises on one process inside raises on all. Nothing inside may wait for another."""
         yield
+
+    def shard(self, model: nn.Module) -> Callable[..., Any]:
+        """Shard a frozen model over the processes; what functions that call it are called by."""
+        return lambda function, *args: function(*args)
 
     def wrap(self, models: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> Whole:
         """The models of a run and the optimizer of what is trained in them, made ready."""

@@ -111,6 +111,12 @@ class Group(Alone):
         if first is not None:
             raise shared(own or first) from None
 
+    def shard(self, model: nn.Module) -> Callable[..., Any]:
+        """Shard a frozen model over the processes; what functions that call it are called by."""
+        from ppo_lab.processes.wrapped import shard
+
+        return shard(model)
+
     def wrap(self, models: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> Whole:
         """The models of a run and the optimizer of what is trained in them, made ready."""
         from ppo_lab.processes.wrapped import wrap

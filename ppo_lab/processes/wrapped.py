@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ppo_lab.errors import ConfigError
@@ -52,6 +52,16 @@ def wrap(group: Group, models: nn.ModuleDict, optimizer: torch.optim.Optimizer) 
         return Partitioned(group, Caller(models), optimizer)
     kind = Sharded if launch.sharding() == "fsdp" else Replicated
     return kind(group, Caller(models), optimizer)
+
+
+def shard(model: nn.Module) -> Caller:
+    """A frozen model sharded by torch's FSDP2, whatever the policy is: block by block."""
+    caller = Caller(nn.ModuleDict({"model": model}))
+    for module in list(model.modules()):
+        if type(module).__name__ in caller._no_split_modules:
+            fully_shard(module)
+    fully_shard(caller)
+    return caller
 
 
 class Replicated(Whole):
@@ -116,9 +126,7 @@ class Sharded(Replicated):
 
     def rows(self, n: int) -> slice | list[int]:
         """This process's share of `n` samples, and the first of all where others have one more."""
-        share = self.group.share(n)
-        own = list(range(share.start, share.stop))
-        return own + [0] * (-(-n // self.group.size) - len(own))
+        return self.group.evened(n)
 
     def all_ended(self, ended: bool) -> bool:
         """Whether sampling may end: where every process has ended, as a step waits for all."""

@@ -45,20 +45,22 @@ def build_reward(section: Any, *, device: str, processes: Any = None) -> Reward:
         ConfigError: the reward cannot be made: no such model or function, a missing extra, ...
             Most are RewardError, a kind of it.
     """
+    from ppo_lab.processes.alone import Alone
     from ppo_lab.rewards.scoring import WeightedSum
 
     name = section.name or kind(section)
-    parts = _parts(section, name, device)
+    processes = processes or Alone()
+    parts = _parts(section, name, device, processes)
     return WeightedSum(name, weight=section.weight, parts=parts, processes=processes)
 
 
-def _parts(section: Any, name: str, device: str) -> dict[str, tuple[float, Scorer]]:
+def _parts(section: Any, name: str, device: str, processes: Any) -> dict[str, tuple[float, Scorer]]:
     """The raw scorers of a section by name, each with its weight within the section."""
     if kind(section) != "weighted":
-        return {name: (1.0, _scorer(section, device))}
+        return {name: (1.0, _scorer(section, device, processes))}
     parts: dict[str, tuple[float, Scorer]] = {}
     for key, inner in section.parts.items():
-        below = _parts(inner, key, device)
+        below = _parts(inner, key, device, processes)
         prefix = f"{key}/" if kind(inner) == "weighted" else ""
         parts |= {
             prefix + n: (inner.weight * weight, scorer) for n, (weight, scorer) in below.items()
@@ -66,10 +68,11 @@ def _parts(section: Any, name: str, device: str) -> dict[str, tuple[float, Score
     return parts
 
 
-def _scorer(section: Any, device: str) -> Scorer:
+def _scorer(section: Any, device: str, processes: Any) -> Scorer:
     """The raw scorer of one kind of reward; each kind's imports wait until it is asked for."""
     module = importlib.import_module(f"ppo_lab.rewards.{_HOMES[kind(section)]}")
-    return getattr(module, f"{kind(section)}_scorer")(section, device=device)
+    several = {"processes": processes} if kind(section) == "model" else {}
+    return getattr(module, f"{kind(section)}_scorer")(section, device=device, **several)
 
 
 _HOMES = {

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppo_lab.models.trunk import Trunk
+from ppo_lab.processes.alone import Alone
 from ppo_lab.rewards.conversation import as_chat, is_chat, joined
 from ppo_lab.rewards.loading import load_classifier, load_reward_tokenizer
 from ppo_lab.rewards.scoring import RewardError, Scorer
 
 
-def model_scorer(section: Any, *, device: str) -> Scorer:
-    """The classifier that `reward=model` names.
+def model_scorer(section: Any, *, device: str, processes: Alone | None = None) -> Scorer:
+    """The classifier that `reward=model` names: a copy for each process, one on a GPU of its own
+    that the main process asks, or one that is sharded over all.
 
     Raises:
         RewardError: it cannot be had, has no trained head, does not fit its tokenizer, or
             `label` is not among its labels.
     """
-    place = device if section.device in ("", "auto") else section.device
+    processes, place = processes or Alone(), section.device
+    alone_there = processes.size > 1 and place.startswith("cuda")
+    if alone_there and not processes.is_main:
+        return Elsewhere()
     model = load_classifier(
         section.path,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
         dtype=section.dtype,
-        device=place,
+        device=device if place in ("", "auto", "sharded") else place,
     )
     tokenizer = load_reward_tokenizer(
         section.tokenizer or section.path,
         revision="" if section.tokenizer else section.revision,
         trust_remote_code=section.trust_remote_code,
     )
-    return Classifier(
+    scorer = Classifier(
         model,
         tokenizer,
         label=section.label,
@@ -44,6 +50,20 @@ def model_scorer(section: Any, *, device: str) -> Scorer:
         batch_size=section.batch_size,
         max_length=section.max_length,
     )
+    scorer.sees_whole_batch = alone_there
+    if place == "sharded":
+        scorer.call, scorer.in_step = processes.shard(model), True
+    return scorer
+
+
+class Elsewhere:
+    """Stands for a scorer that only the main process has, and asks."""
+
+    sees_whole_batch = True
+
+    def __call__(self, *_: Any, **__: Any) -> Tensor:
+        """Nothing: nobody calls it."""
+        raise AssertionError("the main process alone asks this reward model")
 
 
 def embedded_scorer(section: Any, *, device: str) -> Scorer:
@@ -69,6 +89,9 @@ class Classifier:
     an encoder, nor where the tokenizer closes its texts itself.
     """
 
+    # Whether one process scores all samples; whether all make as many passes, over one model.
+    sees_whole_batch = in_step = False
+
     def __init__(
         self,
         model: Any,
@@ -84,6 +107,7 @@ class Classifier:
     ) -> None:
         """A scorer that owns `model`, a loaded AutoModelForSequenceClassification."""
         self.model = model.eval().requires_grad_(False)
+        self.call: Callable[..., Tensor] = _plainly
         self.tokenizer = tokenizer
         self.index = label_index(model.config, label)
         self.output = output
@@ -101,7 +125,7 @@ class Classifier:
         self.append_eos = _appends_eos(model, tokenizer, append_eos)
         self._eos_in_chats = append_eos == "always"
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, prompts: list[Any], completions: list[str], **columns: Any) -> Tensor:
         """The scores, shape (batch,), on the CPU."""
         ids = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]
@@ -109,7 +133,7 @@ class Classifier:
         scores = torch.empty(len(ids))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            scores[rows] = self._forward([ids[i] for i in rows])
+            scores[rows] = self.call(self._forward, [ids[i] for i in rows])
         return scores
 
     def _encode(self, prompt: Any, completion: str) -> list[int]:
@@ -177,6 +201,10 @@ class Classifier:
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
         device = self.model.device
         return self.model(input_ids=rows.to(device), attention_mask=mask.to(device)).logits
+
+
+def _plainly(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    return function(*args)
 
 
 def label_index(config: Any, label: str, *, key: str = "reward.label") -> int:

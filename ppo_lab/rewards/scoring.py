@@ -66,18 +66,18 @@ class WeightedSum:
     ) -> torch.Tensor:
         """One part's checked scores of all samples, on every process."""
 
-        def judge(rows: slice) -> torch.Tensor:
-            own = {name: column[rows] for name, column in columns.items()}
-            scores = scorer(prompts[rows], completions[rows], **own)
-            return checked_scores(name, scores, prompts, completions, rows)
+        def judge(rows: Sequence[int]) -> torch.Tensor:
+            own = {key: [column[i] for i in rows] for key, column in columns.items()}
+            shown = [prompts[i] for i in rows], [completions[i] for i in rows]
+            return checked_scores(name, scorer(*shown, **own), prompts, completions, rows)
 
-        n = len(completions)
+        processes, n = self._processes, len(completions)
         if getattr(scorer, "sees_whole_batch", False):
-            return self._processes.from_main(lambda: judge(slice(0, n)))
-        with self._processes.together():
-            share = self._processes.share(n)
-            own = judge(share) if share.stop > share.start else torch.empty(0)
-        return self._processes.gather(own, n)
+            return processes.from_main(lambda: judge(range(n)))
+        with processes.together():
+            rows = processes.evened(n) if getattr(scorer, "in_step", False) else processes.rows(n)
+            own = judge(rows) if rows else torch.empty(0)
+        return processes.gather(own, n)
 
 
 def checked_scores(
@@ -85,24 +85,26 @@ def checked_scores(
     scores: Any,
     prompts: Sequence[Any],
     completions: Sequence[str],
-    rows: slice = slice(None),
+    rows: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """What a scorer returned for these rows of a batch as a float32 tensor of shape (batch,).
+    """What a scorer returned for these rows of a batch, or all, as a float32 tensor.
 
     Raises:
         RewardError: it is no list (nor tensor, nor array), has not one item a sample, or an
             item is not a finite number; the message names the reward and the first such sample.
     """
-    items, (first, end, _) = _as_list(name, scores), rows.indices(len(completions))
-    if len(items) != end - first:
+    items, rows = _as_list(name, scores), range(len(completions)) if rows is None else rows
+    if len(items) != len(rows):
         raise RewardError(
-            f"reward {name!r}: {len(items)} scores came back for {end - first} samples; "
+            f"reward {name!r}: {len(items)} scores came back for {len(rows)} samples; "
             "it must return one number a sample."
         )
-    values = [_as_float(name, item, i, prompts, completions) for i, item in enumerate(items, first)]
+    values = [
+        _as_float(name, item, i, prompts, completions) for i, item in zip(rows, items, strict=True)
+    ]
     result = torch.tensor(values, dtype=torch.float32)
     for i in (~result.isfinite()).nonzero().flatten().tolist():
-        where = describe(first + i, prompts, completions)
+        where = describe(rows[i], prompts, completions)
         raise RewardError(
             f"reward {name!r}: the score of {where} is {values[i]}, not a finite number."
         )
