@@ -56,6 +56,27 @@ def test_only_entries_import_hydra() -> None:
     assert guilty - MAY_IMPORT_HYDRA == set()
 
 
+def test_only_the_processes_import_accelerate_and_torch_distributed() -> None:
+    spoken = ("accelerate", "torch.distributed", "deepspeed")
+    guilty = {
+        room(f)
+        for f in modules()
+        if any(m == name or m.startswith(f"{name}.") for m in imports(f) for name in spoken)
+    }
+    assert guilty == {"processes"}
+
+
+def test_a_run_of_one_process_loads_nothing_of_several() -> None:
+    code = (
+        "import sys, ppo_lab.experiment; from ppo_lab.processes.alone import joined;"
+        "joined(device='cpu', timeout=1).__enter__();"
+        "print([m for m in sys.modules if m.startswith('ppo_lab.processes')])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = ("", ".alone", ".launch")
+    assert sorted(eval(said.stdout)) == [f"ppo_lab.processes{name}" for name in names]
+
+
 def test_only_one_module_imports_trl() -> None:
     guilty = {f.stem for f in modules() if any(m.split(".")[0] == "trl" for m in imports(f))}
     # The benchmark's workers run older TRLs, each in an environment of its own.
