@@ -164,6 +164,11 @@ def ppo_conflicts(ppo: PPOSection, prefix: str = "") -> Problems:
 
 def ppo_rules(config: Config) -> Problems:
     """`ppo` as a whole."""
+    if config.ppo.cache_trunk and launch.sharding():
+        yield (
+            "ppo.cache_trunk=true: layers of sharded models are gathered by their own forward "
+            "alone; leave it out, or use conf/accelerate/ddp.yaml"
+        )
     yield from batch_division(config.ppo, "ppo.")
     yield from ppo_conflicts(config.ppo, "ppo.")
     if config.ppo.cache_trunk and not (config.lora.r and config.lora.top_layers):
