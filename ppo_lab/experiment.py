@@ -41,6 +41,7 @@ from ppo_lab.memory import check_fits
 from ppo_lab.models.loading import keep_quiet, load_tokenizer
 from ppo_lab.outcome import objective, summarise
 from ppo_lab.processes.alone import Alone, joined
+from ppo_lab.processes.launch import shared
 from ppo_lab.record import to_stderr
 from ppo_lab.resume import RECORD, differences, record_again, resume_command, run_folder
 from ppo_lab.rewards import build_reward
@@ -237,8 +238,10 @@ def build(
     if begun:
         with processes.together():
             state = checkpoint.read(begun)
-        with processes.together():
+        try:
             restore(lab, state)
+        except ConfigError as error:
+            raise shared(error) from None
         processes.from_main(lambda: checkpoint.set_aside_later(folder, trainer.iterations_done))
     return lab
 

@@ -129,11 +129,10 @@ class Partitioned(Sharded):
     def put(self, parameter: Tensor, whole: Tensor) -> None:
         """Set a parameter and its master copy."""
         from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_set_full_fp32_param
 
         with GatheredParameters([parameter], modifier_rank=0):
             parameter.data.copy_(whole)
-        safe_set_full_fp32_param(parameter, whole.to(parameter.device, torch.float32))
+        self._set(parameter, whole)
 
     def optimizer_state(self) -> dict[str, Any]:
         """The optimizer's state as a process with whole models has it, on the main process."""
@@ -157,19 +156,32 @@ class Partitioned(Sharded):
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Continue from a state whose tensors are in full."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         if not state["state"]:
             return
         self._make_state()
         for number, parameter in enumerate(self._trained):
             for moment in MOMENTS:
-                value = state["state"][number][moment].to(parameter.device, torch.float32)
-                safe_set_full_optimizer_state(parameter, value, moment)
+                self._set(parameter, state["state"][number][moment], moment)
         for own in self.optimizer.state.values():
             own["step"] = _like_step(own["step"], state["state"][0]["step"])
         for group, saved in zip(self.optimizer.param_groups, state["param_groups"], strict=True):
             group |= {name: value for name, value in saved.items() if name != "params"}
+
+    def _set(self, parameter: Any, whole: Tensor, *moment: str) -> None:
+        """Set a parameter's master copy, or a moment of its, from a tensor given in full."""
+        from deepspeed import utils
+
+        setter = "optimizer_state" if moment else "fp32_param"
+        value = whole.to(self.group.device, torch.float32)
+        if not self.sharded:
+            getattr(utils, f"safe_set_full_{setter}")(parameter, value, *moment)
+            return
+        # By parts: the setters of whole values fail on sizes that do not divide.
+        part = parameter.ds_tensor.numel()
+        missing = part * self.group.size - value.numel()
+        padded = torch.nn.functional.pad(value.flatten(), (0, missing))
+        own = padded[part * self.group.rank :][:part]
+        getattr(utils, f"safe_set_local_{setter}")(parameter, own, *moment)
 
     def _make_state(self) -> None:
         """Have the optimizer make its state, by a step that moves nothing."""
