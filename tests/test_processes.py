@@ -306,9 +306,18 @@ def test_sigterm_to_the_launcher_ends_all_after_the_same_iteration(tmp_path: Pat
     assert last == f"step-{summary['steps']:06}"
 
 
+FAULTS = {
+    "ZeroDivisionError('the tenth pass')": "raise ZeroDivisionError('the tenth pass')",
+    "__import__('torch').OutOfMemoryError('full')": "GPU memory ran out in process",
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_an_error_of_one_process_is_said_once_and_ends_all(tmp_path: Path, rank: str) -> None:
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_error_of_one_process_is_said_once_and_ends_all(
+    tmp_path: Path, fault: str, rank: str
+) -> None:
     (tmp_path / "faulty.py").write_text(
         "import os, runpy\n"
         "from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead as Policy\n"
@@ -316,7 +325,7 @@ def test_an_error_of_one_process_is_said_once_and_ends_all(tmp_path: Path, rank:
         "def failing(self, *args, **kwargs):\n"
         "    calls.append(1)\n"
         f"    if os.environ['RANK'] == '{rank}' and len(calls) > 9:\n"
-        "        raise ZeroDivisionError('the tenth pass')\n"
+        f"        raise {fault}\n"
         "    return score(self, *args, **kwargs)\n"
         "Policy.score = failing\n"
         "runpy.run_module('ppo_lab', run_name='__main__')\n"
@@ -325,7 +334,7 @@ def test_an_error_of_one_process_is_said_once_and_ends_all(tmp_path: Path, rank:
     process = several.launch(2, tmp_path, "faulty.py", *several.tiny(tmp_path))
     said, _ = process.communicate(timeout=100)
     assert process.returncode != 0
-    assert said.count("raise ZeroDivisionError('the tenth pass')") == 1
+    assert said.count(FAULTS[fault]) == 1
     assert time.monotonic() - begin < 60
 
 
