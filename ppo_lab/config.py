@@ -227,6 +227,26 @@ class GenerationSection:
 
 
 @dataclass
+class VLLMGeneration(GenerationSection):
+    """Sampling by vLLM, on a GPU; evaluations are sampled by our own sampler all the same."""
+
+    server: str = knob(
+        "",
+        "address of a running `vllm serve`, such as http://HOST:8000; empty = in this process",
+    )
+    gpu_memory: float = knob(
+        0.3, "share of the GPU's memory that vLLM takes in this process", above=0, below=1
+    )
+    sleep: bool = knob(False, "give vLLM's memory back while the policy learns")
+    max_gap: float = knob(
+        0.1,
+        "largest mean difference between vLLM's log-probs and the policy's, nats per token, before "
+        "the run stops",
+        above=0,
+    )
+
+
+@dataclass
 class EvaluationSection:
     """`evaluation`: what is measured on held-out prompts, sampled as in training unless set."""
 
@@ -529,8 +549,14 @@ REWARDS = {
     "weighted": WeightedReward,
 }
 CRITICS = {"head": HeadCritic, "reward_model": ModelCritic}
+SAMPLERS: dict[str, type] = {"default": GenerationSection, "vllm": VLLMGeneration}
 SOURCES = {"embedded": EmbeddedData, "file": FileData, "hub": HubData}
-TYPED = {"reward": REWARDS, "critic": CRITICS, "data": SOURCES}
+TYPED: dict[str, dict[str, type]] = {
+    "reward": REWARDS,
+    "critic": CRITICS,
+    "data": SOURCES,
+    "generation": SAMPLERS,
+}
 
 
 def register_schema() -> None:

@@ -24,7 +24,7 @@ from ppo_lab.assembly import (
     sampling,
     tell_of_other_gpus,
 )
-from ppo_lab.config import Config
+from ppo_lab.config import Config, VLLMGeneration
 from ppo_lab.continuation import (
     Keeper,
     alone_in,
@@ -51,6 +51,7 @@ from ppo_lab.signals import Preempted, Preemption
 from ppo_lab.tracking import Composite, Tracker, open_trackers
 from ppo_lab.trainer import PPOTrainer
 from ppo_lab.update import TrainingDiverged
+from ppo_lab.vllm_sampler import VLLMSampler, engine_for
 
 Metrics = dict[str, float]
 ALONE = Alone()
@@ -205,6 +206,10 @@ def build(
         device=device,
         processes=processes,
     )
+    if isinstance(config.generation, VLLMGeneration):
+        context = longest_prompt(config) + config.generation.max_new_tokens
+        engine = engine_for(trainer, config.generation, trainer.sampling, context=context)
+        trainer.sampler = VLLMSampler(trainer, engine, max_gap=config.generation.max_gap)
     evaluator = Evaluator(
         trainer,
         prompts.held_out[: config.evaluation.prompts],

@@ -44,6 +44,10 @@ METRICS: dict[str, tuple[str, str]] = {
         "ratio",
         "max |ratio - 1| before the first step: rounding alone",
     ),
+    "ppo/policy/sampler_gap": (
+        "nats/token",
+        "mean |difference| between another sampler's log-probs (vLLM) and the policy's",
+    ),
     "ppo/returns/mean": ("score", "mean return"),
     "ppo/returns/var": ("score^2", "variance of the returns"),
     "ppo/val/vpred": ("score", "mean value while updating"),

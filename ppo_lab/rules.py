@@ -27,6 +27,7 @@ from ppo_lab.config import (
     ModelReward,
     PPOSection,
     RewardSection,
+    VLLMGeneration,
     WeightedReward,
 )
 from ppo_lab.data import problems as data_problems
@@ -192,6 +193,20 @@ def generation_rules(config: Config) -> Problems:
             "generation.temperature=0: PPO learns from samples, and needs a temperature above 0; "
             "evaluation.temperature=0 evaluates greedily"
         )
+
+
+def sampler_rules(config: Config) -> Problems:
+    """vLLM where it cannot sample."""
+    if not isinstance(config.generation, VLLMGeneration):
+        return
+    if find_spec("vllm") is None:
+        yield "generation=vllm: needs vLLM: pip install 'ppo_lab[vllm]'"
+    if config.device == "cpu" or not cuda_devices():
+        yield "generation=vllm: needs a CUDA GPU, and there is none here; use generation=default"
+    if config.model.weights == "random":
+        yield "generation=vllm: reads weights from files, and model.weights=random has none"
+    if config.generation.server and config.generation.sleep:
+        yield "generation.sleep=true: is for vLLM in this process; a server keeps its memory"
 
 
 def model_rules(config: Config) -> Problems:
@@ -361,6 +376,7 @@ def resume_rules(config: Config) -> Problems:
 RULES: tuple[Callable[[Config], Problems], ...] = (
     ppo_rules,
     generation_rules,
+    sampler_rules,
     model_rules,
     device_rules,
     reward_rules,

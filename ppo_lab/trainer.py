@@ -41,6 +41,7 @@ CRITIC_FOLDER = "critic"
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 
 Reward = Callable[..., Scores]
+Sampler = Callable[[Prompts, Sampling, NoiseKey], tuple[Tokens, Forward]]
 
 
 class PPOTrainer:
@@ -118,6 +119,8 @@ class PPOTrainer:
         self.updates = ClippedUpdates(
             self.policy, self.critic, self.models, self.config, self.processes
         )
+        self.sampler: Sampler = self.draw
+        self.noted: dict[str, float] = {}  # metrics of this iteration that others left
         self.drawing = Passes("sampling")
         self.kl_controller = _controller(self.config)
         self.moments = RunningMoments()
@@ -150,7 +153,7 @@ class PPOTrainer:
         noise = NoiseKey(self.config.seed, self.iterations_done)
         self.drawn = self.sampling
         with self.clock("generate"):
-            return self.draw(prompts, self.sampling, noise)
+            return self.sampler(prompts, self.sampling, noise)
 
     def score(self, prompts: Prompts, tokens: Tokens) -> Scores:
         """What the reward says of the responses, as texts."""
@@ -210,7 +213,8 @@ class PPOTrainer:
             self.kl_controller.update(metrics["objective/kl"], n_samples=len(rollout))
         advance(self.lr_scheduler)
         self.iterations_done += 1
-        return {**metrics, **self.clock.read(tokens=int(rollout.tokens.mask.sum()))}
+        noted, self.noted = self.noted, {}
+        return {**metrics, **noted, **self.clock.read(tokens=int(rollout.tokens.mask.sum()))}
 
     def shape(self, rollout: Rollout, scores: Scores) -> Shaped:
         """KL-shaped rewards, and the advantages and returns that the updates aim at."""

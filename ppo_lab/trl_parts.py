@@ -50,6 +50,13 @@ def reward_parts() -> tuple[Any, Any]:
     return RewardTrainer, RewardConfig
 
 
+def vllm_generation(model: Any, accelerator: Any, tokenizer: Any, **settings: Any) -> Any:
+    """TRL's `VLLMGeneration`: an engine that samples, and takes the model's weights when told."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    return VLLMGeneration(model, accelerator, tokenizer, **settings)
+
+
 def _without_telemetry() -> None:
     """TRL's trainers report each use to the hub unless told not to; the hub's client reads this
     when it sends.

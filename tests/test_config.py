@@ -196,6 +196,10 @@ RULES = [
     ),
     (["lora=none", "lora.top_layers=1"], "lora.top_layers: has no effect"),
     # lengths and sampling
+    (["generation=vllm"], "generation=vllm: needs vLLM: pip install 'ppo_lab[vllm]'"),
+    (["generation=vllm", "device=cpu"], "needs a CUDA GPU"),
+    (["generation=vllm", "model=bloom560m", "model.weights=random"], "reads weights from files"),
+    (["generation=vllm", "generation.server=http://a:1", "generation.sleep=true"], "keeps its"),
     (["generation.min_new_tokens=99"], "at most generation.max_new_tokens"),
     (["generation.min_new_tokens=9", "evaluation.max_new_tokens=5"], "evaluation.max_new_tokens=5"),
     (["generation.temperature=0"], "generation.temperature=0.0: must be above 0"),

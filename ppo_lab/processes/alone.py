@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -53,6 +54,13 @@ class Alone:
     def is_main(self) -> bool:
         """Whether this process is the one that writes."""
         return self.rank == 0
+
+    @cached_property
+    def accelerator(self) -> Any:
+        """accelerate's view of this process, for libraries that ask for one."""
+        from accelerate import Accelerator
+
+        return Accelerator()
 
     def share(self, n: int) -> slice:
         """The samples of this process out of `n`: contiguous, at most one more than another's."""

@@ -1,0 +1,156 @@
+"""vLLM in place of our own sampler: much faster on a GPU, and watched.
+
+The engine samples; the policy then passes over its responses once, since log-probs of another
+engine are not those that the ratio begins from. Both are compared every iteration: where they are
+further apart than rounding explains, or where the engine's are nearer to the reference's than to
+the policy's, the weights that were trained did not reach it.
+
+Written against TRL 1.16's `VLLMGeneration` and tried with a stand-in for it. Not run here: vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ppo_lab import core
+from ppo_lab.errors import ConfigError
+from ppo_lab.rollout import NoiseKey, Sampling
+from ppo_lab.types import Forward, Prompts, Tokens
+
+
+class Engine(Protocol):
+    """What is used of TRL's `VLLMGeneration`."""
+
+    def sync_weights(self) -> None:
+        """Send the policy's weights, its adapter merged into them, to the engine."""
+
+    def generate(
+        self, prompts: list[list[int]], images: None, num_generations: int
+    ) -> tuple[Any, ...]:
+        """Prompts, responses, and the log-probs of their tokens, one a token in a list."""
+
+
+class VLLMSampler:
+    """Samples by an engine, and gives what our own sampler gives.
+
+    `max_gap` is the largest mean |difference| between the engine's log-probs and the policy's, nats
+    per token. The engine's random numbers are its own: a run that is resumed is not the same run to
+    the last bit.
+    """
+
+    def __init__(self, trainer: Any, engine: Engine, *, max_gap: float) -> None:
+        self.trainer, self.engine, self.max_gap = trainer, engine, max_gap
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Prompts, sampling: Sampling, noise: NoiseKey
+    ) -> tuple[Tokens, Forward]:
+        """Responses, with the policy's log-probs and values of them.
+
+        Raises:
+            ConfigError: the engine does not sample from the policy.
+        """
+        trainer = self.trainer
+        tokens, theirs = self._responses(prompts, sampling)
+        at = {"temperature": sampling.logprob_temperature}
+        seen = trainer.in_passes(tokens, lambda t: trainer.policy.score(t, **at, entropy=True))
+        if sampling.takes_all:  # else the engine's are of what top-k and top-p left
+            ref = trainer.in_passes(tokens, lambda t: trainer.reference.logprobs(t, **at))
+            gap = core.masked_mean((theirs - seen.logprobs).abs(), tokens.mask)
+            to_reference = core.masked_mean((theirs - ref).abs(), tokens.mask)
+            trainer.noted["ppo/policy/sampler_gap"] = float(gap)
+            check_gap(float(gap), float(to_reference), max_gap=self.max_gap)
+        return tokens, seen
+
+    def _responses(
+        self, prompts: Prompts, sampling: Sampling
+    ) -> tuple[Tokens, Float[Tensor, "batch time"]]:
+        """The engine's responses with its own log-probs, of all processes."""
+        processes, n = self.trainer.processes, len(prompts)
+        own = prompts[processes.evened(n)]  # a server takes as many from each process
+        self.engine.sync_weights()
+        _, responses, logprobs, _ = self.engine.generate(own.ids, None, 1)
+        tokens = Tokens.pack(
+            own.ids,
+            responses,
+            pad_id=sampling.pad_id,
+            ended=[_has_ended(ids, sampling) for ids in responses],
+        ).to(self.trainer.device)
+        theirs = torch.zeros(tokens.mask.shape)
+        for row, of_tokens in zip(theirs, logprobs, strict=True):
+            row[: len(of_tokens)] = torch.tensor([_first(numbers) for numbers in of_tokens])
+        seen = Forward(theirs.to(self.trainer.device), torch.zeros_like(theirs))
+        tokens, seen = processes.gather(tokens, n), processes.gather(seen, n)
+        return tokens, seen.logprobs
+
+
+def check_gap(gap: float, to_reference: float, *, max_gap: float) -> None:
+    """Nothing, if the engine's log-probs are the policy's but for rounding.
+
+    `gap` is their mean |difference| from the policy's, `to_reference` from the reference's, in
+    nats per token.
+
+    Raises:
+        ConfigError: they are not; the message says which sign of what.
+    """
+    if to_reference < gap and gap > max_gap / 10:
+        raise ConfigError(
+            f"generation=vllm: the engine's log-probs are {to_reference:.3g} nats a token from the "
+            f"reference's and {gap:.3g} from the policy's: it still samples from the model that "
+            "training began with, so that the adapter's weights do not reach it"
+        )
+    if not gap <= max_gap:
+        raise ConfigError(
+            f"generation=vllm: the engine's log-probs are {gap:.3g} nats a token from the "
+            f"policy's, more than generation.max_gap={max_gap:g}: it does not sample from the "
+            "policy (another precision, tokenizer or revision, or weights that did not reach it)"
+        )
+
+
+def engine_for(trainer: Any, section: Any, sampling: Sampling, *, context: int) -> Engine:
+    """TRL's `VLLMGeneration` of the trainer's policy, as the section says; `context` is the longest
+    prompt and response, tokens.
+    """
+    from ppo_lab.trl_parts import vllm_generation
+
+    return vllm_generation(
+        trainer.policy.pretrained_model,
+        trainer.processes.accelerator,
+        trainer.tokenizer,
+        mode="server" if section.server else "colocate",
+        server_base_url=section.server or None,
+        gpu_memory_utilization=section.gpu_memory,
+        enable_sleep_mode=section.sleep,
+        max_model_length=context,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_completion_length=sampling.max_new_tokens,
+        logprobs=0,
+        generation_kwargs=generation_kwargs(sampling),
+    )
+
+
+def generation_kwargs(sampling: Sampling) -> dict[str, Any]:
+    """The ends of a response in vLLM's words; what ends it stays part of it."""
+    stops = {"stop": list(sampling.stop_strings), "include_stop_str_in_output": True}
+    return {
+        "stop_token_ids": list(sampling.eos_ids),
+        "ignore_eos": not sampling.eos_ids,
+        "min_tokens": sampling.min_new_tokens,
+        **(stops if sampling.stop_strings else {}),
+    }
+
+
+def _has_ended(ids: Sequence[int], sampling: Sampling) -> bool:
+    """Whether a stop condition ended the response: else it has the full length."""
+    return len(ids) < sampling.max_new_tokens or ids[-1] in sampling.eos_ids
+
+
+def _first(numbers: Sequence[float | None]) -> float:
+    return numbers[0] if numbers[0] is not None else float("nan")
