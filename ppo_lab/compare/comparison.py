@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,15 +120,23 @@ def _finished_pairs(comparison: Comparison, key: str, metric: str) -> list[tuple
 
 
 def _level_means(pairs: Sequence[tuple[float, float]]) -> list[float]:
-    levels = sorted({x for x, _ in pairs})
-    return [float(np.mean([y for x, y in pairs if x == level])) for level in levels]
+    return [float(np.mean(ys)) for ys in by_level(pairs).values()]
+
+
+def by_level(pairs: Iterable[tuple[float, float]]) -> dict[float, list[float]]:
+    """The second numbers of pairs by the first, which rise."""
+    found: dict[float, list[float]] = {}
+    for x, y in sorted(pairs):
+        found.setdefault(x, []).append(y)
+    return found
 
 
 def clip_fraction_by_epsilon(comparison: Comparison) -> dict[float, list[float]]:
     """The mean clip fraction of every run, by its epsilon, rising."""
     pairs = [(run.config.get(FIRST[1]), outcomes(run)["clip_fraction"]) for run in comparison.runs]
-    known = [(float(x), y) for x, y in pairs if isinstance(x, int | float) and np.isfinite(y)]
-    return {x: [y for other, y in known if other == x] for x in sorted({x for x, _ in known})}
+    return by_level(
+        (float(x), y) for x, y in pairs if isinstance(x, int | float) and np.isfinite(y)
+    )
 
 
 def _epsilon_that_never_binds(comparison: Comparison) -> Iterator[str]:

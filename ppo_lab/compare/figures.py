@@ -39,6 +39,7 @@ def save_figures(comparison: Comparison, folder: Path) -> list[Path]:
             for kind in ("png", "svg"):
                 written.append(folder / f"compare_{name}.{kind}")
                 figure.savefig(written[-1], dpi=160)
+                figure.set_layout_engine("none")  # it is laid out: the second time is the same
     return written
 
 
@@ -127,31 +128,38 @@ def _legend(figure: Any, colours: dict[str, Any], comparison: Comparison) -> Non
 def _frontiers(figure: Any, comparison: Comparison) -> None:
     colours = _colours(comparison)
     for axes, name in zip(figure.subplots(1, 2), ("mean_reward", "gold"), strict=True):
-        ends = []
+        paths, shades = [], []
         for group in comparison.groups:
-            colour = colours.get(shown(_coloured_by(group, comparison)))
-            ends += [end for run in group.runs if (end := _path(axes, run, name, colour))]
-        front = pareto_front([kl for kl, _ in ends], [score for _, score in ends])
-        axes.step(
-            *zip(*(ends[i] for i in front), strict=True), where="post", color="black", linewidth=1
-        ) if front else (axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes))
+            found = [path for run in group.runs if (path := _path(run, name))]
+            paths += found
+            shades += [colours.get(shown(_coloured_by(group, comparison)), "C0")] * len(found)
+        if paths:
+            _draw_paths(axes, paths, shades)
+        else:
+            axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
         title = "held-out score" if name == "mean_reward" else "gold score"
         axes.set(xlabel="KL to the reference (nats/sequence)", title=title)
     _legend(figure, colours, comparison)
 
 
-def _path(axes: Any, run: Run, name: str, colour: Any) -> tuple[float, float] | None:
-    """Draw a run's way through training; its last point, None where it has none."""
-    points = [
-        (e.kl, getattr(e, name))
-        for e in evaluations(run)
-        if isfinite(e.kl) and isfinite(getattr(e, name))
-    ]
-    if not points:
-        return None
-    axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.6, alpha=0.6)
-    axes.plot(*points[-1], "o", color=colour, markersize=4)
-    return points[-1]
+def _path(run: Run, name: str) -> list[tuple[float, float]]:
+    """A run's way through training, as points of KL and score."""
+    points = [(e.kl, getattr(e, name)) for e in evaluations(run)]
+    return [point for point in points if isfinite(point[0]) and isfinite(point[1])]
+
+
+def _draw_paths(axes: Any, paths: Sequence[list[tuple[float, float]]], shades: list[Any]) -> None:
+    """Draw all paths as one thing (one line each takes seconds for a thousand), and the front."""
+    from matplotlib.collections import LineCollection
+
+    ends = [path[-1] for path in paths]
+    kl, score = zip(*ends, strict=True)
+    front = pareto_front(kl, score)
+    axes.add_collection(LineCollection(paths, colors=shades, linewidths=0.6, alpha=0.6))
+    axes.scatter(kl, score, c=shades, s=16)
+    frontier = [ends[i] for i in front]
+    axes.step(*zip(*frontier, strict=True), where="post", color="black", linewidth=1)
+    axes.autoscale_view()
 
 
 def _heat(figure: Any, comparison: Comparison) -> None:
@@ -174,10 +182,8 @@ def _heat(figure: Any, comparison: Comparison) -> None:
 def _clip(figure: Any, comparison: Comparison) -> None:
     axes = figure.subplots()
     found = clip_fraction_by_epsilon(comparison)
-    for epsilon, fractions in found.items():
-        axes.plot(
-            [epsilon] * len(fractions), fractions, "o", color="#56b4e9", markersize=3, alpha=0.6
-        )
+    points = [(epsilon, fraction) for epsilon, some in found.items() for fraction in some]
+    axes.plot(*zip(*points, strict=True), "o", color="#56b4e9", markersize=3, alpha=0.6)
     axes.plot(
         list(found), [t_interval(fractions).mean for fractions in found.values()], color="#0072b2"
     )
