@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -218,28 +217,6 @@ def wandb_run_id(folder: Path) -> str:
     with suppress(OSError):
         return (folder / "wandb_run_id").read_text().strip()
     return ""
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Nobody else trains in this folder meanwhile; the lock goes with the process, however it ends.
-
-    Raises:
-        ConfigError: somebody does.
-    """
-    try:
-        file = (folder / ".lock").open("w")
-    except OSError:  # a folder that cannot be written is complained of elsewhere
-        yield
-        return
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{folder}: another process is training in this folder") from None
-        except OSError:  # a file system without locks
-            pass
-        yield
 
 
 def _evaluation(saved: dict[str, Any]) -> Evaluation:

@@ -27,7 +27,6 @@ from ppo_lab.assembly import (
 from ppo_lab.config import Config, VLLMGeneration
 from ppo_lab.continuation import (
     Keeper,
-    alone_in,
     find,
     identity,
     restore,
@@ -40,14 +39,18 @@ from ppo_lab.guards import check_ceiling, explain, warn_of_remote_code
 from ppo_lab.memory import check_fits
 from ppo_lab.models.loading import keep_quiet, load_tokenizer
 from ppo_lab.outcome import objective, summarise
+from ppo_lab.processes import launch
 from ppo_lab.processes.alone import Alone, joined
 from ppo_lab.processes.launch import shared
 from ppo_lab.record import to_stderr
-from ppo_lab.resume import RECORD, differences, record_again, resume_command, run_folder
+from ppo_lab.resume import differences, record_again, resume_command, run_folder
 from ppo_lab.rewards import build_reward
 from ppo_lab.rewards.scoring import RewardError
+from ppo_lab.run_lock import alone_in
+from ppo_lab.run_state import RECORD
 from ppo_lab.secrecy import hidden, hidden_text
 from ppo_lab.signals import Preempted, Preemption
+from ppo_lab.sweep_index import indexed
 from ppo_lab.tracking import Composite, Tracker, open_trackers
 from ppo_lab.trainer import PPOTrainer
 from ppo_lab.update import TrainingDiverged
@@ -91,9 +94,13 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
         Preempted: SIGTERM or SIGINT asked the run to stop, and it left a checkpoint.
     """
     keep_quiet()
-    with joined(device=config.device, timeout=config.processes.timeout) as processes:
+    with (
+        Preemption(tells=launch.is_main()) as preemption,
+        joined(device=config.device, timeout=config.processes.timeout) as processes,
+    ):
+        config = processes.from_main(lambda: config)  # whether the run goes on is for one to say
         place = processes.from_main(lambda: place_of(config, folder))
-        with taken(place, processes), Preemption(tells=processes.is_main) as preemption:
+        with taken(place, processes):
             processes.from_main(lambda: record(config, place, overrides))
             lab = build(processes.from_main(lambda: resolve(config)), place, overrides, processes)
             try:
@@ -128,6 +135,7 @@ def taken(folder: Path, processes: Alone) -> Iterator[None]:
         with processes.together():
             if processes.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(indexed(folder))
                 stack.enter_context(alone_in(folder))
         yield
 

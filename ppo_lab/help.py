@@ -87,6 +87,7 @@ OUTPUTS = (
     ("outputs/multirun/", "the runs of a sweep"),
 )
 MORE = (
+    ("python -m ppo_lab.runs", "what became of each run: finished, running, failed, missing"),
     ("python -m ppo_lab --cfg job", "every key with its value; add overrides to see what they do"),
     ("python -m ppo_lab.sft", "the stage before: fine-tune a model on texts of your own"),
     ("python -m ppo_lab.reward_model", "and train a reward model on pairs of answers"),

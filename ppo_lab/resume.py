@@ -5,7 +5,6 @@ Only `resume=FOLDER` resumes. Nothing here imports torch: what cannot go on is r
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +18,9 @@ import yaml
 from ppo_lab.config import Config
 from ppo_lab.errors import ConfigError
 from ppo_lab.record import write_atomically
+from ppo_lab.run_state import RECORD, key_of, read_summary
 from ppo_lab.secrecy import BLOT, hidden
 
-RECORD = ".hydra"
 MISSING_ONLY = ("true", "True")  # of a sweep: each run finds its folder again, see `multirun`
 # What may change under way, since no number of the iterations still to come depends on it.
 FREE = (
@@ -81,7 +80,7 @@ def resumed_command(argv: Sequence[str]) -> list[str]:
         ConfigError: there is nothing to go on with, or it is asked for in a sweep.
     """
     wanted = [text.partition("=")[2] for text in argv if text.startswith("resume=")]
-    value = _unquoted(wanted[-1]) if wanted else ""
+    value = unquoted(wanted[-1]) if wanted else ""
     if not value or value in MISSING_ONLY:
         return list(argv)
     if {"-m", "--multirun"} & set(argv):
@@ -89,16 +88,16 @@ def resumed_command(argv: Sequence[str]) -> list[str]:
     folder = run_folder(value)
     own = [text for text in _recorded(folder, "overrides") if isinstance(text, str)]
     given = [text for text in argv if not text.startswith(("resume=", "hydra.run.dir="))]
-    stated = {_key(text) for text in given}
-    kept = [text for text in own if _key(text) not in {*stated, "resume"}]
+    stated = {key_of(text) for text in given}
+    kept = [text for text in own if key_of(text) not in {*stated, "resume"}]
     checkpoint = Path(value).expanduser().absolute()
     with suppress(OSError):
         os.chdir(_recorded(folder, "hydra").get("hydra", {})["runtime"]["cwd"])
     return [
         *kept,
         *given,
-        f"resume={_quoted(checkpoint)}",
-        f"hydra.run.dir={_quoted(folder)}",
+        f"resume={quoted(checkpoint)}",
+        f"hydra.run.dir={quoted(folder)}",
         "hydra.output_subdir=null",
     ]
 
@@ -129,7 +128,7 @@ def differences(config: Config) -> list[str]:
 
 def record_again(folder: Path, config: Config, overrides: Sequence[str]) -> None:
     """Write down what the run is now, at no moment half: its overrides, then its configuration."""
-    own = [text for text in overrides if _key(text) != "resume"]
+    own = [text for text in overrides if key_of(text) != "resume"]
     write_atomically(folder / RECORD / "overrides.yaml", yaml.safe_dump(own))
     settings = hidden({**asdict(config), "resume": ""})
     write_atomically(folder / RECORD / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
@@ -137,28 +136,21 @@ def record_again(folder: Path, config: Config, overrides: Sequence[str]) -> None
 
 def resume_command(folder: Path) -> str:
     """What to type to go on with a run."""
-    return f"python -m ppo_lab resume={shlex.quote(_quoted(folder))}"
+    return f"python -m ppo_lab resume={shlex.quote(quoted(folder))}"
 
 
 def is_finished(folder: Path) -> bool:
     """Whether a run came to its end, by its summary."""
-    return _summary(folder).get("status") == "finished"
+    return read_summary(folder).get("status") == "finished"
 
 
 def _already_done(config: Config, folder: Path) -> Iterator[str]:
-    done = _summary(folder).get("steps", 0)
+    done = read_summary(folder).get("steps", 0)
     if is_finished(folder) and isinstance(done, int) and config.ppo.steps <= done:
         yield (
             f"resume={config.resume}: this run has finished its {done} iterations; "
             f"ppo.steps=N above {done} goes on"
         )
-
-
-def _summary(folder: Path) -> Mapping[str, Any]:
-    with suppress(OSError, ValueError):
-        found = json.loads((folder / "summary.json").read_text())
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 def _recorded(folder: Path, name: str) -> Any:
@@ -195,15 +187,12 @@ def _same(ours: Any, recorded: Any) -> bool:
     return ours == recorded
 
 
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
-
-
-def _unquoted(text: str) -> str:
+def unquoted(text: str) -> str:
+    """A value without the quotes of Hydra's grammar."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: Path) -> str:
     """A path as Hydra's grammar reads it, whatever characters it has."""
     text = str(path)
     plain = all(c.isalnum() or c in "/._-+:%@" for c in text)

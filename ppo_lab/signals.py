@@ -1,4 +1,6 @@
-"""Being asked to go: SIGTERM and SIGINT end the iteration and leave a checkpoint."""
+"""Being asked to go: SIGTERM and SIGINT, or a scheduler's warning, end the iteration and leave a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,15 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done yet, try again
-HANDLED = (signal.SIGTERM, signal.SIGINT)
+ENDINGS = (signal.SIGTERM, signal.SIGINT)
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # before a time limit or a preemption, as configured
+DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -30,36 +35,64 @@ class Preempted(SystemExit):
 
 
 class Preemption:
-    """Watches for SIGTERM and SIGINT while it is entered.
+    """Watches for SIGTERM and SIGINT, and for a scheduler's warnings, while it is entered.
 
     As long as `deferred` is False there is nothing to lose, and the first signal raises
     `Preempted`. From then on it only sets `asked`, for the loop to see at the end of an iteration.
-    A second signal ends the process at once, by the signal's own means. Of several processes that
-    are all asked one `tells`.
+    A second SIGTERM or SIGINT ends the process at once, by the signal's own means. Of several
+    processes that are all asked one `tells`.
+
+    Where somebody handled a signal before, as submitit does in its jobs, a second one ends nothing:
+    the scheduler has its own way to insist. And a warning is passed on when the run has left its
+    checkpoint: submitit then has the job requeued.
     """
 
     def __init__(self, *, tells: bool = True) -> None:
         self.asked, self._tells = "", tells
         self.deferred = False
         self._before: dict[int, Any] = {}
+        self._warned = 0
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in HANDLED}
+            watched = [*ENDINGS, *(number for number in WARNINGS if _is_watchable(number))]
+            self._before = {number: signal.signal(number, self._handle) for number in watched}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        handler = self._before.get(self._warned)
+        if isinstance(error, Preempted) and callable(handler):
+            _pass_on(handler, self._warned, error)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.asked:
+        if number in WARNINGS:
+            self._warned = number
+        elif self.asked and self._before[number] in DEFAULTS:
             _die_of(number)
-        self.asked = signal.Signals(number).name
+        first = not self.asked
+        self.asked = self.asked or signal.Signals(number).name
         if not self.deferred:
             raise Preempted(self.asked)
-        if self._tells:
-            _tell(f"{self.asked}: the iteration is finished first; once more stops at once\n")
+        if first and self._tells:
+            once_more = "" if self._before[number] not in DEFAULTS else "; once more stops at once"
+            _tell(f"{self.asked}: the iteration is finished first{once_more}\n")
+
+
+def _is_watchable(number: int) -> bool:
+    """Whether a warning's signal may be watched for: not one ignored, or handled outside Python."""
+    return signal.getsignal(number) not in (None, signal.SIG_IGN)
+
+
+def _pass_on(handler: Callable[..., Any], number: int, error: Preempted) -> None:
+    """Hand a warning to whoever was to handle it, which ends the process.
+
+    Of a job's processes only the first is ended so. The others end as if all were well: where one
+    fails, Slurm may end all, and the first might not come to requeue the job.
+    """
+    handler(number, None)
+    error.code = 0
 
 
 def _die_of(number: int) -> None:

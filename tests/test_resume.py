@@ -13,10 +13,10 @@ import tiny_runs
 from tiny_runs import Killed, kill, metrics, outcome, tiny
 
 from ppo_lab import checkpoint
-from ppo_lab.continuation import alone_in
 from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import run
 from ppo_lab.resume import differences, is_finished, resume_command, resumed_command
+from ppo_lab.run_lock import alone_in
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Could not find a config file:UserWarning"  # PEFT, of a model that has no folder

@@ -6,7 +6,6 @@ import glob
 import json
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,9 +15,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ppo_lab.run_state import fate, numerically
+
 History = dict[str, np.ndarray]
 
-SILENT_FOR = 900.0  # seconds without a new line after which an unfinished run counts as crashed
 INSIDE_A_RUN = ("checkpoints", "model", "wandb")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _REFERENCE = re.compile(r"^\$\{([\w.]+)\}$")
@@ -28,8 +28,8 @@ _REFERENCE = re.compile(r"^\$\{([\w.]+)\}$")
 class Run:
     """One run. `config` has dotted keys; `history` holds a column a metric, NaN where not measured.
 
-    `status` is finished, failed or preempted as the run says itself; without a word of it: running
-    (its last line is young), crashed, empty (nothing was logged), or broken (cannot be read).
+    `status` is finished, failed or preempted as the run says itself; without a word of it: running,
+    crashed, or empty (nothing was logged), as `fate` finds; or broken (cannot be read).
     """
 
     name: str
@@ -74,11 +74,7 @@ def _below(top: Path) -> Iterator[Path]:
             yield Path(folder)
         elif not inner and not files:
             yield Path(folder)
-        inner[:] = sorted((name for name in inner if not name.startswith(".")), key=_numerically)
-
-
-def _numerically(name: str) -> tuple[int, str]:
-    return (int(name) if name.isdecimal() else -1, name)
+        inner[:] = sorted((name for name in inner if not name.startswith(".")), key=numerically)
 
 
 def _short_names(folders: list[Path]) -> list[str]:
@@ -117,18 +113,7 @@ def read_run(folder: Path, name: str) -> Run:
 
 def _verdict(run: Run, folder: Path, troubles: list[str]) -> tuple[str, str]:
     """What became of a run, and why."""
-    if troubles:
-        return "broken", "; ".join(troubles)
-    if run.summary:
-        return str(run.summary.get("status", "finished")), str(run.summary.get("reason", ""))
-    files = [folder / "metrics.jsonl", folder / ".hydra" / "config.yaml"]
-    age = min((time.time() - file.stat().st_mtime for file in files if file.exists()), default=None)
-    if age is None:
-        return "empty", "nothing was written"
-    if age < SILENT_FOR:
-        return "running", f"last written {age:.0f} s ago"
-    reason = f"no summary.json, and nothing written for {age / 60:.0f} min"
-    return ("crashed" if run.steps else "empty"), reason
+    return ("broken", "; ".join(troubles)) if troubles else fate(folder, run.summary)
 
 
 def _read_config(file: Path) -> dict[str, Any]:

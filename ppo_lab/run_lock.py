@@ -1,0 +1,113 @@
+"""Whose a run's folder is: one process at a time, by a lock that goes with the process.
+
+The lock's file says who took it last. On the same machine the lock itself then tells whether that
+process is still there; what another machine holds, a shared disk may or may not pass on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ppo_lab.errors import ConfigError
+
+LOCK = ".lock"
+PATIENCE = 1.0  # seconds; whoever only asks holds the lock for an instant
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Nobody else trains in this folder meanwhile; the lock goes with the process, however it ends.
+
+    Raises:
+        ConfigError: somebody does.
+    """
+    try:
+        file = (folder / LOCK).open("a+b")  # emptied when the lock is held, not before
+    except OSError:  # a folder that cannot be written is complained of elsewhere
+        yield
+        return
+    with file:
+        if not _taken(file):
+            raise ConfigError(f"{folder}: another process is training in this folder")
+        with suppress(OSError):
+            file.truncate(0)
+            file.write(json.dumps(owner_now()).encode() + b"\n")
+            file.flush()
+        yield
+
+
+def in_use(folder: Path) -> bool | None:
+    """Whether a process trains in this folder; None where that cannot be told from here."""
+    try:
+        file = (folder / LOCK).open("rb")
+    except OSError:
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return None
+    return False if owner(folder).get("machine") == machine() else None
+
+
+def owner(folder: Path) -> dict[str, Any]:
+    """Who trained in this folder last, as `owner_now` put it; empty where nobody said."""
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / LOCK).read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def owner_now() -> dict[str, Any]:
+    """What a process leaves in the lock's file: machine, host, process and the scheduler's job."""
+    return {"machine": machine(), "host": socket.gethostname(), "pid": os.getpid(), "job": job()}
+
+
+@cache
+def machine() -> str:
+    """What tells this machine, since it was last started, from every other.
+
+    Host names will not do: machines are copied with them, and containers on one machine, which
+    share its locks, have names of their own.
+    """
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+
+def job() -> str:
+    """The job in which submitit runs this process, the same after it was requeued; else empty."""
+    get = os.environ.get
+    if get("SUBMITIT_EXECUTOR") == "slurm":
+        array = f"{get('SLURM_ARRAY_JOB_ID')}_{get('SLURM_ARRAY_TASK_ID')}"
+        return f"slurm {array if get('SLURM_ARRAY_JOB_ID') else get('SLURM_JOB_ID')}"
+    if get("SUBMITIT_EXECUTOR") == "local":
+        return f"{machine()} {get('SUBMITIT_LOCAL_JOB_ID')}"
+    return ""
+
+
+def _taken(file: BinaryIO) -> bool:
+    """Whether the lock could be had, or there are none on this file system."""
+    begun = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() - begun > PATIENCE:
+                return False
+            time.sleep(0.02)
+        except OSError:
+            return True
+        else:
+            return True

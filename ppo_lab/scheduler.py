@@ -1,0 +1,40 @@
+"""A run as a scheduler's job: its processes know of each other, and it goes on when requeued.
+
+Slurm starts every process of a job itself (`srun`), so that each gets the scheduler's signals at
+first hand and none stands between; what torchrun would tell them, submitit reads off Slurm.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ppo_lab.run_lock import job, owner
+
+
+def join_processes() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ... where submitit's job has several tasks.
+
+    Every process sees all GPUs of its node, as under torchrun; LOCAL_RANK says which one is its.
+    """
+    if not os.environ.get("SUBMITIT_EXECUTOR") or "RANK" in os.environ:
+        return
+    from submitit import JobEnvironment
+    from submitit.helpers import TorchDistributedEnvironment
+
+    if JobEnvironment().num_tasks > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as under torchrun
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+
+
+def is_requeued(folder: Path) -> bool:
+    """Whether the run in this folder was begun by the very job that this process runs in.
+
+    A job keeps its number when it is requeued: by submitit after a signal, or by Slurm itself after
+    a node failed. Slurm counts; without it, of a job's processes that begin one after the other,
+    the later ones would find their own number in the folder.
+    """
+    by_slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+    if not job() or (by_slurm and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"):
+        return False
+    return owner(folder).get("job") == job()

@@ -1,0 +1,313 @@
+"""What became of a run, and a sweep's index: right whoever writes and whatever is torn or lost."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import yaml
+from made_up_runs import make_run
+
+from ppo_lab import sweep_index
+from ppo_lab.folders import claimed
+from ppo_lab.run_lock import LOCK, alone_in, in_use, owner
+from ppo_lab.run_state import RunState, fate, last_step, read_state, settings
+from ppo_lab.runs import main
+from ppo_lab.sweep_index import INDEX, append, indexed, plan, read, states
+
+ROOT = Path(__file__).resolve().parents[1]
+HOLDER = """
+import sys, time
+from pathlib import Path
+from ppo_lab.run_lock import alone_in
+with alone_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def begun(folder: Path, *overrides: str) -> Path:
+    """A run that has logged two iterations, and nothing of how it ended."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "config.yaml").write_text("seed: 0\n")
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "kl": 0.')
+    return folder
+
+
+def ended(folder: Path, *overrides: str, **summary: object) -> Path:
+    """A run that has left its summary."""
+    begun(folder, *overrides)
+    found = {"status": "finished", "objective": 1.0, "steps": 2, **summary}
+    (folder / "summary.json").write_text(json.dumps(found))
+    return folder
+
+
+def holder(folder: Path) -> subprocess.Popen[str]:
+    """Another process that trains in this folder."""
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def of_another_machine(folder: Path) -> None:
+    """Have the lock's file say that somebody elsewhere held it last."""
+    (folder / LOCK).write_text(json.dumps({**owner(folder), "machine": "another"}))
+
+
+# ---- Folders
+
+
+def _claim(folder: Path) -> str:
+    return claimed(folder).name
+
+
+def test_however_many_want_a_folder_of_one_name_each_has_its_own(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(4, mp_context=get_context("fork")) as pool:
+        names = list(pool.map(_claim, [tmp_path / "d" / "12-00-00-000001"] * 40))
+    assert len(set(names)) == 40
+    assert {"12-00-00-000001", "12-00-00-000001-2", "12-00-00-000001-40"} <= set(names)
+
+
+# ---- Locks
+
+
+def test_a_run_at_work_is_running_and_one_that_was_killed_has_crashed(tmp_path: Path) -> None:
+    run = begun(tmp_path / "0")
+    process = holder(run)
+    assert in_use(run)
+    assert owner(run)["pid"] == process.pid
+    assert fate(run, {})[0] == "running"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert in_use(run) is False
+    status, why = fate(run, {})
+    assert status == "crashed"
+    assert "its process is gone" in why
+
+
+def test_of_a_run_on_another_machine_the_age_of_its_files_tells(tmp_path: Path) -> None:
+    run = begun(tmp_path / "0")
+    with alone_in(run):
+        pass
+    assert in_use(run) is False
+    of_another_machine(run)
+    assert in_use(run) is None
+    assert fate(run, {})[0] == "running"
+    for file in (run / "metrics.jsonl", run / ".hydra" / "config.yaml"):
+        os.utime(file, (time.time() - 1000, time.time() - 1000))
+    assert fate(run, {}) == (
+        "crashed",
+        "no summary.json, and nothing written for 17 min",
+    )
+
+
+def test_a_run_that_goes_on_is_running_whatever_its_old_summary_says(tmp_path: Path) -> None:
+    run = ended(tmp_path / "0", status="preempted")
+    with alone_in(run):
+        assert read_state(run, "0").status == "running"
+    assert read_state(run, "0").status == "preempted"
+
+
+def test_asking_who_trains_in_a_folder_keeps_nobody_from_training(tmp_path: Path) -> None:
+    with (tmp_path / LOCK).open("w") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        threading.Timer(0.2, lambda: fcntl.flock(asking, fcntl.LOCK_UN)).start()
+        with alone_in(tmp_path):
+            assert in_use(tmp_path)
+    assert owner(tmp_path)["pid"] == os.getpid()
+
+
+def test_a_summary_that_cannot_be_read_is_told_and_the_last_whole_line_counts(
+    tmp_path: Path,
+) -> None:
+    run = ended(tmp_path / "0")
+    (run / "summary.json").write_text('{"status": "fini')
+    state = read_state(run, "0")
+    assert (state.status, state.reason) == ("broken", "summary.json cannot be read")
+    assert last_step(run) == 2
+
+
+# ---- The index
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """A sweep of four runs: one finished, one failed, one killed, one not begun."""
+    (tmp_path / "multirun.yaml").write_text("hydra: {}")
+    plan(tmp_path, [["a=1", f"seed={n}"] for n in range(4)])
+    with indexed(ended(tmp_path / "0", "a=1", "seed=0", objective=0.5)):
+        pass
+    with indexed(ended(tmp_path / "1", "a=1", "seed=1", status="failed", reason="NaN")):
+        pass
+    begun(tmp_path / "2", "a=1", "seed=2")
+    with indexed(tmp_path / "2"), alone_in(tmp_path / "2"):
+        pass
+    return tmp_path
+
+
+FATES = {"0": "finished", "1": "failed", "2": "crashed", "3": "missing"}
+
+
+def fates(sweep: Path) -> dict[str, str]:
+    return {state.run: state.status for state in states(sweep)}
+
+
+def test_a_sweep_tells_what_became_of_each_run_and_which_are_missing(sweep: Path) -> None:
+    assert fates(sweep) == FATES
+    found = {state.run: state for state in states(sweep)}
+    assert (found["0"].objective, found["0"].steps) == (0.5, 2)
+    assert found["1"].reason == "NaN"
+    assert found["3"].overrides == ("a=1", "seed=3")
+
+
+def test_of_two_runs_of_the_same_settings_one_folder_makes_one(tmp_path: Path) -> None:
+    plan(tmp_path, [["seed=0"], ["seed=0"]])
+    ended(tmp_path / "0", "seed=0")
+    assert fates(tmp_path) == {"0": "finished", "1": "missing"}
+
+
+def test_what_the_index_has_is_not_read_again_from_the_folders(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states(sweep)
+    asked = []
+    monkeypatch.setattr(sweep_index, "read_state", lambda *a: asked.append(a) or read_state(*a))
+    assert fates(sweep) == FATES
+    assert [folder.name for folder, *_ in asked] == ["2"]  # a run without a summary is looked at
+
+
+def test_an_index_that_is_gone_is_made_again_but_for_the_plan(sweep: Path) -> None:
+    (sweep / INDEX).unlink()
+    assert fates(sweep) == {run: FATES[run] for run in "012"}
+    assert set(read(sweep)[0]) == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace(b'"failed"', b'"finished"'),
+        lambda text: text.replace(b'"objective": 0.5', b'"objective": 9.5'),
+        lambda text: text + b'{"run": "1", "status": "finished", "overrides": [], "mark": []}\n',
+        lambda text: text + b"[1]\nnull\n\xff\n{}\n",
+        lambda text: text.replace(b"\n", b""),
+    ],
+)
+def test_lines_that_are_torn_or_changed_are_not_believed(sweep: Path, spoil) -> None:
+    (sweep / INDEX).write_bytes(spoil((sweep / INDEX).read_bytes()))
+    found = {state.run: state for state in states(sweep)}
+    assert {run: found[run].status for run in "012"} == {run: FATES[run] for run in "012"}
+    assert found["0"].objective == 0.5
+
+
+def test_a_folder_that_says_otherwise_is_believed_and_the_index_put_right(sweep: Path) -> None:
+    states(sweep)
+    (sweep / "1" / "summary.json").write_text('{"status": "finished", "objective": 3.0}')
+    (sweep / "0" / "summary.json").unlink()
+    found = {state.run: state for state in states(sweep)}
+    assert (found["1"].status, found["1"].objective) == ("finished", 3.0)
+    assert found["0"].status == "running"  # its files are young, and nobody ever held its lock
+    assert read(sweep)[0]["1"].status == "finished"
+
+
+def test_after_a_torn_line_the_next_one_is_whole(tmp_path: Path) -> None:
+    append(tmp_path, [RunState("0", "finished")])
+    with (tmp_path / INDEX).open("ab") as file:
+        file.write(b'{"run": "1", "sta')
+    append(tmp_path, [RunState("2", "failed")])
+    assert set(read(tmp_path)[0]) == {"0", "2"}
+
+
+def _write_many(sweep: Path, writer: int) -> None:
+    for number in range(50):
+        append(sweep, [RunState(f"{writer}-{number}", "finished", ("x=1",) * 100)])
+
+
+def test_many_writers_lose_and_tear_no_line(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(4, mp_context=get_context("fork")) as pool:
+        list(pool.map(_write_many, [tmp_path] * 8, range(8)))
+    assert len(read(tmp_path)[0]) == 400
+    assert (tmp_path / INDEX).read_bytes().count(b"\n") == 400
+
+
+def test_a_run_outside_of_a_sweep_writes_no_index(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text("a user's own file\n")
+    with indexed(ended(tmp_path / "run")):
+        pass
+    assert (tmp_path / INDEX).read_text() == "a user's own file\n"
+
+
+def test_runs_of_an_agent_of_wandb_are_in_the_index_of_their_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    with indexed(ended(tmp_path / "sweep1" / "run1", "seed=3")):
+        assert read(tmp_path / "sweep1")[0]["run1"].status == "running"
+    assert fates(tmp_path / "sweep1") == {"run1": "finished"}
+
+
+def test_settings_are_the_same_in_any_order_and_hydras_own_do_not_count() -> None:
+    assert settings(["seed=0", "resume=true", "hydra.sweep.subdir=3", "a=1", "-m"]) == (
+        "a=1",
+        "seed=0",
+    )
+
+
+# ---- The listing
+
+
+def test_the_listing_tells_counts_objectives_settings_and_reasons(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(sweep)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0].endswith("4 runs: 1 finished, 1 failed, 1 crashed, 1 missing")
+    assert lines[1:4] == [
+        "highest objective: 0.5, run 0",
+        "all with: a=1",
+        "run status objective steps settings why",
+    ]
+    assert lines[4] == "0 finished 0.5 2 seed=0"
+    assert lines[5] == "1 failed 1 2 seed=1 NaN"
+    assert lines[6].startswith("2 crashed 2 seed=2 its process is gone")
+    assert lines[7] == "3 missing seed=3 not begun"
+
+
+def test_the_listing_can_be_narrowed_and_read_by_programs(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(sweep), "--json", "--status", "failed,missing"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["run"], row["status"]) for row in rows] == [("1", "failed"), ("3", "missing")]
+    assert rows[0]["path"] == str(sweep / "1")
+    with pytest.raises(SystemExit):
+        main([str(sweep), "--status", "finnished"])
+    assert "no such status" in capsys.readouterr().err
+
+
+def test_sweeps_and_single_runs_are_found_below_a_folder(
+    sweep: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    top = tmp_path_factory.mktemp("outputs")
+    sweep.rename(top / "swept")
+    make_run(top / "2026-01-02" / "10-00-00", steps=5)
+    assert main([str(top)]) == 0
+    said = capsys.readouterr().out
+    assert "2026-01-02: 1 run: 1 finished" in said
+    assert "swept: 4 runs" in said
+    assert not (top / "2026-01-02" / INDEX).exists()
+    assert main([str(top / "nowhere")]) == 1
