@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -34,11 +35,18 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from ppo_lab.config import TYPED, conf_folder, register_schema
 from ppo_lab.errors import ConfigError
-from ppo_lab.multirun import resumed_sweep, what_is_missing, with_search_defaults
+from ppo_lab.multirun import (
+    launch_missing_only,
+    record_hydra,
+    resumed_sweep,
+    what_is_missing,
+    with_search_defaults,
+)
 from ppo_lab.processes import launch as processes
 from ppo_lab.processes.launch import shared, speaks
 from ppo_lab.resume import MISSING_ONLY, resumed_command
 from ppo_lab.rules import TYPE_NAMES, allowed, suggestion
+from ppo_lab.scheduler import is_requeued, join_processes
 from ppo_lab.secrecy import secret_overrides
 
 Check = Callable[[Any, frozenset[str]], list[str]]
@@ -50,7 +58,11 @@ PLUGINS = {
     "joblib": ("hydra_joblib_launcher", "joblib"),
     "submitit_local": ("hydra_submitit_launcher", "slurm"),
     "submitit_slurm": ("hydra_submitit_launcher", "slurm"),
+    "slurm_gpu": ("hydra_submitit_launcher", "slurm"),
+    "slurm_node": ("hydra_submitit_launcher", "slurm"),
+    "slurm_nodes": ("hydra_submitit_launcher", "slurm"),
     "ray": ("hydra_ray_launcher", "ray"),
+    "ray_gpu": ("hydra_ray_launcher", "ray"),
     "optuna": ("hydra_optuna_sweeper", "optuna"),
 }
 ALIASES = {
@@ -93,6 +105,8 @@ def launch(job: Job, *, check: Check, config_name: str = "config") -> None:
             raise ConfigError(found)
         if found := command_problems(sys.argv[1:], check=check, config_name=config_name):
             raise ConfigError(found)
+        if missing_only:
+            launch_missing_only(sys.argv[1:])
     except ConfigError as error:
         refuse(shared(error))  # every process reads the same command
     sys.argv[1:] = processes.without_a_folder(sys.argv[1:])
@@ -161,6 +175,7 @@ class CommandReader:
         self.loader = composer.config_loader
         self.parser = OverridesParser.create(config_loader=self.loader)
         self.composed: dict[tuple[str, ...], DictConfig] = {}
+        self.options = cache(self.loader.get_group_options)  # Hydra takes long over each question
 
     def problems(self, texts: list[str], *, multirun: bool = False) -> list[str]:
         """Everything wrong with these overrides, over all runs of a sweep, each said once."""
@@ -245,7 +260,7 @@ class CommandReader:
         """What is wrong with the choice of an option of a group."""
         if override.is_delete():
             return
-        value, options = override.value(), self.loader.get_group_options(override.key_or_group)
+        value, options = override.value(), self.options(override.key_or_group)
         if override.key_or_group == "accelerate":
             yield (
                 f"{override.input_line}: is for the launcher: accelerate launch --config_file "
@@ -419,19 +434,22 @@ def _hydra_job(job: Job, check: Check) -> Callable[[DictConfig], float | None]:
     """The job as Hydra calls it: a refused run of a sweep lets the others go on."""
 
     def run(composed: DictConfig) -> float | None:
+        join_processes()
         settings = HydraConfig.get()
+        folder = Path(settings.runtime.output_dir)
         try:
             config: Any = OmegaConf.to_object(composed)
             stated = frozenset(
                 text.lstrip("+~").partition("=")[0] for text in settings.overrides.task
             )
-            if getattr(config, "resume", "") in MISSING_ONLY:
-                config = what_is_missing(config, Path(settings.runtime.output_dir))
+            if getattr(config, "resume", "") in MISSING_ONLY or is_requeued(folder):
+                config = what_is_missing(config, folder)
+                record_hydra(folder)
             if isinstance(config, float):
                 return config
             if found := check(config, stated):
                 raise shared(ConfigError(found))
-            return job(config, Path(settings.runtime.output_dir), list(settings.overrides.task))
+            return job(config, folder, list(settings.overrides.task))
         except ConfigError as error:
             if settings.mode == RunMode.MULTIRUN:
                 raise CompactHydraException(_message(error)) from None

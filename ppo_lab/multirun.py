@@ -1,33 +1,66 @@
-"""Sweeps on this machine: what is missing goes on, and what failed is told at the end.
+"""Sweeps: each run in a folder of its own, what is missing goes on, what failed is told at the end.
 
-A sweep's folder holds `multirun.yaml` and a numbered folder a run. The same command numbers its
-runs alike every time, so that with `resume=true` each run finds its own folder again.
+A sweep's folder holds `multirun.yaml`, `sweep.jsonl` and a numbered folder a run. With
+`resume=true` the same command launches the runs alone that have not finished, each in its folder.
 """
 
 from __future__ import annotations
 
 import atexit
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from ppo_lab import gpus, sweep_index
 from ppo_lab.config import Config
 from ppo_lab.errors import ConfigError
-from ppo_lab.record import brief, write_atomically
+from ppo_lab.folders import claimed
+from ppo_lab.processes.launch import is_main
+from ppo_lab.record import brief, to_stderr, write_atomically
+from ppo_lab.resume import quoted, unquoted
+from ppo_lab.run_lock import in_use
+from ppo_lab.run_state import (
+    METRICS,
+    RECORD,
+    SUMMARY,
+    RunState,
+    common,
+    key_of,
+    overrides_in,
+    read_summary,
+    settings,
+)
+from ppo_lab.scheduler import join_processes
 from ppo_lab.secrecy import hidden_text
+from ppo_lab.sweep_index import SWEEP_RECORD, states
 
-SWEEPS = "outputs/multirun/*/*/multirun.yaml"
+SWEEPS = f"outputs/multirun/*/*/{SWEEP_RECORD}"
 SEARCH = ("hydra.sweeper.direction=maximize", "hydra.sweeper.max_failure_rate=1.0")
+GRID = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
+MOST_TOLD = 30  # runs that did not finish; `python -m ppo_lab.runs` lists them all
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_every_run = BasicSweeper.split_arguments
+
+Job = list[str]  # the overrides of one run of a sweep
+
+
+# ---- The command line of a sweep
 
 
 def resumed_sweep(argv: Sequence[str]) -> list[str]:
@@ -40,13 +73,15 @@ def resumed_sweep(argv: Sequence[str]) -> list[str]:
         raise ConfigError(
             "resume=true: goes on with a sweep and needs -m; for a run, resume=FOLDER"
         )
-    if any(_key(text) == "hydra/sweeper" for text in argv):
+    if any(key_of(text) == "hydra/sweeper" for text in argv):
         raise ConfigError("resume=true: a search goes on by hydra.sweeper.storage and study_name")
-    if any(_key(text) == "hydra.sweep.dir" for text in argv):
-        return list(argv)
+    # Hydra would overwrite the records of the runs, by which each knows whether it is the same.
+    kept = [*argv, "hydra.output_subdir=null"]
+    if any(key_of(text) == "hydra.sweep.dir" for text in argv):
+        return kept
     for record in sorted(Path().glob(SWEEPS), key=lambda file: file.stat().st_mtime, reverse=True):
-        if _settings(_overrides_in(record)) == _settings(argv):
-            return [*argv, f"hydra.sweep.dir={record.parent}"]
+        if settings(overrides_in(record)) == settings(argv):
+            return [*kept, f"hydra.sweep.dir={quoted(record.parent)}"]
     raise ConfigError("resume=true: outputs/multirun holds no sweep by this command; leave it out")
 
 
@@ -55,96 +90,219 @@ def with_search_defaults(argv: Sequence[str]) -> list[str]:
 
     The plugin's own defaults minimise, and end the search at the first failure.
     """
-    stated = {_key(text) for text in argv}
+    stated = {key_of(text) for text in argv}
     if "hydra/sweeper=optuna" not in argv:
         return list(argv)
-    return [*argv, *(text for text in SEARCH if _key(text) not in stated)]
+    return [*argv, *(text for text in SEARCH if key_of(text) not in stated)]
+
+
+# ---- The runs of a sweep
+
+
+def launch_missing_only(argv: Sequence[str]) -> None:
+    """Have Hydra launch, of the resumed sweep that a command line says, only what is missing.
+
+    Hydra would compose every run of it once more, minutes for a thousand, and hand all of them to
+    the launcher: to Slurm, a job each that has nothing to do. Sweepers from outside of Hydra's own
+    packages are refused, so that the one function is replaced that lists a sweep's runs.
+    """
+    stated = {key_of(text): text.partition("=")[2] for text in argv}
+    sweep = Path(unquoted(stated["hydra.sweep.dir"]))
+    numbered = "hydra.sweep.subdir" not in stated
+
+    def missing(overrides: list[Any], max_batch_size: int | None) -> list[list[Job]]:
+        jobs = chain.from_iterable(_every_run(overrides, None))
+        left = list(unfinished(list(jobs), states(sweep), numbered=numbered))
+        size = max_batch_size or max(1, len(left))
+        return [left[i : i + size] for i in range(0, len(left), size)]
+
+    # Hydra runs its plugins' modules anew when it looks for them: the class is not that imported.
+    sweeper: Any = Plugins.instance().class_name_to_class[GRID]
+    sweeper.split_arguments = staticmethod(missing)
+
+
+def unfinished(jobs: Sequence[Job], found: Iterable[RunState], *, numbered: bool) -> Iterator[Job]:
+    """The runs still to be made, each with the folder where it is to go on, or to begin.
+
+    A run is known by its settings, not by its number: a sweep may have grown in between. One that
+    somebody is at work on is left alone, and said.
+    """
+    begun: dict[tuple[str, ...], list[RunState]] = defaultdict(list)
+    for state in found:
+        if state.status != "missing":
+            begun[settings(state.overrides)].append(state)
+    taken = {state.run for alike in begun.values() for state in alike}
+    spare = (str(n) for n in count(len(jobs)) if str(n) not in taken)
+    for number, job in enumerate(jobs):
+        alike = begun[settings(job)]
+        if not alike:
+            name = next(spare) if str(number) in taken else str(number)
+            yield [*job, f"hydra.sweep.subdir={name}"] if numbered else job
+            continue
+        state = alike.pop(0)
+        if state.status == "running":
+            to_stderr(f"sweep: run {state.run} is left alone, somebody is at work: {state.reason}")
+        elif state.status != "finished":
+            yield [*job, f"hydra.sweep.subdir={quoted(Path(state.run))}"]
 
 
 def what_is_missing(config: Config, folder: Path) -> Config | float:
-    """How a run of a resumed sweep goes on in its folder; the objective of one that is finished."""
+    """How a run of a resumed sweep goes on in its folder; the objective of one that is finished.
+
+    Of several processes it is the main one that says so, which the others follow.
+    """
     summary = read_summary(folder)
     if summary.get("status") == "finished":
         return float(summary["objective"])
-    begun = (folder / "metrics.jsonl").exists()
-    return replace(config, resume=str(folder) if begun else "")
+    begun = (folder / METRICS).exists()
+    return replace(config, resume=str(folder) if begun and is_main() else "")
+
+
+def record_hydra(folder: Path) -> None:
+    """Write Hydra's own settings down for a run that begins in a resumed sweep, as Hydra would."""
+    file = folder / RECORD / "hydra.yaml"
+    if is_main() and not file.exists():
+        with suppress(OSError):
+            write_atomically(file, OmegaConf.to_yaml(HydraConfig.instance().cfg))
+
+
+def planned(hydra: Mapping[str, Any]) -> list[Job]:
+    """The overrides of every run that a sweep by these settings of Hydra's makes; of a search, [].
+
+    A sweep over what a `glob` finds has no plan either: it is known to Hydra alone.
+    """
+    sweeper = hydra["sweeper"]
+    if sweeper["_target_"] != GRID:
+        return []
+    texts = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    with suppress(Exception):  # the grammar's errors are of many kinds, and Hydra will tell them
+        overrides = OverridesParser.create().parse_overrides(texts + hydra["overrides"]["task"])
+        return list(chain.from_iterable(_every_run(overrides, None)))
+    return []
+
+
+def plan_again(sweep: Path) -> None:
+    """Put the plan of a sweep, as Hydra's record of it says, into an index that has none."""
+    with suppress(OSError, yaml.YAMLError, KeyError, TypeError):
+        text = (sweep / SWEEP_RECORD).read_bytes()
+        if GRID.encode() in text and sweep_index.read(sweep)[1] is None:
+            record = yaml.load(text, Loader=_LOADER)  # noqa: S506 (the safe loader, in C)
+            sweep_index.plan(sweep, planned(record["hydra"]))
+
+
+# ---- Hydra's hooks
+
+
+def by_main_process(name: str) -> str | None:
+    """The folder for Hydra's records of a run; none in a process that is not to write them.
+
+    Hydra resolves it in the process that makes the run, before it asks anything of ours.
+    """
+    join_processes()
+    return name if is_main() else None
+
+
+OmegaConf.register_new_resolver("by_main_process", by_main_process, replace=True)
+
+
+class OwnFolder(Callback):
+    """Hydra's hook: a folder named by the clock is this run's, or this sweep's, and nobody else's.
+
+    A folder that was chosen is taken as it is: an agent of W&B's comes back to that of its run.
+    """
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Claim the folder of a run."""
+        if _is_by_clock(config.hydra.run) and is_main():
+            _put(config.hydra.run, "dir", str(claimed(Path(config.hydra.run.dir))))
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Claim the folder of a sweep, whose path is absolute from here on: its runs may be made by
+        processes that were started elsewhere.
+        """
+        folder = Path(config.hydra.sweep.dir)
+        place = (claimed(folder) if _is_by_clock(config.hydra.sweep) else folder).absolute()
+        _put(config.hydra.sweep, "dir", str(place))
+        # Hydra composes every run anew, from the overrides alone.
+        with read_write(config), open_dict(config):
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(place)}")
 
 
 class Sweep(Callback):
-    """Hydra's hook: at the end of a sweep, how many runs finished, and why the others did not."""
+    """Hydra's hook: what a sweep is to make, who has which GPU, and what became of each run."""
+
+    def __init__(self) -> None:
+        self._turn: BinaryIO | None = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Tell at the end, also when Hydra ends by the error of one run."""
-        atexit.register(_tell_failures, Path(config.hydra.sweep.dir).absolute())
+        """Write the plan down; tell at the end, also when Hydra ends by the error of one run."""
+        sweep = Path(config.hydra.sweep.dir).absolute()
+        sweep.mkdir(parents=True, exist_ok=True)
+        jobs = planned(OmegaConf.to_container(config.hydra))  # type: ignore[arg-type]
+        sweep_index.plan(sweep, jobs)
+        with read_write(config.hydra.launcher):
+            handed_out = gpus.offer(config.hydra.launcher)
+        on = f", a GPU each in turn: {', '.join(handed_out)}" if handed_out else ""
+        to_stderr(f"sweep: {_counted(len(jobs))}, in {sweep}{on}")
+        atexit.register(_tell_failures, sweep)
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Wait for a GPU, where GPUs are handed out."""
+        self._turn = gpus.take_turn(Path(config.hydra.sweep.dir))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Write down why a run failed that came too short a way to do so itself."""
+        if self._turn:
+            self._turn.close()
         folder = Path(config.hydra.runtime.output_dir)
-        if job_return.status is JobStatus.FAILED and not read_summary(folder):
+        failed = job_return.status is JobStatus.FAILED and is_main()
+        if failed and not in_use(folder) and not read_summary(folder):
             error = job_return._return_value  # `return_value` raises it
             reason = hidden_text(f"{type(error).__name__}: {brief(error)}")
             with suppress(OSError):
                 text = json.dumps({"status": "failed", "reason": reason}, indent=2)
-                write_atomically(folder / "summary.json", text + "\n")
+                write_atomically(folder / SUMMARY, text + "\n")
+            sweep_index.note(folder)
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """A run's summary.json; empty where there is none that can be read."""
-    with suppress(OSError, ValueError):
-        found = json.loads((folder / "summary.json").read_bytes())
-        return found if isinstance(found, dict) else {}
-    return {}
+def _is_by_clock(node: DictConfig) -> bool:
+    """Whether a folder's name is made of the time alone."""
+    text = str(OmegaConf.to_container(node, resolve=False)["dir"])  # type: ignore[call-overload,index]
+    named = "WANDB_RUN_ID" in text and os.environ.get("WANDB_RUN_ID")
+    return "${now:" in text and not named
+
+
+def _put(node: DictConfig, key: str, value: str) -> None:
+    with read_write(node):
+        node[key] = value
+
+
+# ---- The last word of a sweep
 
 
 def _tell_failures(sweep: Path) -> None:
-    runs = sorted(
-        (file.parent.parent for file in sweep.glob("*/.hydra/overrides.yaml")), key=_place
-    )
-    if not runs:
+    found = states(sweep)
+    if not found:
         return
-    own = {run: _overrides_in(run / ".hydra" / "overrides.yaml") for run in runs}
-    shared = set.intersection(*map(set, own.values())) if len(runs) > 1 else set()
-    unfinished = [
-        line for run in runs for line in _unfinished(run, [o for o in own[run] if o not in shared])
-    ]
-    done = (
-        f"sweep: {len(runs) - len(unfinished)} of {len(runs)} runs begun are finished, in {sweep}"
-    )
-    again = ["the same command with resume=true runs what is missing"] if unfinished else []
-    print("\n".join([done, *unfinished, *again]), file=sys.stderr, flush=True)
+    counts = Counter(state.status for state in found)
+    begun = [state for state in found if state.status != "missing"]
+    done = f"sweep: {counts['finished']} of {_counted(len(found))} finished, in {sweep}"
+    rest = [state for state in begun if state.status != "finished"]
+    shared = common(begun)
+    lines = [_told(state, shared) for state in rest[:MOST_TOLD]]
+    more = [f"  and {len(rest) - MOST_TOLD} more"] if len(rest) > MOST_TOLD else []
+    missing = [f"  {counts['missing']} not begun"] if counts["missing"] else []
+    again = ["the same command with resume=true runs what is missing"]
+    listing = [f"python -m ppo_lab.runs {sweep} lists all"]
+    left = again + listing if counts["finished"] < len(found) else []
+    print("\n".join([done, *lines, *more, *missing, *left]), file=sys.stderr, flush=True)
 
 
-def _place(run: Path) -> tuple[int, str]:
-    return (int(run.name) if run.name.isdecimal() else 0, run.name)
+def _counted(runs: int) -> str:
+    return "a search" if not runs else "1 run" if runs == 1 else f"{runs} runs"
 
 
-def _unfinished(run: Path, settings: Sequence[str]) -> Iterator[str]:
+def _told(state: RunState, shared: frozenset[str]) -> str:
     """A line for a run that did not finish: its folder, what is special about it, and why."""
-    summary = read_summary(run)
-    status = summary.get("status", "unfinished")
-    if status != "finished":
-        reason = summary.get("reason", "no word of why")
-        yield "  ".join(["", run.name, *settings, f"{status}: {reason}"])
-
-
-def _overrides_in(file: Path) -> list[str]:
-    """The overrides that Hydra wrote down, of a run or of a sweep."""
-    with suppress(OSError, yaml.YAMLError, KeyError, TypeError):
-        found = yaml.load(file.read_bytes(), Loader=_LOADER)  # noqa: S506 (the safe loader, in C)
-        return found if isinstance(found, list) else list(found["hydra"]["overrides"]["task"])
-    return []
-
-
-def _settings(texts: Sequence[str]) -> list[str]:
-    """What a command line says of the runs themselves."""
-    return sorted(
-        text
-        for text in texts
-        if not text.startswith("-")
-        and not _key(text).startswith("hydra")
-        and _key(text) != "resume"
-    )
-
-
-def _key(text: str) -> str:
-    return text.lstrip("+~").partition("=")[0]
+    own = [text for text in state.overrides if text not in shared]
+    return "  ".join(["", state.run, *own, f"{state.status}: {state.reason or 'no word of why'}"])

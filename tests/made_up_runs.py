@@ -48,6 +48,7 @@ def make_run(
     every: int = 5,
     gold: bool = True,
     names: Iterable[str] = (),
+    overrides: Iterable[str] | None = None,
     **settings: object,
 ) -> Path:
     """One finished run; `names` are further metrics, filled with noise."""
@@ -84,6 +85,8 @@ def make_run(
             ppo__init_kl_coef=beta, ppo__cliprange=epsilon, seed=seed, ppo__steps=steps, **settings
         ),
     )
+    if overrides is not None:
+        (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
     return folder
 
 

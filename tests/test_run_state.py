@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from made_up_runs import make_run
+from scale.thousand_runs import measured
 
 from ppo_lab import sweep_index
 from ppo_lab.folders import claimed
@@ -311,3 +312,18 @@ def test_sweeps_and_single_runs_are_found_below_a_folder(
     assert "swept: 4 runs" in said
     assert not (top / "2026-01-02" / INDEX).exists()
     assert main([str(top / "nowhere")]) == 1
+
+
+# ---- A thousand
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_thousand_runs_are_listed_compared_and_gone_on_with_in_seconds(tmp_path: Path) -> None:
+    found = measured(tmp_path, 1000)  # of the processor: the clock's depend on who else works
+    assert found["listing, the index gone"].cpu < 2
+    assert found["listing, by the index"].cpu < 2
+    assert found["compare"].cpu < 20
+    assert found["resume=true, nothing is missing"].cpu < 10
+    assert found["resume=true, one run is missing"].cpu < 30
+    assert "Launching 1 jobs" in found["resume=true, one run is missing"].said

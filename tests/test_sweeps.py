@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import several
 import yaml
-from tiny_runs import inputs
+from tiny_runs import inputs, outcome
 
 from ppo_lab.command_line import command_problems
 from ppo_lab.compare.runs import read_runs
@@ -24,12 +28,14 @@ from ppo_lab.config import Config, register_schema
 from ppo_lab.errors import ConfigError
 from ppo_lab.multirun import (
     Sweep,
-    read_summary,
     resumed_sweep,
     what_is_missing,
     with_search_defaults,
 )
 from ppo_lab.rules import problems
+from ppo_lab.run_lock import owner
+from ppo_lab.run_state import read_summary
+from ppo_lab.sweep_index import INDEX, states
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -37,23 +43,38 @@ AWAY = "the scorer is away"
 
 
 def score(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """A reward that fails, once, where a file says so."""
+    """A reward that does, once, what a file says: fails, or kills the run at its n-th call."""
     fuse = Path(os.environ.get("PPO_LAB_TEST_FUSE", "/nowhere"))
     if fuse.exists():
+        what, _, left = fuse.read_text().partition(" ")
         fuse.unlink()
-        raise ValueError(AWAY)
+        if what != "kill":
+            raise ValueError(AWAY)
+        if int(left) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fuse.write_text(f"kill {int(left) - 1}")
+    return [float(len(set(text))) for text in completions]
+
+
+def seen(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """A reward that notes which GPU this process may use, and when."""
+    notes = Path(os.environ["PPO_LAB_TEST_NOTES"])
+    row = {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "pid": os.getpid(), "at": time.time()}
+    with (notes / f"{os.getpid()}.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
     return [float(len(set(text))) for text in completions]
 
 
 def tiny(folder: Path, reward: str = "length") -> list[str]:
     """Overrides that make any run one of seconds."""
     model, data = inputs(folder / "in")
-    target = ["reward=function", "reward.target=test_sweeps:score"]
+    function = "seen" if reward == "seen" else "score"
+    target = ["reward=function", f"reward.target=test_sweeps:{function}"]
     return [
         *("model=local", f"model.path={model}", "model.weights=random", "lora=none", "device=cpu"),
         *("data=file", f"data.path={data}", "data.held_out=4", "ppo.steps=2", "ppo.batch_size=4"),
         *("ppo.mini_batch_size=4", "generation.max_new_tokens=6", "evaluation.prompts=2"),
-        *(target if reward == "function" else [f"reward={reward}"]),
+        *([f"reward={reward}"] if reward == "length" else target),
     ]
 
 
@@ -197,7 +218,7 @@ def test_wandbs_own_clients_run_a_sweep_and_its_histories_arrive(
         assert (run["state"], run["group"]) == ("finished", f"sweep-{sweep_id}")
         assert set(run["tags"]) == {"sweep", "clip"}
         assert "clip0." in run["name"]
-    assert {f.name for f in (tmp_path / "outputs" / sweep_id).iterdir()} == set(runs)
+    assert {f.name for f in (tmp_path / "outputs" / sweep_id).iterdir()} == {*runs, INDEX}
     told = subprocess.run(
         [sys.executable, "-m", "ppo_lab.compare", "--wandb", where, "--output", "compared"],
         **options,
@@ -210,6 +231,41 @@ def test_wandbs_own_clients_run_a_sweep_and_its_histories_arrive(
     assert len(table) == 3
     assert table[0].startswith("run,path,status,reason,group,seed,steps,ppo.cliprange,objective")
     assert all(",finished," in row and ",2,0." in row for row in table[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_several_agents_share_a_sweep_and_each_keeps_to_its_gpu(
+    server: Any, tmp_path: Path
+) -> None:
+    if shutil.which("wandb", path=environment(tmp_path)["PATH"]) is None:
+        pytest.skip("needs the wandb command")
+    (tmp_path / "notes").mkdir()
+    notes = {"PPO_LAB_TEST_NOTES": str(tmp_path / "notes")}
+    env = environment(tmp_path, **server.client_env(home=str(tmp_path)), **notes)
+    sweep = yaml.safe_load((ROOT / "sweeps" / "clip.yaml").read_text())
+    sweep["parameters"] = {"seed": {"values": [0, 1, 2, 3, 4]}}
+    sweep["command"] += tiny(tmp_path, "seen")
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    options: dict[str, Any] = {"cwd": tmp_path, "timeout": 500, "check": True}
+    subprocess.run(["wandb", "sweep", "sweep.yaml"], env=env, **options)
+    ((sweep_id, _),) = server.recorded()["sweeps"].items()
+    command = ["wandb", "agent", f"fake-entity/ppo_lab/{sweep_id}"]
+    agents = [
+        subprocess.Popen(command, cwd=tmp_path, env={**env, "CUDA_VISIBLE_DEVICES": gpu})
+        for gpu in ("3", "5", "5")  # two of them on one GPU
+    ]
+    assert [agent.wait(timeout=600) for agent in agents] == [0, 0, 0]
+    runs = server.recorded()["runs"]
+    found = states(tmp_path / "outputs" / sweep_id)
+    assert {(state.run, state.status) for state in found} == {(run, "finished") for run in runs}
+    assert sorted(run["config"]["seed"] for run in runs.values()) == [0, 1, 2, 3, 4]
+    rows = [file.read_text().splitlines() for file in (tmp_path / "notes").iterdir()]
+    gpus = [{json.loads(line)["gpu"] for line in lines} for lines in rows]
+    assert len(gpus) == 5
+    assert all(used in ({"3"}, {"5"}) for used in gpus)
+    assert {"3"} in gpus
+    assert {"5"} in gpus
 
 
 def test_the_saved_view_holds_the_three_metrics_and_the_frontier(
@@ -246,7 +302,11 @@ def test_the_same_command_finds_its_sweep_again(
     monkeypatch.chdir(tmp_path)
     place = recorded_sweep(tmp_path, "seed=0,1", "ppo.steps=3")
     argv = ["-m", "ppo.steps=3", "seed=0,1", "resume=true"]
-    assert resumed_sweep(argv) == [*argv, f"hydra.sweep.dir={place}"]
+    assert resumed_sweep(argv) == [
+        *argv,
+        "hydra.output_subdir=null",
+        f"hydra.sweep.dir={place}",
+    ]
     with pytest.raises(ConfigError, match="holds no sweep by this command"):
         resumed_sweep(["-m", "seed=0,1,2", "ppo.steps=3", "resume=true"])
 
@@ -299,16 +359,48 @@ def test_a_failed_run_leaves_the_others_alone_and_runs_again(tmp_path: Path) -> 
     command = ["-m", *tiny(tmp_path, "function"), "tracking=none", "ppo.init_kl_coef=0.1,0.2"]
     first = ppo_lab(tmp_path, *command, PPO_LAB_TEST_FUSE=str(fuse))
     assert first.returncode == 1
-    assert "sweep: 1 of 2 runs begun are finished" in first.stderr
+    assert "sweep: 1 of 2 runs finished" in first.stderr
     (line,) = [row for row in first.stderr.splitlines() if row.startswith("  0  ppo.init_kl")]
     assert AWAY in line
     (place,) = (tmp_path / "outputs" / "multirun").glob("*/*")
     kept = (place / "1" / "metrics.jsonl").stat().st_mtime_ns
+    shutil.rmtree(place / "0")  # and now nothing of it is left
     again = ppo_lab(tmp_path, *command, "resume=true")
     assert again.returncode == 0, again.stderr
-    assert "sweep: 2 of 2 runs begun are finished" in again.stderr
+    assert "Launching 1 jobs" in again.stderr
+    assert "sweep: 2 of 2 runs finished" in again.stderr
     assert (place / "1" / "metrics.jsonl").stat().st_mtime_ns == kept
-    assert [read_summary(place / n)["status"] for n in "01"] == ["finished", "finished"]
+    assert [state.status for state in states(place)] == ["finished", "finished"]
+    # A run that began in a resumed sweep can be gone on with by itself, as any other.
+    more = ppo_lab(tmp_path, f"resume={place / '0'}", "ppo.steps=3")
+    assert more.returncode == 0, more.stderr
+    assert read_summary(place / "0")["steps"] == 3
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_a_sweep_goes_on_and_other_settings_are_another_run(
+    tmp_path: Path,
+) -> None:
+    fixed = [*tiny(tmp_path, "function"), "tracking=none", "seed=0", "hydra.sweep.dir=swept"]
+    command = ["-m", *fixed, "checkpoint.every=1", "ppo.steps=6"]
+    fuse = tmp_path / "fuse"
+    fuse.write_text("kill 5")  # two calls come before the first iteration
+    killed = ppo_lab(tmp_path, *command, PPO_LAB_TEST_FUSE=str(fuse))
+    assert killed.returncode == -signal.SIGKILL
+    (state,) = states(tmp_path / "swept")
+    assert (state.status, state.steps) == ("crashed", 2)
+    other = ppo_lab(tmp_path, *command, "ppo.learning_rate=0.5", "resume=true")
+    assert other.returncode == 0, other.stderr
+    found = {state.run: state.status for state in states(tmp_path / "swept")}
+    assert found == {"0": "crashed", "1": "finished"}
+    done = ppo_lab(tmp_path, *command, "resume=true")
+    assert done.returncode == 0, done.stderr
+    straight = ppo_lab(tmp_path, *command[1:], "hydra.run.dir=straight")
+    assert straight.returncode == 0, straight.stderr
+    assert outcome(tmp_path / "swept" / "0") == outcome(tmp_path / "straight")
+
+
+# ---- Launchers
 
 
 @pytest.mark.slow
@@ -319,10 +411,105 @@ def test_a_failed_run_leaves_the_others_alone_and_runs_again(tmp_path: Path) -> 
 def test_a_sweep_runs_in_parallel_by_a_launcher(tmp_path: Path, launcher: str, plugin: str) -> None:
     pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
     command = ["-m", f"hydra/launcher={launcher}", *tiny(tmp_path), "tracking=none"]
-    done = ppo_lab(tmp_path, *command, "seed=0,1", "hydra.sweep.dir=swept")
+    done = ppo_lab(tmp_path, *command, "seed=0,1,2,3", "hydra.sweep.dir=swept")
     assert done.returncode == 0, done.stderr
     runs = read_runs([str(tmp_path / "swept")])
-    assert [(run.name, run.status) for run in runs] == [("0", "finished"), ("1", "finished")]
+    assert [(run.name, run.status) for run in runs] == [(n, "finished") for n in "0123"]
+    assert [state.status for state in states(tmp_path / "swept")] == ["finished"] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "plugin", "more"),
+    [
+        ("joblib", "joblib", ["hydra.launcher.n_jobs=3"]),
+        ("submitit_local", "submitit", []),
+        ("ray_gpu", "ray", ["+hydra.launcher.ray.init.num_gpus=2"]),
+    ],
+)
+def test_runs_side_by_side_have_a_gpu_each_in_turn(
+    tmp_path: Path, launcher: str, plugin: str, more: list[str]
+) -> None:
+    pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
+    (tmp_path / "notes").mkdir()
+    command = ["-m", f"hydra/launcher={launcher}", *more, *tiny(tmp_path, "seen"), "tracking=none"]
+    pool = {"CUDA_VISIBLE_DEVICES": "4,6", "PPO_LAB_TEST_NOTES": str(tmp_path / "notes")}
+    done = ppo_lab(tmp_path, *command, "seed=0,1,2,3,4", "hydra.sweep.dir=swept", **pool)
+    assert done.returncode == 0, done.stderr
+    assert len(states(tmp_path / "swept")) == 5
+    gpus: dict[str, set[str]] = {}
+    for file in (tmp_path / "notes").iterdir():
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        gpus[file.stem] = {row["gpu"] for row in rows}
+    assert set().union(*gpus.values()) == {"4", "6"}
+    assert all(len(used) == 1 for used in gpus.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_job_that_is_warned_is_requeued_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    fixed = [*tiny(tmp_path), "tracking=none", "ppo.steps=60", "checkpoint.every=1000", "seed=0"]
+    command = ["-m", "hydra/launcher=submitit_local", "hydra.sweep.dir=swept", *fixed]
+    process = started(tmp_path, *command)
+    lines, run = tmp_path / "swept" / "0" / "metrics.jsonl", tmp_path / "swept" / "0"
+    wait_for(lambda: lines.exists() and lines.read_text().count("\n") >= 3)
+    os.kill(owner(run)["pid"], submitit_signal())
+    _, said = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    (log,) = (tmp_path / "swept" / ".submitit").glob("*/*_log.err")
+    assert log.read_text().count("Requeued job") == 1
+    known = (run.parent / INDEX).read_text()
+    told = [json.loads(line).get("status") for line in known.splitlines()]
+    assert told == [None, "running", "preempted", "running", "finished"]
+    straight = ppo_lab(tmp_path, *fixed, "hydra.run.dir=straight")
+    assert straight.returncode == 0, straight.stderr
+    assert outcome(run) == outcome(tmp_path / "straight")
+
+
+def submitit_signal() -> int:
+    from submitit import JobEnvironment
+
+    return getattr(signal, f"SIG{JobEnvironment.USR_SIG}")
+
+
+def started(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ppo_lab", *overrides],
+        cwd=folder,
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_job_of_several_tasks_is_one_run_of_as_many_processes_and_is_requeued_as_one(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    fixed = several.tiny(tmp_path, "ppo.steps=30", "checkpoint.every=1000", "seed=0")
+    tasks = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"]
+    process = started(tmp_path, "-m", *tasks, *fixed, "hydra.sweep.dir=swept")
+    lines, run = tmp_path / "swept" / "0" / "metrics.jsonl", tmp_path / "swept" / "0"
+    wait_for(lambda: lines.exists() and lines.read_text().count("\n") >= 3)
+    os.kill(owner(run)["pid"], submitit_signal())
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    logs = [log.read_text() for log in (tmp_path / "swept" / ".submitit").glob("*/*_log.err")]
+    assert sum(log.count("Requeued job") for log in logs) == 1
+    assert [state.status for state in states(tmp_path / "swept")] == ["finished"]
+    straight = several.run(2, tmp_path, *fixed)
+    assert several.disagreements(run, straight) == []
 
 
 @pytest.mark.slow
