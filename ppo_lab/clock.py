@@ -1,36 +1,48 @@
-"""Where the time of an iteration goes, and how much memory it took."""
+"""Where the time of an iteration goes, how much of the device it used, how much memory it took."""
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.profiler import record_function
+
+from ppo_lab.memory import peak_resident_bytes
 
 
 class Clock:
-    """Seconds by phase since the last reading."""
+    """Seconds by phase since the last reading.
 
-    def __init__(self, device: torch.device) -> None:
+    `peak_flops()` is what the device computes in a second at most, 0 where nobody knows; it is
+    asked once, at the first reading.
+    """
+
+    def __init__(self, device: torch.device, peak_flops: Callable[[], float] = lambda: 0.0) -> None:
         self.device = device
+        self._peak_flops: Callable[[], float] = peak_flops
+        self._peak: float | None = None
         self._phases: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Add the seconds spent inside to `phase`; on a GPU, until its work is done."""
+        """Add the seconds spent inside to `phase`, a range of that name in a profile; on a GPU,
+        until its work is done.
+        """
         start = time.perf_counter()
         try:
-            yield
+            with record_function(phase):
+                yield
         finally:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - start
 
-    def read(self, *, tokens: int) -> dict[str, float]:
-        """Seconds by phase and in all, response tokens a second and peak memory; starts anew."""
+    def read(self, *, tokens: int, flops: float = 0.0) -> dict[str, float]:
+        """Seconds by phase and in all, response tokens a second, model FLOP utilisation and peak
+        memory; starts anew.
+        """
         total = sum(self._phases.values())
         times = {f"time/{phase}": seconds for phase, seconds in self._phases.items()}
         self._phases = {}
@@ -38,6 +50,7 @@ class Clock:
             **times,
             "time/iteration": total,
             "tokens_per_second": tokens / total if total else 0.0,
+            **self._utilisation(flops, total),
             "peak_memory_gb": self.peak_memory_gb(),
         }
 
@@ -45,5 +58,10 @@ class Clock:
         """Peak memory in GiB: allocated on the GPU, or the process's resident set."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
-        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return kib / (2**30 if sys.platform == "darwin" else 2**20)
+        return peak_resident_bytes() / 2**30
+
+    def _utilisation(self, flops: float, seconds: float) -> dict[str, float]:
+        """`mfu`; nothing where the device's peak rate is not known."""
+        if self._peak is None:
+            self._peak = self._peak_flops()
+        return {"mfu": flops / seconds / self._peak} if self._peak and flops and seconds else {}

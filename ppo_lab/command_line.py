@@ -135,6 +135,23 @@ def command_problems(argv: list[str], *, check: Check, config_name: str = "confi
         return reader.problems(arguments.overrides, multirun=arguments.multirun)
 
 
+def configurations(argv: list[str], *, check: Check) -> list[tuple[list[str], Any, int]]:
+    """Of every run that a command asks for: what it changes, its configuration, how often it comes.
+
+    The runs of a search are alike, and are given as one that comes as often as there are trials.
+
+    Raises:
+        ConfigError: everything that is wrong with the command.
+    """
+    register_schema()
+    if found := command_problems(argv, check=check):
+        raise ConfigError(found)
+    arguments = _arguments(argv)
+    with a_hydra(arguments.config_dir) as composer:
+        reader = CommandReader(composer, arguments.config_name or "config", check)
+        return list(reader.configurations(arguments.overrides, multirun=arguments.multirun))
+
+
 def _arguments(argv: list[str]) -> Namespace:
     """Hydra's flags and overrides; a wrong flag is a ConfigError."""
     parser = get_args_parser()
@@ -193,6 +210,19 @@ class CommandReader:
             found += self._run_problems(run)
         return list(dict.fromkeys(found)) or self._final_problems(runs, multirun)
 
+    def configurations(
+        self, texts: list[str], *, multirun: bool = False
+    ) -> Iterator[tuple[list[str], Any, int]]:
+        """What each run changes, its configuration and how often it comes; see `configurations`."""
+        overrides = self._parsed(texts, [])
+        swept = multirun or "hydra.mode=MULTIRUN" in texts
+        for run in self._runs(overrides, [], most=None) if swept else [overrides]:
+            config = self._compose(tuple(map(_text, run)))
+            trials = int(OmegaConf.select(config, "hydra.sweeper.n_trials") or 1) if swept else 1
+            with open_dict(config):
+                config.pop("hydra")
+            yield [_text(o) for o in run], OmegaConf.to_object(config), trials
+
     def _parsed(self, texts: list[str], found: list[str]) -> list[Override]:
         overrides = []
         for text in texts:
@@ -205,8 +235,10 @@ class CommandReader:
                 found.append(f"{text}: cannot be read; must be key=value{_grammar_hint(text)}")
         return overrides
 
-    def _runs(self, overrides: list[Override], found: list[str]) -> Iterator[list[Override]]:
-        """The overrides of each run of a sweep; of one that a search makes up, of one run."""
+    def _runs(
+        self, overrides: list[Override], found: list[str], most: int | None = MOST_RUNS_CHECKED
+    ) -> Iterator[list[Override]]:
+        """The overrides of each run of a sweep, the first `most`; of a search, of one run."""
         if any(o.key_or_group == "hydra/sweeper" for o in overrides):
             yield self._parsed([_one_of(override) for override in overrides], found)
             return
@@ -215,7 +247,7 @@ class CommandReader:
         except Exception as error:
             found.append(_first_line(error))
             return
-        for texts in batches[0][:MOST_RUNS_CHECKED]:
+        for texts in batches[0][:most]:
             yield self._parsed(texts, found)
 
     def _run_problems(self, overrides: list[Override]) -> list[str]:

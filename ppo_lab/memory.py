@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -142,6 +144,30 @@ def critic_bytes(config: Config) -> int:
         return 0  # nobody knows before its code has run
     dtype = getattr(torch, config.critic.dtype)
     return 4 * classifier_bytes(start.path, revision=start.revision, dtype=dtype, key="critic.path")
+
+
+def resident_bytes() -> float:
+    """Bytes of memory that this process takes now."""
+    return _status("VmRSS")
+
+
+def peak_resident_bytes() -> float:
+    """The most bytes of memory that this process has taken.
+
+    Not by getrusage, whose figure a process inherits from the one that started it.
+    """
+    if found := _status("VmHWM"):
+        return found
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(used) * (1 if sys.platform == "darwin" else 1024)
+
+
+def _status(name: str) -> float:
+    """A figure of the Linux kernel about this process, in bytes; 0 elsewhere."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return float(next(line.split()[1] for line in lines if line.startswith(name))) * 1024
+    return 0.0
 
 
 def free_bytes() -> float:

@@ -75,6 +75,11 @@ METRICS: dict[str, tuple[str, str]] = {
     "tokens/responses_len_std": ("tokens", "its standard deviation"),
     "tokens/eos_rate": ("share of samples", "responses that a stop condition ended"),
     "tokens_per_second": ("tokens/s", "response tokens over the whole iteration's time"),
+    "mfu": (
+        "share",
+        "model FLOP utilisation: the iteration's FLOPs (recomputed ones left out) over its time, "
+        "of the device's peak rate; absent where that is not known",
+    ),
     "time/generate": ("s", "sampling"),
     "time/score": ("s", "the reward"),
     "time/reference": (

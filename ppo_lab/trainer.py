@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from ppo_lab.metrics import Shaped, iteration_metrics
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.models.reference import Reference
 from ppo_lab.optim import advance, make_optimizer, make_schedule
+from ppo_lab.plan.machine import peak_flops
+from ppo_lab.plan.meter import Meter
 from ppo_lab.processes.alone import Alone
 from ppo_lab.rollout import NoiseKey, Sampling, sample
 from ppo_lab.scaling import RunningMoments, penalise_unended, scale_scores
@@ -125,7 +128,8 @@ class PPOTrainer:
         self.kl_controller = _controller(self.config)
         self.moments = RunningMoments()
         self.iterations_done = 0
-        self.clock = Clock(self.device)
+        self.clock = Clock(self.device, partial(peak_flops, str(self.device), self.policy.dtype))
+        self.meter = Meter(self.policy, self.critic if self.has_critic else None)
         self.dataloader = classic.dataloader(dataset, data_collator, self.config)
         self.latest: tuple[Prompts, Tokens, Scores] | None = None
         self._noise_streams = 0
@@ -211,10 +215,13 @@ class PPOTrainer:
         self._check_invariants(metrics)
         if not self.warms_up:
             self.kl_controller.update(metrics["objective/kl"], n_samples=len(rollout))
+        flops = self.meter.flops(
+            rollout.tokens, epochs=update.epochs, policy_learns=not self.warms_up
+        )
         advance(self.lr_scheduler)
         self.iterations_done += 1
         noted, self.noted = self.noted, {}
-        return {**metrics, **noted, **self.clock.read(tokens=int(rollout.tokens.mask.sum()))}
+        return {**metrics, **noted, **self.clock.read(tokens=int(rollout.tokens.mask.sum()), flops=flops)}
 
     def shape(self, rollout: Rollout, scores: Scores) -> Shaped:
         """KL-shaped rewards, and the advantages and returns that the updates aim at."""

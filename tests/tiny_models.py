@@ -104,5 +104,5 @@ def weights(model: Any) -> dict[str, Tensor]:
 
 def timeless(stats: dict[str, float]) -> dict[str, float]:
     """The statistics that say nothing of this machine."""
-    machine = ("time/", "tokens_per_second", "peak_memory")
+    machine = ("time/", "tokens_per_second", "peak_memory", "mfu")
     return {name: value for name, value in stats.items() if not name.startswith(machine)}

@@ -42,7 +42,7 @@ ARCHITECTURE = {
     "max_position_embeddings": 96,
     "initializer_range": 0.4,
 }
-TIMINGS = ("tokens_per_second", "peak_memory_gb")
+TIMINGS = ("tokens_per_second", "peak_memory_gb", "mfu")
 
 # Done by the reward's n-th call, counted from now on: {n: what}.
 fuses: dict[int, Callable[[], Any]] = {}

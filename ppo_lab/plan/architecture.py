@@ -1,0 +1,157 @@
+"""What of a policy costs work and memory, read off its modules: real ones, or ones on the meta
+device, which take no memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
+from transformers.pytorch_utils import Conv1D
+
+from ppo_lab.config import LoraSection, ModelSection
+from ppo_lab.models.loading import disable_dropout
+from ppo_lab.models.lora import wrap_lora
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a policy, in numbers (weights, or values of one position), not in bytes.
+
+    `matrices` are the weights that a token is multiplied with in all layers together, `adapter`
+    those of LoRA beside them, `head` those of the output head. `queries` is the width of the
+    queries of all layers together, `cached` that of their keys and values. `trained` counts every
+    weight with a gradient, `trained_matrices` those in `matrices`. Weights lie in `weight_bytes`
+    bytes, of which `tied` twice-used ones are counted once.
+    """
+
+    layers: int
+    hidden: int
+    vocabulary: int
+    matrices: int
+    head: int
+    queries: int
+    cached: int
+    parameters: int
+    trained: int
+    weight_bytes: int
+    bytes_per_weight: int
+    trained_bytes: int = 0
+    adapter: int = 0
+    trained_matrices: int = 0
+    head_trained: bool = False
+    has_own_reference: bool = False
+
+    def deeper(self, layers: int) -> Architecture:
+        """The same with another number of layers, as far as work goes."""
+        grown = {
+            name: getattr(self, name) * layers // max(self.layers, 1)
+            for name in ("matrices", "queries", "cached", "adapter", "trained_matrices")
+        }
+        return replace(self, layers=layers, **grown)
+
+
+def architecture_of(model: Any) -> Architecture:
+    """The sizes of a causal language model, plain or with its adapter, or of a classifier."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    text, output = base.config.get_text_config(decoder=True), base.get_output_embeddings()
+    # A classifier's head, of a few numbers, counts among the matrices.
+    head = torch.empty(0, text.hidden_size, device="meta") if output is None else output.weight
+    matrices = list(_matrices(model, output))
+    adapter = [w for name, w in matrices if "lora_" in name]
+    own = [w for name, w in matrices if "lora_" not in name]
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    heads = getattr(text, "num_attention_heads", 0)
+    size = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    return Architecture(
+        layers=text.num_hidden_layers,
+        hidden=head.shape[1],
+        vocabulary=head.shape[0],
+        matrices=sum(w.numel() for w in own),
+        head=head.numel(),
+        queries=text.num_hidden_layers * heads * size,
+        cached=text.num_hidden_layers * groups * size * 2,
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in trained),
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        bytes_per_weight=parameters[0].element_size(),
+        trained_bytes=sum(p.numel() * p.element_size() for p in trained),
+        adapter=sum(w.numel() for w in adapter),
+        trained_matrices=sum(w.numel() for w in own if w.requires_grad),
+        head_trained=head.requires_grad,
+        has_own_reference=not hasattr(model, "peft_config"),
+    )
+
+
+def blueprint(
+    config: PreTrainedConfig,
+    model: ModelSection,
+    lora: LoraSection,
+    *,
+    dtype: torch.dtype,
+    device: str = "meta",
+    layers: int = 0,
+) -> Any:
+    """The model of a run with its adapter: on the meta device, without memory.
+
+    With `layers` it has no more of them, and a small vocabulary: a miniature, to be measured.
+
+    Raises:
+        ConfigError: `lora.target_modules` names what the model does not have.
+    """
+    kernel = model.attn_implementation
+    settings = {"attn_implementation": kernel} if kernel else {}
+    config = shallow(config, layers) if layers else config
+    with torch.device(device), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = AutoModelForCausalLM.from_config(config, dtype=dtype, **settings)
+        disable_dropout(made)
+        return wrap_lora(made, lora) if lora.r else made
+
+
+def classifier_blueprint(
+    config: PreTrainedConfig, *, dtype: torch.dtype, device: str = "meta", layers: int = 0
+) -> Any:
+    """A sequence classifier with one output, as `blueprint`."""
+    config = shallow(config, layers) if layers else copy.deepcopy(config)
+    config.num_labels = 1
+    with torch.device(device), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+        disable_dropout(made)
+        return made
+
+
+VOCABULARY_OF_A_MINIATURE = 512
+
+
+def shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The same architecture with so many layers and a small vocabulary."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config(decoder=True)
+    deep = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == deep:  # one entry a layer
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    text.vocab_size = VOCABULARY_OF_A_MINIATURE
+    text.pad_token_id, text.bos_token_id, text.eos_token_id = 0, 1, 2
+    return config
+
+
+def _matrices(model: Any, head: nn.Module | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and weights of every matrix that tokens are multiplied with, the head's left out."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+            yield name, module.weight

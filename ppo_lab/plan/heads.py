@@ -1,0 +1,116 @@
+"""What the output head takes, on this machine: seconds and bytes of logits, draws and log-probs.
+
+Seconds go with the vocabulary and with the number of tokens, so that a slice of the vocabulary and
+some of the tokens tell them. Bytes depend on the road that the log-probs take, and that on
+vocabulary and tokens alone, so that a head of few columns tells them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppo_lab.models import logprobs
+from ppo_lab.models.choice import LEVELS
+from ppo_lab.models.fast.draws import draw_from
+from ppo_lab.models.logprobs import Head, token_logprobs
+from ppo_lab.plan.machine import seconds_of
+from ppo_lab.plan.trace import tracked
+
+# Entries of a slice of the vocabulary, and products, that are measured at most.
+SLICE = 2**14
+MOST_FLOPS = 8e9
+MOST_DRAWN = 2**22
+
+FEW_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """A head, and whether it is trained itself."""
+
+    vocabulary: int
+    hidden: int
+    trained: bool
+    dtype: torch.dtype
+
+
+def sampling_seconds(head: HeadShape, rows: int) -> float:
+    """Seconds of the logits of so many rows, and of drawing a token for each."""
+    weight, hidden = _slice(head, rows)
+    whole = Head(weight)
+    with torch.no_grad():
+        logits = seconds_of(lambda: whole.logits(hidden)) * head.vocabulary / len(weight)
+        some = max(1, min(rows, MOST_DRAWN // head.vocabulary))
+        z = torch.randn(some, head.vocabulary)
+        uniforms = torch.full((some, LEVELS), 0.5, dtype=torch.float64)
+        return logits + seconds_of(lambda: draw_from(z, uniforms)) * rows / some
+
+
+def logprob_seconds(head: HeadShape, tokens: int, *, gradients: bool) -> float:
+    """Seconds of the log-probs of so many tokens, and of their gradients."""
+    columns = min(head.vocabulary, SLICE)
+    some = max(1, min(tokens, int(MOST_FLOPS / (6 * columns * head.hidden))))
+    weight, hidden = _slice(head, some)
+    weight.requires_grad_(gradients and head.trained)
+    hidden.requires_grad_(gradients)
+    targets = torch.arange(some) % columns
+    chunked = gradients and head.trained and tokens * head.vocabulary > logprobs.TILE
+
+    def work() -> None:
+        with torch.set_grad_enabled(gradients):
+            found = (_chunked if chunked else _any_road)(hidden, Head(weight), targets)
+            if gradients:
+                found.backward(torch.ones_like(found))
+                weight.grad = hidden.grad = None
+
+    return seconds_of(work) * head.vocabulary / columns * tokens / some
+
+
+def logprob_bytes(head: HeadShape, tokens: int, *, gradients: bool) -> int:
+    """The most that log-probs of so many tokens hold, the head's own gradient left out."""
+    weight = torch.zeros(head.vocabulary, FEW_COLUMNS, dtype=head.dtype)
+    weight.requires_grad_(gradients and head.trained)
+    hidden = torch.zeros(tokens, FEW_COLUMNS, requires_grad=gradients)
+    tracker = tracked()
+    with torch.set_grad_enabled(gradients), tracker as live:
+        found = _any_road(hidden, Head(weight), torch.zeros(tokens, dtype=torch.long))
+        if gradients:
+            found.backward(torch.ones_like(found))
+    own = [t.grad for t in (weight, hidden) if t.grad is not None]
+    states = 3 * tokens * (head.hidden - FEW_COLUMNS) * hidden.element_size()
+    return live.peak(without=tracker.names(own)) + states
+
+
+def sampling_bytes(head: HeadShape, rows: int) -> int:
+    """The most that drawing a token for each row holds, logits included."""
+    hidden = torch.zeros(rows, FEW_COLUMNS, dtype=head.dtype)
+    uniforms = torch.full((rows, LEVELS), 0.5, dtype=torch.float64)
+    whole = Head(torch.zeros(head.vocabulary, FEW_COLUMNS, dtype=head.dtype))
+    with torch.no_grad(), tracked() as live:
+        draw_from(whole.logits(hidden), uniforms)
+    return live.peak()
+
+
+def _slice(head: HeadShape, rows: int) -> tuple[Tensor, Tensor]:
+    """A part of the head's weight, and hidden states: small numbers, and no two rows alike."""
+    block = torch.randn(256, head.hidden) * 0.02
+    columns = min(head.vocabulary, SLICE)
+    weight = block.repeat(-(-columns // 256), 1)[:columns].to(head.dtype)
+    return weight, torch.randn(rows, head.hidden)
+
+
+def _any_road(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    return token_logprobs(hidden, head, targets, temperature=1.0)[0]
+
+
+def _chunked(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    from ppo_lab.trl_parts import chunked_logprobs
+
+    return chunked_logprobs(hidden, head, targets, temperature=1.0)[0]
+
+
+Road = Callable[[Tensor, Head, Tensor], Tensor]

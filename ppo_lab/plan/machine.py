@@ -1,0 +1,95 @@
+"""This machine, measured: seconds of a piece of work, what it multiplies and reads in a second."""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+
+from ppo_lab.embedded.cache import cache_folder
+from ppo_lab.models.fast.products import computed_in
+from ppo_lab.plan.devices import named
+from ppo_lab.record import write_atomically
+
+# A measurement goes on for so long, but not for fewer tries.
+LONG_ENOUGH = 0.08
+TRIES = 1
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second: FLOPs in large matrix products, bytes read."""
+
+    flops: float
+    bytes: float
+
+
+@functools.cache
+def peak_flops(device: str, dtype: torch.dtype) -> float:
+    """What a device computes in a second at most, in this precision: of a known GPU what is
+    published, of a CPU what it reaches in a large product, measured once; else 0.
+    """
+    kind = torch.device(device)
+    if kind.type == "cuda":
+        known = named(torch.cuda.get_device_name(kind))
+        return known.flops(str(dtype).removeprefix("torch.")) if known else 0.0
+    return _kept(f"peak-{computed_in(dtype)}", lambda: product_rate(computed_in(dtype), device))
+
+
+def product_rate(dtype: torch.dtype, device: str) -> float:
+    """FLOPs a second of a large product, the best of several."""
+    a = torch.ones(512, 2048, device=device, dtype=dtype)
+    b = torch.ones(2048, 2048, device=device, dtype=dtype)
+    return 2 * 512 * 2048 * 2048 / seconds_of(lambda: a @ b, tries=5)
+
+
+def _kept(name: str, measure: Callable[[], float]) -> float:
+    """A number that is measured once on this machine, for as many threads, and kept in the cache."""
+    processor = f"{platform.processor() or platform.machine()}-{torch.get_num_threads()}"
+    place = cache_folder() / "plan" / f"{name}-{processor}-torch{torch.__version__}.json"
+    with suppress(OSError, ValueError):
+        return float(json.loads(place.read_text()))
+    found = measure()
+    with suppress(OSError):
+        write_atomically(place, json.dumps(found))
+    return found
+
+
+def measure_rates(dtype: torch.dtype, device: str) -> Rates:
+    """The best of several tries of one large product, and of reading one large array."""
+    array = torch.ones(2**25, device=device)
+    flops = product_rate(computed_in(dtype) if device == "cpu" else dtype, device)
+    return Rates(flops, array.nbytes / seconds_of(array.sum, tries=5))
+
+
+def seconds_of(work: Callable[[], object], *, tries: int = TRIES) -> float:
+    """The least seconds of several tries, after one that does not count."""
+    found: list[float] = []
+    work()
+    while len(found) < tries or sum(found) < LONG_ENOUGH:
+        start = now()
+        work()
+        found.append(max(now() - start, 1e-9))
+    return min(found)
+
+
+def now() -> float:
+    """The time in seconds, a GPU's work done.
+
+    With one thread it is the processor's time, in which other processes have no part.
+    """
+    finish_device_work()
+    one = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time() if one else time.perf_counter()
+
+
+def finish_device_work() -> None:
+    """Wait until a GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,28 @@
+"""The FLOPs of the iterations that a trainer really made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ppo_lab.plan.architecture import Architecture, architecture_of
+from ppo_lab.plan.work import Amount, forward_flops, iteration_flops, learning_flops
+from ppo_lab.types import Tokens
+
+
+class Meter:
+    """Counts what a policy, and a critic of its own, compute in an iteration."""
+
+    def __init__(self, policy: Any, critic: Any = None) -> None:
+        """Sizes are read off once; nothing of them changes while training."""
+        self.policy = architecture_of(policy.pretrained_model)
+        self.critic: Architecture | None = None if critic is None else architecture_of(critic.model)
+
+    def flops(self, tokens: Tokens, *, epochs: int, policy_learns: bool = True) -> float:
+        """FLOPs of an iteration on these tokens, with as many epochs as were made."""
+        prompts = tokens.query_mask.sum(1).tolist()
+        amount = Amount.of(zip(prompts, tokens.lengths.tolist(), strict=True))
+        found = iteration_flops(self.policy, amount, epochs=epochs if policy_learns else 0)
+        if self.critic is not None:
+            found += forward_flops(self.critic, amount)
+            found += epochs * learning_flops(self.critic, amount)
+        return found

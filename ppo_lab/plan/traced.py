@@ -1,0 +1,104 @@
+"""What passes hold on a device that is not here: a miniature traced on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+
+from ppo_lab.config import Config
+from ppo_lab.models import logprobs
+from ppo_lab.models.policy import enable_checkpointing
+from ppo_lab.models.trunk import Trunk
+from ppo_lab.plan.architecture import blueprint
+from ppo_lab.plan.heads import HeadShape
+from ppo_lab.plan.rehearsal import ByDepth, Held
+from ppo_lab.plan.trace import tracked
+from ppo_lab.plan.workload import Row
+
+# Rows of the vocabulary that TRL's kernel takes at a time on a GPU.
+CHUNK = 32768
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a pass holds, and how many operations it launches forward and backward, by depth."""
+
+    held: Held
+    forward: ByDepth
+    backward: ByDepth
+
+
+class _Seen(NamedTuple):
+    kept: int
+    passing: int
+    churned: int
+    reading: int
+    forward: int
+    backward: int
+
+
+def traced(
+    model: PreTrainedConfig,
+    config: Config,
+    *,
+    dtype: torch.dtype,
+    training: Sequence[Row],
+    reading: Sequence[Row],
+) -> Traced:
+    """What the passes over these rows hold with transformers' own kernels."""
+    one, two = (
+        _trace(
+            blueprint(model, config.model, config.lora, dtype=dtype, layers=layers),
+            training,
+            reading,
+            checkpointing=config.ppo.gradient_checkpointing,
+        )
+        for layers in (1, 2)
+    )
+    by_depth = [ByDepth.of(a, b) for a, b in zip(one, two, strict=True)]
+    return Traced(Held(*by_depth[:4]), *by_depth[4:])
+
+
+def published_head_bytes(head: HeadShape, tokens: int, *, gradients: bool) -> float:
+    """The most that log-probs hold on a GPU: logits in float32, their softmax and its gradient; of
+    many tokens, those of a tile.
+    """
+    entries = min(tokens * head.vocabulary, max(logprobs.TILE, tokens * CHUNK if gradients else 0))
+    return entries * 4.0 * (3 if gradients else 2)
+
+
+def _trace(
+    model: Any, training: Sequence[Row], reading: Sequence[Row], *, checkpointing: bool
+) -> _Seen:
+    if checkpointing:
+        enable_checkpointing(model)
+        if hasattr(model, "peft_config"):
+            model.enable_input_require_grads()
+    trunk = Trunk(model)
+    with torch.device("meta"):
+        model.train()
+        tracker = tracked()
+        with tracker as live:
+            hidden = trunk.hidden(*_rectangle(training))
+            kept, churned, forward = live.now, live.made - live.now, live.launches
+            hidden.backward(torch.ones_like(hidden))
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        peak = live.peak(without=tracker.names(gradients))
+        model.eval()
+        with torch.no_grad(), tracked() as passing:
+            trunk.hidden(*_rectangle(reading))
+    backward = live.launches - forward
+    return _Seen(kept, max(0, peak - kept), churned, passing.peak(), forward, backward)
+
+
+def _rectangle(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention of these rows, padded to the longest."""
+    width = max(row.seen for row in rows)
+    return (
+        torch.zeros(len(rows), width, dtype=torch.long),
+        torch.ones(len(rows), width, dtype=torch.bool),
+    )

@@ -1,0 +1,137 @@
+"""FLOPs and bytes of an iteration, counted from the policy's sizes: what the planner, the benchmark's
+floor and the metric `mfu` go by.
+
+With M weights of the trunk's matrices, A of the adapter, H of the head, q the width of all layers'
+queries; N tokens that pass through the trunk, P pairs of a query and a key, R response tokens:
+
+    forward   2 (M + A) N + 4 q P + 2 H R
+    backward  2 M N + 4 A N + 8 q P + 2 H R            to the activations, and of the adapter
+              + 2 M' N + 2 H' R                        M', H' the weights trained among M and H
+
+A multiplication with the addition after it counts as two. Norms, activations and embeddings are
+left out, and so is what is computed again to save memory, unless it is asked for.
+
+Source: Kaplan et al. 2020, arXiv:2001.08361, section 2.1; Chowdhery et al. 2022, arXiv:2204.02311,
+    appendix B, for what counts towards utilisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ppo_lab.plan.architecture import Architecture
+
+# Bytes that Adam reads and writes a weight in float32: weight, gradient and both moments read, all
+# but the gradient written; and the gradient's norm before it.
+ADAM_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs, and the fewest bytes that pass between memory and processor."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self.flops * times, self.bytes * times)
+
+
+class Amount(NamedTuple):
+    """Tokens that pass through the trunk, pairs that attention looks at, response tokens."""
+
+    tokens: int
+    pairs: int
+    scored: int
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[int, int]]) -> Amount:
+        """Of rows, given as (prompt tokens, response tokens)."""
+        seen = [(prompt + response - 1, response) for prompt, response in rows]
+        return cls(
+            sum(n for n, _ in seen),
+            sum(n * (n + 1) // 2 for n, _ in seen),
+            sum(response for _, response in seen),
+        )
+
+
+def forward_flops(of: Architecture, amount: Amount, *, adapter: bool = True) -> float:
+    """One pass through trunk and head; `adapter` is off in the reference of a LoRA run."""
+    matrices = of.matrices + (of.adapter if adapter else 0)
+    return (
+        2 * matrices * amount.tokens + 4 * of.queries * amount.pairs + 2 * of.head * amount.scored
+    )
+
+
+def backward_flops(of: Architecture, amount: Amount) -> float:
+    """The gradients of what is trained, after one pass."""
+    to_activations = (
+        2 * of.matrices * amount.tokens
+        + 8 * of.queries * amount.pairs
+        + 2 * of.head * amount.scored
+    )
+    to_weights = (4 * of.adapter + 2 * of.trained_matrices) * amount.tokens
+    head = 2 * of.head * amount.scored if of.head_trained else 0
+    return to_activations + to_weights + head
+
+
+def learning_flops(of: Architecture, amount: Amount) -> float:
+    """One pass forward and backward."""
+    return forward_flops(of, amount) + backward_flops(of, amount)
+
+
+def iteration_flops(of: Architecture, amount: Amount, *, epochs: int) -> float:
+    """One PPO iteration: sampling, the reference, and `epochs` passes forward and backward.
+
+    Sampling passes every token once, and gives log-probs and values; responses from elsewhere cost
+    the same pass.
+    """
+    reference = forward_flops(of, amount, adapter=of.has_own_reference)
+    return forward_flops(of, amount) + reference + epochs * learning_flops(of, amount)
+
+
+def generate(of: Architecture, rows: Sequence[tuple[int, int]], *, chunks: int = 1) -> Work:
+    """Sampling: each step reads all weights, and the keys and values of what it has seen."""
+    steps = max(response for _, response in rows)
+    weights = (of.matrices + of.adapter + of.head) * of.bytes_per_weight
+    cached = sum(
+        (prompt + position) * of.cached * of.bytes_per_weight
+        for prompt, response in rows
+        for position in range(1, response)
+    )
+    return Work(forward_flops(of, Amount.of(rows)), chunks * steps * weights + cached)
+
+
+def reference(of: Architecture, rows: Sequence[tuple[int, int]], *, passes: int = 1) -> Work:
+    """The reference's log-probs of the responses."""
+    weights = (of.matrices + of.head) * of.bytes_per_weight
+    flops = forward_flops(of, Amount.of(rows), adapter=of.has_own_reference)
+    return Work(flops, passes * weights)
+
+
+def update(
+    of: Architecture,
+    rows: Sequence[tuple[int, int]],
+    *,
+    epochs: int,
+    passes: int,
+    steps: int,
+    recomputed: bool = False,
+) -> Work:
+    """The clipped updates: `passes` forward and backward and `steps` of the optimizer an epoch.
+
+    With `recomputed` activations the trunk's forward pass is made twice.
+    """
+    amount = Amount.of(rows)
+    flops = learning_flops(of, amount)
+    flops += forward_flops(of, amount._replace(scored=0)) if recomputed else 0
+    weights = (of.matrices + of.adapter + of.head) * of.bytes_per_weight
+    gradients = 2 * 4 * of.trained
+    moved = passes * (weights * (3 if recomputed else 2) + gradients)
+    return Work(flops, moved + steps * ADAM_BYTES * of.trained) * epochs
