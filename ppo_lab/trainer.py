@@ -221,7 +221,10 @@ class PPOTrainer:
         advance(self.lr_scheduler)
         self.iterations_done += 1
         noted, self.noted = self.noted, {}
-        return {**metrics, **noted, **self.clock.read(tokens=int(rollout.tokens.mask.sum()), flops=flops)}
+        speed = self.clock.read(
+            tokens=int(rollout.tokens.mask.sum()), flops=flops / self.processes.size
+        )
+        return {**metrics, **noted, **speed}
 
     def shape(self, rollout: Rollout, scores: Scores) -> Shaped:
         """KL-shaped rewards, and the advantages and returns that the updates aim at."""

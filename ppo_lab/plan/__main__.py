@@ -16,12 +16,12 @@ FREE = ("name", "seed", "resume", "objective", "tracking", "checkpoint")
 FREE_PPO = ("learning_rate", "init_kl_coef", "cliprange", "gamma", "lam", "vf_coef", "target")
 
 HELP = f"""\
-python -m ppo_lab.plan [device=NAME] [devices=N] [response_tokens=N] [GROUP=OPTION ...] [KEY=VALUE ...]
+python -m ppo_lab.plan [device=NAME] [devices=N] [response_tokens=N] [GROUP=OPTION ...] [KEY=VALUE]
 python -m ppo_lab.plan check
 
-Says what `python -m ppo_lab` with the same arguments would take: memory by part, FLOPs and bytes by
-phase, seconds an iteration, hours of the run, how it could be shared out, and what binds. No weights
-are loaded. With -m and several values, a sweep in all.
+Says what `python -m ppo_lab` with the same arguments would take: memory by part, FLOPs and bytes
+by phase, seconds an iteration, hours of the run, how it could be shared out, and what binds. No
+weights are loaded. With -m and several values, a sweep in all.
 
   device=NAME          {", ".join(DEVICES)};
                        by default this machine, which is measured (some seconds, then kept)

@@ -5,8 +5,9 @@ device, which take no memory.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ class Architecture:
     `matrices` are the weights that a token is multiplied with in all layers together, `adapter`
     those of LoRA beside them, `head` those of the output head. `queries` is the width of the
     queries of all layers together, `cached` that of their keys and values. `trained` counts every
-    weight with a gradient, `trained_matrices` those in `matrices`. Weights lie in `weight_bytes`
-    bytes, of which `tied` twice-used ones are counted once.
+    weight with a gradient, `trained_matrices` those in `matrices`; `reached` are the layers from
+    the first trained one on. Weights lie in `weight_bytes` bytes, those used twice counted once.
     """
 
     layers: int
@@ -50,14 +51,12 @@ class Architecture:
     trained_matrices: int = 0
     head_trained: bool = False
     has_own_reference: bool = False
+    reached: int = 0
 
-    def deeper(self, layers: int) -> Architecture:
-        """The same with another number of layers, as far as work goes."""
-        grown = {
-            name: getattr(self, name) * layers // max(self.layers, 1)
-            for name in ("matrices", "queries", "cached", "adapter", "trained_matrices")
-        }
-        return replace(self, layers=layers, **grown)
+    @property
+    def reached_share(self) -> float:
+        """The share of the layers that gradients pass through."""
+        return self.reached / max(self.layers, 1)
 
 
 def architecture_of(model: Any) -> Architecture:
@@ -91,6 +90,7 @@ def architecture_of(model: Any) -> Architecture:
         trained_matrices=sum(w.numel() for w in own if w.requires_grad),
         head_trained=head.requires_grad,
         has_own_reference=not hasattr(model, "peft_config"),
+        reached=text.num_hidden_layers - _first_trained(model),
     )
 
 
@@ -148,6 +148,15 @@ def shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     text.vocab_size = VOCABULARY_OF_A_MINIATURE
     text.pad_token_id, text.bos_token_id, text.eos_token_id = 0, 1, 2
     return config
+
+
+def _first_trained(model: Any) -> int:
+    """The number of layers, from the first on, that nothing trained is in or under."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    numbers = [re.search(r"\.(\d+)\.", name) for name in trained]
+    in_layers = [int(found[1]) for found in numbers if found]
+    outside = len(in_layers) < len(trained)  # embeddings, which stand below all layers
+    return 0 if outside or not in_layers else min(in_layers)
 
 
 def _matrices(model: Any, head: nn.Module | None) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""`python -m ppo_lab.plan check`: plans held against runs of the same, each in a process of its own."""
+"""`python -m ppo_lab.plan check`: plans held against runs, each in a process of its own."""
 
 from __future__ import annotations
 

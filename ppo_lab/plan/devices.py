@@ -1,9 +1,9 @@
 """Devices that a run may be planned for: their published rates, or this machine's own.
 
 Dense rates, without sparsity, products in half precision summed in float32. Sources: NVIDIA's
-datasheets of H100, H200, A100, L40S, L4, A10, A40, T4 and V100; its architecture papers on Blackwell
-(B200), Ada (GeForce RTX 4090) and Ampere (GeForce RTX 3090, RTX A6000); for the RTX 5090 its
-architecture paper on RTX Blackwell; AMD's datasheet of the Instinct MI300X. Links are NVLink's or
+datasheets of H100, H200, A100, L40S, L4, A10, A40, T4 and V100; its architecture papers on
+Blackwell (B200), RTX Blackwell (GeForce RTX 5090), Ada (GeForce RTX 4090) and Ampere (GeForce RTX
+3090, RTX A6000); AMD's datasheet of the Instinct MI300X. Links are NVLink's or
 Infinity Fabric's where the form has them, else PCI Express of its generation, a direction.
 
 Nothing here imports torch.

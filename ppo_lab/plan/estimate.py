@@ -48,6 +48,7 @@ from ppo_lab.plan.rehearsal import Miniature, Rehearsal
 from ppo_lab.plan.traced import Traced, published_head_bytes, traced
 from ppo_lab.plan.work import Amount, Work
 from ppo_lab.plan.workload import Row, Workload, workload_of
+from ppo_lab.processes.alone import Alone
 from ppo_lab.trainer import PASS_TOKENS
 
 # What of a published rate large products reach, and long reads; seconds that Python takes to launch
@@ -155,7 +156,9 @@ def plan_of(
 
 def subject_of(config: Config, target: Target, *, response_tokens: int = 0) -> Subject:
     """What is known of a run."""
-    device = torch.device("cpu") if target.device else torch.device(pick_device(config.device))
+    device = (
+        torch.device("cpu") if target.device else torch.device(pick_device(config.device, Alone()))
+    )
     config, model = with_known_models(config)
     dtype = (
         _published_dtype(config, target.device) if target.device else policy_dtype(config, device)
@@ -176,7 +179,7 @@ def subject_of(config: Config, target: Target, *, response_tokens: int = 0) -> S
 
 
 def _here(subject: Subject, target: Target) -> Plan:
-    device = pick_device(subject.config.device)
+    device = pick_device(subject.config.device, Alone())
     on_cpu = device == "cpu"
     around = {"Python and libraries": resident_bytes()} if on_cpu else {"CUDA": CUDA_CONTEXT}
     room = free_bytes() + around.get("Python and libraries", 0) if on_cpu else _gpu_bytes()
@@ -208,7 +211,7 @@ def _rehearsal(subject: Subject, device: str) -> Rehearsal:
             blueprint(
                 subject.model,
                 config.model,
-                config.lora,
+                replace(config.lora, top_layers=0),
                 dtype=subject.dtype,
                 device=device,
                 layers=layers,
@@ -225,7 +228,9 @@ def _measured_phases(subject: Subject, found: Measured) -> dict[str, Phase]:
     counted = _work_of(subject)
     epoch = sum(map(_seen, load.passes())) / _seen(subject.largest_pass)
     embedding = 3 * 4 * of.head / found.rates.bytes if of.head_trained else 0.0
-    learning = found.training.at(of.layers) + found.learnt_s + embedding
+    lower = _reading_a_layer(subject, found) * (of.layers - of.reached)
+    again = 0.0 if subject.config.ppo.cache_trunk else lower
+    learning = found.training.at(of.reached) + again + found.learnt_s + embedding
     drawing = sum(map(_seen, load.chunks())) / max(map(_seen, load.chunks()))
     reading = load.reading(PASS_TOKENS)
     read = found.reading.at(of.layers) + found.scored_s
@@ -256,6 +261,12 @@ def _measured_phases(subject: Subject, found: Measured) -> dict[str, Phase]:
         )
         for name in counted
     }
+
+
+def _reading_a_layer(subject: Subject, found: Measured) -> float:
+    """Seconds of one layer without gradients, over the rows of the largest pass of the updates."""
+    reading = max(map(_seen, subject.workload.reading(PASS_TOKENS)))
+    return found.reading.further * _seen(subject.largest_pass) / reading
 
 
 def _binding(seconds: float, *, compute: float, memory: float) -> str:
@@ -327,7 +338,7 @@ def _launches(subject: Subject, found: Traced) -> tuple[float, ...]:
         len(load.chunks()) * load.longest * forward,
         0.0,
         len(load.reading(PASS_TOKENS)) * forward,
-        passes * (forward + backward),
+        passes * (forward + backward * subject.of.reached_share),
     )
 
 
@@ -370,6 +381,9 @@ def _memory(subject: Subject, peaks: _Peaks, around: dict[str, float], room: flo
     update = update_bytes(of, peaks.held, peaks.learnt)
     if subject.critic:
         update["critic's activations"] = update["activations"] * _relative_size(subject.critic, of)
+    if config.ppo.cache_trunk:
+        width = max(row.seen for row in load.rows)
+        standing["states below the adapter"] = 4.0 * len(load.rows) * width * of.hidden
     chunk = max(load.chunks(), key=_seen)
     positions = len(chunk) * (max(row.prompt for row in chunk) + load.longest)
     passing = {
@@ -419,6 +433,7 @@ def _work_of(subject: Subject, *, with_critic: bool = False) -> dict[str, Work]:
             passes=len(load.passes()),
             steps=len(load.steps()),
             recomputed=subject.config.ppo.gradient_checkpointing,
+            cached=subject.config.ppo.cache_trunk,
         ),
     }
     if with_critic and subject.critic:

@@ -86,7 +86,7 @@ def _config_at(path: str, revision: str) -> PreTrainedConfig:
 
 
 def _with_embedded(config: Config) -> tuple[Config, PreTrainedConfig]:
-    """The embedded policy's folder where it has been built, else its shape with a byte tokenizer."""
+    """The embedded policy's folder where it has been built, else its shape and bytes for tokens."""
     from ppo_lab.embedded.build import folder_of_this_version
 
     folder = folder_of_this_version() / "policy"

@@ -50,7 +50,7 @@ def product_rate(dtype: torch.dtype, device: str) -> float:
 
 
 def _kept(name: str, measure: Callable[[], float]) -> float:
-    """A number that is measured once on this machine, for as many threads, and kept in the cache."""
+    """A number that is measured once on this machine, for so many threads, and kept."""
     processor = f"{platform.processor() or platform.machine()}-{torch.get_num_threads()}"
     place = cache_folder() / "plan" / f"{name}-{processor}-torch{torch.__version__}.json"
     with suppress(OSError, ValueError):

@@ -94,13 +94,13 @@ class Memory:
 
 
 def update_bytes(of: Architecture, held: Held, head: float) -> dict[str, float]:
-    """What a forward and backward pass holds: activations, and at their end the head's tiles with
-    the gradient of a trained head.
+    """What a forward and backward pass holds: activations of the layers that gradients pass
+    through, and at their end the head's tiles with the gradient of a trained head.
     """
     head_gradient = of.head * 4 if of.head_trained else 0
     return {
-        "activations": held.kept.at(of.layers),
-        "log-prob tiles": max(head, held.passing.at(of.layers)) + head_gradient,
+        "activations": held.kept.at(of.reached),
+        "log-prob tiles": max(head, held.passing.at(of.reached)) + head_gradient,
     }
 
 
@@ -113,7 +113,7 @@ def allocator_bytes(of: Architecture, held: Held, *, widest: float) -> float:
     """What glibc keeps of a forward pass; `widest` are the bytes of its largest tensors, which
     leave no holes where they are mapped one by one.
     """
-    return HOLES * held.churned.at(of.layers) * (1.0 if widest < MAPPED else 0.5)
+    return HOLES * held.churned.at(of.reached) * (1.0 if widest < MAPPED else 0.5)
 
 
 def automatic_tokens(free: float, *, bytes_a_token: float, least: int) -> int:

@@ -15,13 +15,19 @@ class Meter:
     def __init__(self, policy: Any, critic: Any = None) -> None:
         """Sizes are read off once; nothing of them changes while training."""
         self.policy = architecture_of(policy.pretrained_model)
+        self.trunk = policy.trunk
         self.critic: Architecture | None = None if critic is None else architecture_of(critic.model)
 
     def flops(self, tokens: Tokens, *, epochs: int, policy_learns: bool = True) -> float:
         """FLOPs of an iteration on these tokens, with as many epochs as were made."""
         prompts = tokens.query_mask.sum(1).tolist()
         amount = Amount.of(zip(prompts, tokens.lengths.tolist(), strict=True))
-        found = iteration_flops(self.policy, amount, epochs=epochs if policy_learns else 0)
+        found = iteration_flops(
+            self.policy,
+            amount,
+            epochs=epochs if policy_learns else 0,
+            cached=self.trunk.keeps_below,
+        )
         if self.critic is not None:
             found += forward_flops(self.critic, amount)
             found += epochs * learning_flops(self.critic, amount)

@@ -58,8 +58,8 @@ class ByDepth(NamedTuple):
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes by depth: `kept` for the backward pass, `passing` on top of them for a moment, `churned`
-    made and let go of in the forward pass, `reading` held by a pass without gradients.
+    """Bytes by depth: `kept` for the backward pass, `passing` on top of them for a moment,
+    `churned` made and let go of in the forward pass, `reading` held by a pass without gradients.
     """
 
     kept: ByDepth
@@ -103,7 +103,7 @@ class Miniature:
         further one.
         """
         self.policy.eval()
-        watch = _Stopwatch(self.policy.trunk)
+        watch: Any = _Stopwatch(self.policy.trunk)
         sampling = Sampling(max_new_tokens=1 + DECODED, eos_ids=(), pad_id=0)
         ids = [[3] * length for length in lengths]
         sample(self.policy, ids, sampling=sampling, noise=NoiseKey(0, 0), trunk=watch)

@@ -58,13 +58,16 @@ def page(run: Planned) -> RenderableType:
     where = (
         plan.target.name if plan.target.count == 1 else f"{plan.target.count} x {plan.target.name}"
     )
+    shared: list[RenderableType] = (
+        [_heading("shared out"), _ways(run.ways)] if len(run.ways) > 1 else []
+    )
     return Group(
         Text.assemble(("plan", "bold"), f"  {_weights(plan)}, {where}"),
         _heading("memory", "GB, on one device, at its highest"),
         _memory(plan),
         _heading("an iteration", "on one device" if plan.target.count > 1 else ""),
         _phases(plan),
-        *([_heading("shared out"), _ways(run.ways)] if len(run.ways) > 1 else []),
+        *shared,
         "",
         *(Text(f"{line}") for line in verdict(run)),
         *(Text(f"({note})", style="dim") for note in plan.notes),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,13 @@ def traced(
     """What the passes over these rows hold with transformers' own kernels."""
     one, two = (
         _trace(
-            blueprint(model, config.model, config.lora, dtype=dtype, layers=layers),
+            blueprint(
+                model,
+                config.model,
+                replace(config.lora, top_layers=0),
+                dtype=dtype,
+                layers=layers,
+            ),
             training,
             reading,
             checkpointing=config.ppo.gradient_checkpointing,

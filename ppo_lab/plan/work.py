@@ -1,5 +1,5 @@
-"""FLOPs and bytes of an iteration, counted from the policy's sizes: what the planner, the benchmark's
-floor and the metric `mfu` go by.
+"""FLOPs and bytes of an iteration, counted from the policy's sizes: what the planner, the
+benchmark's floor and the metric `mfu` go by.
 
 With M weights of the trunk's matrices, A of the adapter, H of the head, q the width of all layers'
 queries; N tokens that pass through the trunk, P pairs of a query and a key, R response tokens:
@@ -8,8 +8,9 @@ queries; N tokens that pass through the trunk, P pairs of a query and a key, R r
     backward  2 M N + 4 A N + 8 q P + 2 H R            to the activations, and of the adapter
               + 2 M' N + 2 H' R                        M', H' the weights trained among M and H
 
-A multiplication with the addition after it counts as two. Norms, activations and embeddings are
-left out, and so is what is computed again to save memory, unless it is asked for.
+Backward, M and q are those of the layers from the first trained one on. A multiplication with the
+addition after it counts as two. Norms, activations and embeddings are left out, and so is what is
+computed again to save memory, unless it is asked for.
 
 Source: Kaplan et al. 2020, arXiv:2001.08361, section 2.1; Chowdhery et al. 2022, arXiv:2204.02311,
     appendix B, for what counts towards utilisation.
@@ -61,39 +62,46 @@ class Amount(NamedTuple):
         )
 
 
-def forward_flops(of: Architecture, amount: Amount, *, adapter: bool = True) -> float:
-    """One pass through trunk and head; `adapter` is off in the reference of a LoRA run."""
-    matrices = of.matrices + (of.adapter if adapter else 0)
-    return (
-        2 * matrices * amount.tokens + 4 * of.queries * amount.pairs + 2 * of.head * amount.scored
-    )
+def forward_flops(
+    of: Architecture, amount: Amount, *, adapter: bool = True, share: float = 1.0
+) -> float:
+    """One pass through trunk and head; `adapter` is off in the reference of a LoRA run, `share` is
+    that of the layers that are passed.
+    """
+    matrices = share * of.matrices + (of.adapter if adapter else 0)
+    attention = 4 * share * of.queries * amount.pairs
+    return 2 * matrices * amount.tokens + attention + 2 * of.head * amount.scored
 
 
 def backward_flops(of: Architecture, amount: Amount) -> float:
     """The gradients of what is trained, after one pass."""
-    to_activations = (
-        2 * of.matrices * amount.tokens
-        + 8 * of.queries * amount.pairs
-        + 2 * of.head * amount.scored
+    to_activations = of.reached_share * (
+        2 * of.matrices * amount.tokens + 8 * of.queries * amount.pairs
     )
     to_weights = (4 * of.adapter + 2 * of.trained_matrices) * amount.tokens
-    head = 2 * of.head * amount.scored if of.head_trained else 0
-    return to_activations + to_weights + head
+    head = 2 * of.head * amount.scored
+    return to_activations + to_weights + (2 * head if of.head_trained else head)
 
 
-def learning_flops(of: Architecture, amount: Amount) -> float:
-    """One pass forward and backward."""
-    return forward_flops(of, amount) + backward_flops(of, amount)
+def learning_flops(of: Architecture, amount: Amount, *, share: float = 1.0) -> float:
+    """One pass forward and backward; `share` as in `forward_flops`."""
+    return forward_flops(of, amount, share=share) + backward_flops(of, amount)
 
 
-def iteration_flops(of: Architecture, amount: Amount, *, epochs: int) -> float:
+def iteration_flops(
+    of: Architecture, amount: Amount, *, epochs: int, cached: bool = False
+) -> float:
     """One PPO iteration: sampling, the reference, and `epochs` passes forward and backward.
 
     Sampling passes every token once, and gives log-probs and values; responses from elsewhere cost
-    the same pass.
+    the same pass. With `cached` the layers below the first trained one are passed once more, for
+    reference and epochs together.
     """
-    reference = forward_flops(of, amount, adapter=of.has_own_reference)
-    return forward_flops(of, amount) + reference + epochs * learning_flops(of, amount)
+    share = of.reached_share if cached else 1.0
+    once = forward_flops(of, amount._replace(scored=0), adapter=False, share=1.0 - share)
+    reference = forward_flops(of, amount, adapter=of.has_own_reference, share=share)
+    learning = learning_flops(of, amount, share=share)
+    return forward_flops(of, amount) + once + reference + epochs * learning
 
 
 def generate(of: Architecture, rows: Sequence[tuple[int, int]], *, chunks: int = 1) -> Work:
@@ -109,7 +117,7 @@ def generate(of: Architecture, rows: Sequence[tuple[int, int]], *, chunks: int =
 
 
 def reference(of: Architecture, rows: Sequence[tuple[int, int]], *, passes: int = 1) -> Work:
-    """The reference's log-probs of the responses."""
+    """The reference's log-probs of the responses; what updates keep of it costs nothing more."""
     weights = (of.matrices + of.head) * of.bytes_per_weight
     flops = forward_flops(of, Amount.of(rows), adapter=of.has_own_reference)
     return Work(flops, passes * weights)
@@ -123,15 +131,18 @@ def update(
     passes: int,
     steps: int,
     recomputed: bool = False,
+    cached: bool = False,
 ) -> Work:
     """The clipped updates: `passes` forward and backward and `steps` of the optimizer an epoch.
 
-    With `recomputed` activations the trunk's forward pass is made twice.
+    With `recomputed` activations the trunk's forward pass is made twice; with `cached` ones only
+    from the first trained layer on.
     """
     amount = Amount.of(rows)
-    flops = learning_flops(of, amount)
+    share = of.reached_share if cached else 1.0
+    flops = learning_flops(of, amount, share=share)
     flops += forward_flops(of, amount._replace(scored=0)) if recomputed else 0
-    weights = (of.matrices + of.adapter + of.head) * of.bytes_per_weight
+    weights = (share * of.matrices + of.adapter + of.head) * of.bytes_per_weight
     gradients = 2 * 4 * of.trained
     moved = passes * (weights * (3 if recomputed else 2) + gradients)
     return Work(flops, moved + steps * ADAM_BYTES * of.trained) * epochs
