@@ -164,8 +164,20 @@ def set_aside_later(run: Path, step: int) -> None:
 def _write(folder: Path, state: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     numbers = json.dumps(_packed(state, "", tensors))
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, folder / TENSORS)
+    save_file(_apart(tensors), folder / TENSORS)
     (folder / NUMBERS).write_text(numbers)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each with memory of its own: safetensors refuses what several share, such as
+    8-bit Adam's tables.
+    """
+    found, taken = {}, set()
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.untyped_storage().data_ptr())
+        found[name] = (tensor.clone() if place in taken else tensor).detach().contiguous()
+        taken.add(place)
+    return found
 
 
 def _seal(folder: Path) -> None:

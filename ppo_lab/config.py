@@ -51,8 +51,8 @@ class PPOSection:
     micro_batch_tokens: int = knob(
         0,
         "most tokens in one pass through the model; splits a mini-batch without changing its "
-        "result; 0 = no limit",
-        at_least=0,
+        "result; 0 = no limit, -1 = as many as free memory holds when training begins",
+        at_least=-1,
     )
     ppo_epochs: int = knob(4, "passes over each batch", at_least=1)
     learning_rate: float = knob(1.5e-5, "step size of Adam", above=0)
@@ -62,8 +62,9 @@ class PPOSection:
     warmup_steps: int = knob(0, "iterations over which the learning rate rises from 0", at_least=0)
     adam: str = knob(
         "torch",
-        "where Adam's epsilon stands: torch's, or TensorFlow 1's, outside the bias correction",
-        choices=("torch", "tf"),
+        "torch's Adam; with TensorFlow 1's epsilon, outside the bias correction; or with moments "
+        "in 8 bits (a quarter of their memory)",
+        choices=("torch", "tf", "8bit"),
     )
     adam_eps: float = knob(1e-8, "Adam's epsilon", above=0)
     weight_decay: float = knob(0.0, "decoupled weight decay (AdamW)", at_least=0)
@@ -179,6 +180,11 @@ class ModelSection:
     load_in_4bit: bool = knob(False, "QLoRA: keep the frozen trunk in 4 bits; needs a GPU")
     attn_implementation: str = knob(
         "", "transformers' attention kernel, such as sdpa or eager; empty = its choice"
+    )
+    torch_compile: bool = knob(
+        False,
+        "compile the decoder for the passes that are trained on; takes minutes once, and needs a "
+        "C++ compiler",
     )
     pad_token: str = knob("", "token that pads; empty = the tokenizer's, or else its EOS")
     eos_token: str = knob("", "token that ends a text; empty = the tokenizer's")
@@ -525,6 +531,11 @@ class Config:
     )
     device: str = knob("auto", "auto = the GPU if there is one; cpu, cuda or cuda:N")
     resume: str = knob("", "run folder or checkpoint to continue; empty = start anew")
+    profile: bool = knob(
+        False,
+        "trace the second to fourth iteration that this process makes, into <run>/profile, and "
+        "print the ten largest operations",
+    )
     objective: str = knob("eval/mean_reward", "metric that the run returns to a Hydra sweep")
     model: ModelSection = field(default_factory=ModelSection)
     lora: LoraSection = field(default_factory=LoraSection)

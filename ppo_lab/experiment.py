@@ -273,7 +273,7 @@ def train(lab: Lab, preemption: Preemption) -> None:
         evaluate(lab, 0)
         with lab.processes.together():
             objective(lab)
-    for metrics in lab.trainer.train(lab.stream):
+    for metrics in iterations(lab):
         step = lab.trainer.iterations_done
         if step == steps or (every and step % every == 0):
             metrics |= evaluate(lab, step)
@@ -289,6 +289,16 @@ def train(lab: Lab, preemption: Preemption) -> None:
         check_ceiling(metrics, max_kl=lab.config.ppo.max_kl)
         if asked and step < steps:
             raise Preempted(asked)
+
+
+def iterations(lab: Lab) -> Iterator[Metrics]:
+    """The metrics of each iteration that is left, some of them traced where that is asked for."""
+    found = lab.trainer.train(lab.stream)
+    if not (lab.config.profile and lab.processes.is_main):
+        return found
+    from ppo_lab.profiling import profiled
+
+    return profiled(found, lab.folder, lab.keeper.say, done=lab.trainer.iterations_done)
 
 
 def evaluate(lab: Lab, step: int) -> Metrics:

@@ -18,12 +18,19 @@ from torch import OutOfMemoryError
 from ppo_lab.assembly import critic_start
 from ppo_lab.config import Config, ModelCritic
 from ppo_lab.errors import ConfigError
-from ppo_lab.models.loading import choose_dtype, load_config, parameter_bytes
+from ppo_lab.models.loading import choose_dtype, load_config
+from ppo_lab.optim import is_8bit
+from ppo_lab.plan.architecture import architecture_of, blueprint
+from ppo_lab.plan.memory import MOMENTS, SHARE_OF_FREE, standing_bytes
+from ppo_lab.plan.trace import peak_bytes
 from ppo_lab.processes import launch
 from ppo_lab.rewards.loading import classifier_bytes
 
 T = TypeVar("T")
 GIB = 2**30
+
+# What an allocator keeps beside the tensors of a pass.
+HOLES_BESIDE = 1.3
 
 
 class Passes:
@@ -88,9 +95,8 @@ def check_fits(config: Config, device: str, *, processes: int = 1) -> None:
     if device != "cpu" or config.model.trust_remote_code:
         return
     dtype = choose_dtype(config.model.dtype, torch.device("cpu"))
-    need = policy_bytes(
-        parameter_bytes(load_config(config.model), dtype), trained=not config.lora.r
-    )
+    model = blueprint(load_config(config.model), config.model, config.lora, dtype=dtype)
+    need = standing_bytes(architecture_of(model), adam=config.ppo.adam)
     if isinstance(config.critic, ModelCritic):
         need["critic"] = critic_bytes(config)
     free, total = free_bytes(), processes * sum(need.values())
@@ -124,18 +130,6 @@ def ways_out(error: OutOfMemoryError) -> str:
     )
 
 
-def policy_bytes(weights: int, *, trained: bool) -> dict[str, int]:
-    """Bytes of a policy by purpose; of an adapter, which is small, the trunk's weights alone."""
-    if not trained:
-        return {"weights": weights}
-    return {
-        "weights": weights,
-        "reference": weights,
-        "gradients": weights,
-        "Adam's moments": 2 * weights,
-    }
-
-
 def critic_bytes(config: Config) -> int:
     """Bytes of a critic of its own: its weights, their gradients and Adam's two moments."""
     assert isinstance(config.critic, ModelCritic)
@@ -144,6 +138,40 @@ def critic_bytes(config: Config) -> int:
         return 0  # nobody knows before its code has run
     dtype = getattr(torch, config.critic.dtype)
     return 4 * classifier_bytes(start.path, revision=start.revision, dtype=dtype, key="critic.path")
+
+
+def tokens_that_fit(
+    work: Callable[[], object],
+    *,
+    tokens: int,
+    optimizer: torch.optim.Optimizer,
+    share: float = 1.0,
+) -> int:
+    """The most tokens of a forward and backward pass that this process's share of the free memory
+    holds, given the forward `work` of so many; never fewer than those.
+    """
+    held = HOLES_BESIDE * peak_bytes(work) / tokens
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    room = share * free_on(parameters[0].device) - bytes_to_come(optimizer)
+    return max(tokens, int(SHARE_OF_FREE * room / held))
+
+
+def bytes_to_come(optimizer: torch.optim.Optimizer) -> float:
+    """Bytes that gradients and Adam's moments will take and do not yet."""
+    moments = MOMENTS["8bit" if is_8bit(optimizer) else "torch"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return sum(
+        p.numel() * ((p.grad is None) * p.element_size() + (p not in optimizer.state) * moments)
+        for p in parameters
+    )
+
+
+def free_on(device: torch.device) -> float:
+    """Bytes that tensors of this process may still take on a device."""
+    if device.type != "cuda":
+        return free_bytes()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + kept)
 
 
 def resident_bytes() -> float:

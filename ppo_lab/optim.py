@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+
+from ppo_lab.errors import ConfigError
 
 
 class TFAdam(torch.optim.Optimizer):
@@ -64,6 +67,27 @@ class TFAdam(torch.optim.Optimizer):
         )
 
 
+def adam_8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+    """AdamW whose moments lie in 8 bits, a block of 256 with a scale of its own; small parameters
+    keep theirs in float32.
+
+    Raises:
+        ConfigError: bitsandbytes is missing.
+
+    Source: Dettmers et al. 2022, arXiv:2110.02861; bitsandbytes.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("adam=8bit: needs bitsandbytes: pip install 'ppo_lab[quantization]'")
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(groups, **settings)
+
+
+def is_8bit(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is that of `adam_8bit`."""
+    return type(optimizer).__name__ == "AdamW8bit"
+
+
 def make_optimizer(
     model: torch.nn.Module,
     critic: torch.nn.Module,
@@ -75,7 +99,7 @@ def make_optimizer(
     weight_decay: float,
 ) -> torch.optim.Optimizer:
     """Adam over what is trained of `model`, and over the critic (a value head in it, or a model of
-    its own) with a rate of its own and no weight decay; `adam` is "torch" or "tf".
+    its own) with a rate of its own and no weight decay; `adam` is "torch", "tf" or "8bit".
     """
     judging = list(critic.parameters())
     in_critic = {id(p) for p in judging}
@@ -86,6 +110,8 @@ def make_optimizer(
     ]
     if adam == "tf":
         return TFAdam(groups, lr=learning_rate, eps=eps, weight_decay=weight_decay)
+    if adam == "8bit":
+        return adam_8bit(groups, lr=learning_rate, eps=eps, weight_decay=weight_decay)
     fused = all(p.device.type in ("cuda", "cpu") for p in trunk + judging)
     return torch.optim.AdamW(
         groups, lr=learning_rate, eps=eps, weight_decay=weight_decay, fused=fused

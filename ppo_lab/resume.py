@@ -27,6 +27,7 @@ FREE = (
     "resume",
     "name",
     "device",
+    "profile",
     "objective",
     "tracking.",
     "checkpoint.",

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
+import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import Field, fields, is_dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -177,6 +180,61 @@ def ppo_rules(config: Config) -> Problems:
             "ppo.cache_trunk=true: needs frozen layers below the adapter; adapt the upper layers "
             "alone with lora=r16 lora.top_layers=N"
         )
+
+
+def adam_rules(config: Config) -> Problems:
+    """8-bit Adam where it cannot be had."""
+    if config.ppo.adam != "8bit":
+        return
+    if find_spec("bitsandbytes") is None:
+        yield "ppo.adam=8bit: needs bitsandbytes: pip install 'ppo_lab[quantization]'"
+    elif _version_of("bitsandbytes") < (0, 50) and config.device in ("auto", "cpu"):
+        yield (
+            "ppo.adam=8bit: this bitsandbytes has no 8-bit Adam for a CPU; needs version 0.50: "
+            "pip install 'ppo_lab[quantization]'"
+        )
+    if launch.sharding():
+        yield (
+            "ppo.adam=8bit: its blocks of moments cannot be sharded; use ppo.adam=torch, or "
+            "conf/accelerate/ddp.yaml"
+        )
+
+
+def compile_rules(config: Config) -> Problems:
+    """A decoder to be compiled without a compiler, or beside what takes its place."""
+    if not config.model.torch_compile:
+        return
+    if not os.environ.get("CXX") and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        yield "model.torch_compile=true: needs a C++ compiler, and there is none on the path"
+    if config.ppo.cache_trunk:
+        yield (
+            "model.torch_compile=true: ppo.cache_trunk=true passes the layers one by one; leave "
+            "one of them out"
+        )
+    if config.ppo.gradient_checkpointing:
+        yield (
+            "model.torch_compile=true: a compiled decoder chooses by itself what it computes "
+            "again; leave ppo.gradient_checkpointing out"
+        )
+    if launch.sharding():
+        yield (
+            "model.torch_compile=true: layers of sharded models are gathered by their own forward "
+            "alone; leave it out, or use conf/accelerate/ddp.yaml"
+        )
+
+
+def micro_batch_rules(config: Config) -> Problems:
+    """Passes as large as memory lets them be, where processes must make them together."""
+    if config.ppo.micro_batch_tokens == -1 and launch.sharding():
+        yield (
+            "ppo.micro_batch_tokens=-1: processes with shards of a model make their passes "
+            "together; give a number, 0 = no limit"
+        )
+
+
+def _version_of(package: str) -> tuple[int, ...]:
+    """The first two numbers of an installed package's version."""
+    return tuple(int(part) for part in re.findall(r"\d+", metadata.version(package))[:2])
 
 
 def generation_rules(config: Config) -> Problems:
@@ -367,6 +425,15 @@ def metric_rules(config: Config) -> Problems:
             yield f"{key}={metric}: must be one of {', '.join(valid)}{suggestion(metric, valid)}"
 
 
+def profile_rules(config: Config) -> Problems:
+    """A profile of iterations that a run does not have."""
+    if config.profile and config.ppo.steps < 2 and not config.resume:
+        yield (
+            "profile=true: traces the iterations from the second to the fourth, and "
+            f"ppo.steps={config.ppo.steps} has none of them; needs ppo.steps=2 or more"
+        )
+
+
 def resume_rules(config: Config) -> Problems:
     """A run to continue that is not there, or settings that would change its numbers."""
     if config.resume not in ("", *MISSING_ONLY):
@@ -375,6 +442,10 @@ def resume_rules(config: Config) -> Problems:
 
 RULES: tuple[Callable[[Config], Problems], ...] = (
     ppo_rules,
+    adam_rules,
+    micro_batch_rules,
+    compile_rules,
+    profile_rules,
     generation_rules,
     sampler_rules,
     model_rules,

@@ -377,6 +377,7 @@ class PPOTrainer:
             "kl_controller": self.kl_controller.state_dict(),
             "moments": self.moments.state_dict(),
             "skipped_in_a_row": self.updates.skipped_in_a_row,
+            "most_tokens": self.updates.most_tokens,
             "noise_streams": self._noise_streams,
         }
 
@@ -394,6 +395,7 @@ class PPOTrainer:
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.moments.load_state_dict(state["moments"])
         self.updates.skipped_in_a_row = state["skipped_in_a_row"]
+        self.updates.most_tokens = state["most_tokens"]
         self._noise_streams = state["noise_streams"]
         self.iterations_done = state["iterations_done"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppo_lab import core
 from ppo_lab.config import PPOSection
-from ppo_lab.memory import Passes
+from ppo_lab.memory import Passes, tokens_that_fit
 from ppo_lab.processes.alone import Alone, Whole
 from ppo_lab.types import Batch, Forward
 
@@ -102,6 +102,7 @@ class ClippedUpdates:
         self.clipped_together = _by_model(models.parameters, critic if self.apart else None)
         self.passes = Passes("training")
         self.skipped_in_a_row = 0
+        self.most_tokens = 0  # of a pass, once chosen
 
     def run(
         self, batch: Batch, *, temperature: float, seed: tuple[int, int], critic_only: bool = False
@@ -241,15 +242,29 @@ class ClippedUpdates:
 
         Under a token limit rows are sorted by length, so that little padding is computed.
         """
-        mini, limit = (
-            self.config.mini_batch_size or self.config.batch_size,
-            self.config.micro_batch_tokens,
-        )
+        mini = self.config.mini_batch_size or self.config.batch_size
         own = torch.arange(len(batch))[self.processes.share(len(batch))]
-        if not limit:
+        if not self.config.micro_batch_tokens or not len(own):
             return list(own.split(math.ceil(mini / self.processes.size))) if len(own) else []
         lengths = (batch.tokens.query_mask.sum(1) + batch.tokens.lengths).cpu()
+        limit = self._most_tokens(batch[own[lengths[own].argmax()][None]])
         return [own[rows] for rows in pack_by_tokens(lengths[own], limit=limit)]
+
+    def _most_tokens(self, longest: Batch) -> int:
+        """`micro_batch_tokens`, or what of it free memory holds, found once by a pass over the
+        longest sample; a run that is resumed keeps to it, for other passes round otherwise.
+        """
+        if self.config.micro_batch_tokens > 0:
+            return self.config.micro_batch_tokens
+        if not self.most_tokens:
+            tokens = longest.tokens
+            self.most_tokens = tokens_that_fit(
+                lambda: self._losses(longest, 1.0, False),
+                tokens=int(tokens.query_mask.sum() + tokens.lengths.sum()),
+                optimizer=self.models.optimizer,
+                share=1.0 / self.processes.here,
+            )
+        return self.most_tokens
 
     def _may_step(self, step: OptimizerStep, batch: Batch) -> bool:
         """Whether a step may be taken; counts those that may not."""

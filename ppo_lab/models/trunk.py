@@ -38,6 +38,7 @@ class Trunk:
         parameters = inspect.signature(self.decoder.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self.keeps_below = False
+        self._compiled: Any = None
         self._fast = FastDecoder.of(self.decoder)
         if self._fast and not self._proves_equal(self._fast):
             self._fast = None
@@ -74,6 +75,8 @@ class Trunk:
         Positions count real tokens alone, so that left padding moves nothing. Padding's hidden
         states have no meaning.
         """
+        if self._compiled is not None and cache is None and torch.is_grad_enabled():
+            return self._by_transformers(ids, attention, decoder=self._compiled)[:, -last:]
         fast = self._fast if cache is None or isinstance(cache, KeysAndValues) else None
         if fast and (below is not None or fast.usable()):
             return fast.hidden(ids, attention, cache, last=last, below=below)
@@ -110,7 +113,17 @@ class Trunk:
 
         return DynamicCache(config=self.model.config)
 
-    def _by_transformers(self, ids: Tensor, attention: Tensor, cache: Any = None) -> Tensor:
+    def compile(self) -> None:
+        """From now on pass batches with gradients through a compiled decoder.
+
+        One graph serves batches of all widths: those change with every batch, and a graph for each
+        would never be done compiling.
+        """
+        self._compiled = torch.compile(self.decoder, dynamic=True)
+
+    def _by_transformers(
+        self, ids: Tensor, attention: Tensor, cache: Any = None, decoder: Any = None
+    ) -> Tensor:
         inputs: dict[str, Any] = {
             "input_ids": ids,
             "attention_mask": attention.long(),
@@ -122,7 +135,7 @@ class Trunk:
             inputs["position_ids"] = (attention.long().cumsum(1) - 1).clamp(min=0)[
                 :, -ids.shape[1] :
             ]
-        return self.decoder(**inputs).last_hidden_state
+        return (decoder or self.decoder)(**inputs).last_hidden_state
 
     @torch.no_grad()
     def check(self) -> None:

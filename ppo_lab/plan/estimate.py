@@ -39,7 +39,6 @@ from ppo_lab.plan.memory import (
     CUDA_HOLES,
     Memory,
     allocator_bytes,
-    automatic_tokens,
     cache_bytes,
     standing_bytes,
     update_bytes,
@@ -469,6 +468,3 @@ def _sizes(found: Classifier) -> Architecture:
 
 def _seen(rows: Sequence[Row]) -> int:
     return sum(row.seen for row in rows)
-
-
-__all__ = ["Phase", "Plan", "Target", "automatic_tokens", "plan_of", "replace", "subject_of"]

@@ -114,8 +114,3 @@ def allocator_bytes(of: Architecture, held: Held, *, widest: float) -> float:
     leave no holes where they are mapped one by one.
     """
     return HOLES * held.churned.at(of.reached) * (1.0 if widest < MAPPED else 0.5)
-
-
-def automatic_tokens(free: float, *, bytes_a_token: float, least: int) -> int:
-    """The most tokens of a pass that free memory holds; `least` are those of the longest row."""
-    return max(least, int(SHARE_OF_FREE * free / bytes_a_token))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -21,6 +22,9 @@ from ppo_lab.update import pack_by_tokens
 # Batches that the typical one is taken from.
 LOOKED_AT = 16
 CHARACTERS_A_TOKEN = 4
+
+# Answers that the embedded policy learnt from, looked at for their lengths.
+ANSWERS = 512
 
 
 class Row(NamedTuple):
@@ -112,14 +116,12 @@ def workload_of(config: Config, *, response_tokens: int = 0) -> Workload:
     """
     notes: list[str] = []
     prompts = _prompt_lengths(config, notes)
-    response = response_tokens or config.generation.max_new_tokens
-    if not response_tokens:
-        notes.append("responses counted at their longest; response_tokens=N counts N")
+    responses = _response_lengths(config, response_tokens, notes)
     ppo = config.ppo
     mini = ppo.mini_batch_size or ppo.batch_size
     every = config.evaluation.every
     return Workload(
-        rows=tuple(Row(length, response) for length in prompts),
+        rows=tuple(map(Row, prompts, itertools.cycle(responses))),
         mini_batch=mini,
         samples_a_step=mini * ppo.gradient_accumulation_steps,
         epochs=ppo.ppo_epochs,
@@ -174,6 +176,24 @@ def _known_lengths(config: Config, notes: list[str]) -> list[int]:
         seed=config.seed,
     )
     return [-(-len(ids) // characters) for ids in sets.train.ids]
+
+
+def _response_lengths(config: Config, asked: int, notes: list[str]) -> list[int]:
+    """The lengths of responses, as often as need be: as asked for, as the embedded policy has
+    learnt to answer, or as long as they may become.
+    """
+    from ppo_lab.embedded.build import folder_of_this_version
+    from ppo_lab.embedded.corpus import sft_rows
+
+    longest = config.generation.max_new_tokens
+    if asked:
+        return [min(asked, longest)]
+    if config.model.path == str(folder_of_this_version() / "policy"):
+        tokenizer = load_tokenizer(config.model)
+        answers = [row["completion"] for row in sft_rows(ANSWERS, split="train", seed=0)]
+        return [min(len(tokenizer(answer)["input_ids"]) + 1, longest) for answer in answers]
+    notes.append("responses counted at their longest; response_tokens=N counts N")
+    return [longest]
 
 
 def _typical(lengths: list[int], size: int) -> list[int]:
