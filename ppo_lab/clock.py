@@ -11,6 +11,9 @@ from torch.profiler import record_function
 
 from ppo_lab.memory import peak_resident_bytes
 
+now = time.perf_counter
+"""What a clock reads, in seconds."""
+
 
 class Clock:
     """Seconds by phase since the last reading.
@@ -30,14 +33,14 @@ class Clock:
         """Add the seconds spent inside to `phase`, a range of that name in a profile; on a GPU,
         until its work is done.
         """
-        start = time.perf_counter()
+        start = now()
         try:
             with record_function(phase):
                 yield
         finally:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - start
+            self._phases[phase] = self._phases.get(phase, 0.0) + now() - start
 
     def read(self, *, tokens: int, flops: float = 0.0) -> dict[str, float]:
         """Seconds by phase and in all, response tokens a second, model FLOP utilisation and peak

@@ -127,7 +127,7 @@ def command_problems(argv: list[str], *, check: Check, config_name: str = "confi
     A sweep is refused as a whole: each of its runs is looked at (up to `MOST_RUNS_CHECKED`).
     """
     arguments = _arguments(argv)
-    shows_only = arguments.cfg or arguments.info or arguments.hydra_help
+    shows_only = arguments.help or arguments.cfg or arguments.info or arguments.hydra_help
     if shows_only or arguments.shell_completion or arguments.config_path:
         return []
     with a_hydra(arguments.config_dir) as composer:

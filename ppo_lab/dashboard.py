@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from ppo_lab.tracking import X_AXIS
-
 HEADLINE = ("kl", "mean_reward", "clip_fraction")
 LATER = ("kl_coef", "ppo/policy/entropy", "tokens/responses_len_mean", "ppo/grad_norm")
 BETA, EPSILON = "ppo.init_kl_coef", "ppo.cliprange"
@@ -36,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def workspace(entity: str, project: str, *, name: str) -> Any:
     """The view: headline curves, the frontier, beta and epsilon against outcomes, samples."""
     import wandb_workspaces.workspaces as ws
+
+    from ppo_lab.tracking import X_AXIS
 
     return ws.Workspace(
         entity=entity,
@@ -66,6 +66,8 @@ def _section(name: str, panels: list[Any], *, columns: int = 3) -> Any:
 def _lines(metric: str) -> Any:
     """One metric against the iteration: the mean of each group of runs with its range."""
     import wandb_workspaces.reports.v2 as wr
+
+    from ppo_lab.tracking import X_AXIS
 
     return wr.LinePlot(
         title=metric, x=X_AXIS, y=[metric], groupby_aggfunc="mean", groupby_rangefunc="minmax"

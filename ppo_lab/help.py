@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,28 @@ def page() -> RenderableType:
     )
 
 
+def print_stage(program: str, purpose: str, settings: Any) -> None:
+    """Print the page of a stage before PPO: how it is called, and every key of its own."""
+    console = Console(highlight=False)
+    console.width = min(console.width, 110)
+    table = grid()
+    for key, knob in stage_keys(settings):
+        table.add_row(f"  {key}", escape(knob.metadata["meaning"]))
+    called = Text.assemble((f"python -m {program} ", "cyan"), "[GROUP=OPTION ...] [KEY=VALUE ...]")
+    groups = "GROUP=OPTION as of python -m ppo_lab: model, lora"
+    console.print(Group(Text(f"{purpose}\n"), called, heading("Keys", groups), table))
+
+
+def stage_keys(settings: Any, sections: tuple[str, ...] = ("data", "fit")) -> Iterator[Any]:
+    """(dotted key, field) of a stage's own settings."""
+    for knob in fields(settings):
+        if knob.name in sections:
+            inner = getattr(settings, knob.name)
+            yield from ((f"{knob.name}.{own.name}", own) for own in fields(inner))
+        elif "meaning" in knob.metadata:
+            yield knob.name, knob
+
+
 OUTPUTS = (
     ("outputs/<date>/<time>/", "one folder a run; hydra.run.dir=FOLDER puts it elsewhere"),
     ("  summary.json", "before and after on held-out prompts, and what the run cost"),
@@ -89,6 +112,7 @@ OUTPUTS = (
 MORE = (
     ("python -m ppo_lab.runs", "what became of each run: finished, running, failed, missing"),
     ("python -m ppo_lab --cfg job", "every key with its value; add overrides to see what they do"),
+    ("python -m ppo_lab.plan ...", "what a run would take: memory, seconds, GPUs that it fits"),
     ("python -m ppo_lab.sft", "the stage before: fine-tune a model on texts of your own"),
     ("python -m ppo_lab.reward_model", "and train a reward model on pairs of answers"),
 )

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+
 from ppo_lab.command_line import launch
-from ppo_lab.stages.config import register_stages
+from ppo_lab.help import print_stage
+from ppo_lab.stages.config import SFTConfig, register_stages
 from ppo_lab.stages.jobs import problems, run_sft
+
+PURPOSE = "Fine-tunes a language model on texts, completions or chats."
 
 
 def main() -> None:
-    """Run the stage."""
+    """Run the stage, or say what it is."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print_stage(
+            "ppo_lab.sft",
+            "Fine-tunes a language model on texts, completions or chats.",
+            SFTConfig(),
+        )
+        return
     register_stages()
     launch(run_sft, check=problems, config_name="sft")
 

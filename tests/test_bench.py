@@ -24,15 +24,20 @@ def result(name: str, turn: int, seconds: float, peak: float) -> Result:
 
 
 def test_the_floor_counts_what_its_equations_say() -> None:
-    prompts = sum(map(len, WORK.prompts(0)))
-    trunk, head = 2 * 12 * 100, 2 * 100 * 10
-    one_pass = trunk * (prompts + 8) + head * 8
+    lengths = list(map(len, WORK.prompts(0)))
+    trunk, head, width = 2 * 12 * 100, 2 * 100 * 10, 10
+    seen = [n + 3 for n in lengths]  # four new tokens, the last of which predicts nothing
+    attention = 4 * width * sum(n * (n + 1) // 2 for n in seen)
+    one_pass = trunk * sum(seen) + attention + head * 8
+    prefill = trunk * sum(lengths) + 4 * width * sum(n * (n + 1) // 2 for n in lengths) + head * 2
     least = floor(WORK, "fp32", Rates(flops=1.0, bytes=1e9), seed=0)
     assert least.score == one_pass
-    assert least.update == 2 * 3 * one_pass
-    assert least.generate == trunk * prompts + head * 2 + 3 * (trunk + head) * 2
+    backward = trunk * sum(seen) + 2 * attention + head * 8
+    assert least.update == 3 * (one_pass + backward)
+    assert least.generate == one_pass
     reading = floor(WORK, "bf16", Rates(flops=1e18, bytes=1.0), seed=0)
     assert reading.generate == pytest.approx(3 * (1200 + 1000) * 2)
+    assert prefill < least.generate
 
 
 def test_prompts_have_the_longest_and_the_shortest_and_are_the_same_every_time() -> None:

@@ -1,35 +1,25 @@
 """The least time the same work can take: its FLOPs and bytes over this machine's own rates.
 
-For N prompt tokens and R response tokens over a batch, and weights W of the trunk and H of the head
-(2 FLOPs a weight and token; attention, the adapter and the norms are left out):
-
-    prefill    2 W N + 2 H batch
-    decode     (T - 1) steps, each the longer of 2 (W + H) batch FLOPs and reading W + H once
-    reference  2 W (N + R) + 2 H R
-    update     2 epochs (2 W (N + R) + 2 H R): forward, and backward to the hidden states alone,
-               since trunk and head are frozen
+Counted as `ppo_lab.plan.work` counts: sampling passes every prompt token at once and then, step by
+step, one token of each response, each step the longer of its FLOPs and reading the weights once;
+the reference passes everything once, the updates forward and backward as often as there are epochs.
+The adapter and the norms are left out.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 
 from ppo_lab.bench.shapes import Shape
+from ppo_lab.plan.architecture import Architecture
+from ppo_lab.plan.machine import Rates
+from ppo_lab.plan.machine import measure_rates as rates_of
+from ppo_lab.plan.work import Amount, backward_flops, forward_flops
 
 BYTES = {"fp32": 4, "bf16": 2}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What this machine does in a second: FLOPs in large matrix products, bytes read."""
-
-    flops: float
-    bytes: float
 
 
 @dataclass(frozen=True)
@@ -52,36 +42,41 @@ class Floor:
 
 def floor(shape: Shape, precision: str, rates: Rates, *, seed: int) -> Floor:
     """The least seconds that this shape takes at these rates."""
-    trunk, head = 2 * shape.trunk_weights, 2 * shape.head_weights
-    prompt_tokens = sum(map(len, shape.prompts(seed)))
-    response_tokens = shape.batch * shape.new_tokens
-    one_pass = trunk * (prompt_tokens + response_tokens) + head * response_tokens
-    prefill = trunk * prompt_tokens + head * shape.batch
-    read = (shape.trunk_weights + shape.head_weights) * BYTES[precision]
-    step = max((trunk + head) * shape.batch / rates.flops, read / rates.bytes)
+    of = architecture(shape, BYTES[precision])
+    prompts = list(map(len, shape.prompts(seed)))
+    rows = Amount.of((length, shape.new_tokens) for length in prompts)
+    first = Amount.of((length, 1) for length in prompts)
+    one_pass = forward_flops(of, rows)
+    steps = shape.new_tokens - 1
+    decoding = (one_pass - forward_flops(of, first)) / rates.flops
+    reading = steps * (of.matrices + of.head) * of.bytes_per_weight / rates.bytes
     return Floor(
-        generate=prefill / rates.flops + (shape.new_tokens - 1) * step,
+        generate=forward_flops(of, first) / rates.flops + max(decoding, reading),
         score=one_pass / rates.flops,
-        update=2 * shape.epochs * one_pass / rates.flops,
+        update=shape.epochs * (one_pass + backward_flops(of, rows)) / rates.flops,
+    )
+
+
+def architecture(shape: Shape, bytes_per_weight: int) -> Architecture:
+    """A shape's sizes, its trunk and head frozen."""
+    width = shape.n_layer * shape.hidden_size
+    weights = shape.trunk_weights + shape.head_weights
+    return Architecture(
+        layers=shape.n_layer,
+        hidden=shape.hidden_size,
+        vocabulary=shape.vocab_size,
+        matrices=shape.trunk_weights,
+        head=shape.head_weights,
+        queries=width,
+        cached=2 * width,
+        parameters=weights,
+        trained=0,
+        weight_bytes=weights * bytes_per_weight,
+        bytes_per_weight=bytes_per_weight,
+        reached=shape.n_layer,
     )
 
 
 def measure_rates(precision: str, device: str) -> Rates:
-    """The best of several tries of one large product, and of reading one large array."""
-    dtype = DTYPES[precision]
-    a = torch.randn(1024, 4096, device=device).to(dtype)
-    b = torch.randn(4096, 4096, device=device).to(dtype)
-    array = torch.zeros(2**27, device=device)
-    flops = 2 * 1024 * 4096 * 4096 / _best(lambda: a @ b.T, device)
-    return Rates(flops, array.nbytes / _best(array.sum, device))
-
-
-def _best(work: Callable[[], object], device: str, tries: int = 7) -> float:
-    seconds = []
-    for _ in range(tries):
-        start = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    """What this machine multiplies and reads in a second at its best."""
+    return rates_of(DTYPES[precision], device)

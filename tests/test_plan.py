@@ -1,0 +1,386 @@
+"""What a run costs: counted work by hand, memory by part, devices, ways to share, the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from test_cli import command as cli
+from tiny_models import policy, ragged, trainer
+from tiny_runs import command, tiny
+
+from ppo_lab.config import ConfigError, EvaluationSection, LoraSection, ModelSection
+from ppo_lab.metric_names import METRICS
+from ppo_lab.plan import work
+from ppo_lab.plan.architecture import Architecture, architecture_of, blueprint
+from ppo_lab.plan.check import CASES, Held, check
+from ppo_lab.plan.devices import DEVICES, named
+from ppo_lab.plan.estimate import Target, plan_of
+from ppo_lab.plan.heads import HeadShape, logprob_bytes
+from ppo_lab.plan.meter import Meter
+from ppo_lab.plan.parallel import fitting, ways
+from ppo_lab.plan.rehearsal import ByDepth, Miniature, Rehearsal
+from ppo_lab.plan.report import Planned, show
+from ppo_lab.plan.request import read
+from ppo_lab.plan.trace import peak_bytes, tracked
+from ppo_lab.plan.work import Amount
+from ppo_lab.plan.workload import Row, Workload
+
+SIZES = Architecture(
+    layers=2,
+    hidden=10,
+    vocabulary=100,
+    matrices=1000,
+    head=1000,
+    queries=20,
+    cached=40,
+    parameters=2100,
+    trained=50,
+    weight_bytes=8400,
+    bytes_per_weight=4,
+    trained_bytes=200,
+    adapter=50,
+    reached=2,
+)
+WHOLE = replace(SIZES, adapter=0, trained=2100, trained_matrices=1000, head_trained=True)
+WHOLE = replace(WHOLE, has_own_reference=True, trained_bytes=8400)
+ROWS = [(3, 2), (5, 4)]  # 4 and 8 tokens seen, 10 and 36 pairs, 6 scored
+
+
+# ------ Work
+
+
+def test_flops_are_those_of_the_equations_by_hand() -> None:
+    amount = Amount.of(ROWS)
+    assert amount == (12, 46, 6)
+    forward = 2 * 1050 * 12 + 4 * 20 * 46 + 2 * 1000 * 6
+    assert work.forward_flops(SIZES, amount) == forward
+    backward = 2 * 1000 * 12 + 8 * 20 * 46 + 4 * 50 * 12 + 2 * 1000 * 6
+    assert work.backward_flops(SIZES, amount) == backward
+    reference = forward - 2 * 50 * 12
+    iteration = forward + reference + 3 * (forward + backward)
+    assert work.iteration_flops(SIZES, amount, epochs=3) == iteration
+    whole = 2 * 1000 * 12 + 8 * 20 * 46 + 2 * 1000 * 12 + 4 * 1000 * 6
+    assert work.backward_flops(WHOLE, amount) == whole
+
+
+def test_gradients_pass_through_the_upper_layers_alone_where_those_alone_are_adapted() -> None:
+    amount, upper = Amount.of(ROWS), replace(SIZES, reached=1)
+    less = (2 * 1000 * 12 + 8 * 20 * 46) // 2
+    both = work.backward_flops(SIZES, amount), work.backward_flops(upper, amount)
+    assert both[0] - both[1] == less
+    kept = work.iteration_flops(upper, amount, epochs=2, cached=True)
+    spared = 2 * 500 * 12 + 2 * 20 * 46  # the lower layer's forward pass
+    assert work.iteration_flops(upper, amount, epochs=2) - kept == 2 * spared
+
+
+def test_the_last_step_of_sampling_has_read_the_weights_as_often_as_there_are_tokens() -> None:
+    found = work.generate(SIZES, ROWS)
+    cached = 40 * 4 * (4 + 6 + 7 + 8)
+    assert found.bytes == 4 * (1000 + 50 + 1000) * 4 + cached
+    assert found.flops == work.forward_flops(SIZES, Amount.of(ROWS))
+
+
+def test_recomputed_activations_cost_one_more_forward_pass_of_the_trunk() -> None:
+    plain, again = (
+        work.update(SIZES, ROWS, epochs=2, passes=1, steps=1, recomputed=r) for r in (False, True)
+    )
+    trunk = work.forward_flops(SIZES, Amount.of(ROWS)._replace(scored=0))
+    assert again.flops - plain.flops == 2 * trunk
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gpt2", "llama"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_counted_flops_are_what_torch_counts(kind: str, lora: bool) -> None:
+    """Forward and backward of one pass, by transformers' own layers. Under an adapter torch leaves
+    out the gradients of what enters the first layer, which of two layers is a part.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = policy(kind, lora=lora, attn_implementation="eager")  # torch counts no other on a CPU
+    model.trunk._fast = None
+    tokens = ragged()
+    rectangle = Amount.of([(4, 5)] * 4)  # torch counts padding
+    rectangle = rectangle._replace(scored=int(tokens.mask.sum()), pairs=4 * 8 * 8)
+    model.train()
+    with FlopCounterMode(display=False) as counter:
+        seen = model.score(tokens, temperature=1.0)
+        (seen.logprobs + seen.values).sum().backward()
+    of = architecture_of(model.pretrained_model)
+    assert counter.get_total_flops() == pytest.approx(work.learning_flops(of, rectangle), rel=0.08)
+
+
+# ------ Sizes
+
+
+def test_sizes_are_read_off_a_model_that_takes_no_memory() -> None:
+    section = ModelSection(path="gpt2", weights="random")
+    from ppo_lab.models.loading import load_config
+
+    lora = LoraSection(r=16, target_modules=["c_attn"])
+    model = blueprint(load_config(section), section, lora, dtype=torch.bfloat16)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    of = architecture_of(model)
+    assert (of.layers, of.hidden, of.vocabulary) == (12, 768, 50257)
+    assert of.matrices == 12 * 12 * 768**2
+    assert of.adapter == of.trained == 12 * 16 * (768 + 3 * 768)
+    assert of.weight_bytes == 2 * 124_439_808 + 4 * of.adapter
+    upper = replace(lora, top_layers=3, target_modules=["c_attn"])
+    model = blueprint(load_config(section), section, upper, dtype=torch.bfloat16)
+    assert architecture_of(model).reached == 3
+
+
+# ------ Memory
+
+
+def test_the_tracker_sees_what_is_held_and_lets_go_of_what_is_not() -> None:
+    x = torch.ones(1000, requires_grad=True)
+    with tracked() as live:
+        y = (x * 2).exp()  # exp keeps its result, the product is let go of
+        assert live.now == 4000
+        assert live.peak() == 8000
+        y.sum().backward()
+    assert peak_bytes(lambda: torch.zeros(10) + torch.ones(5, 10)) == 4 * (10 + 50 + 50)
+    with torch.device("meta"):
+        assert peak_bytes(lambda: torch.zeros(10**12)) == 4 * 10**12
+
+
+def test_a_further_layer_adds_what_the_second_did() -> None:
+    assert ByDepth.of(10.0, 14.0).at(12) == 10 + 11 * 4
+    assert ByDepth.of(10.0, 9.0).at(12) == 10
+
+
+@pytest.mark.parametrize("kind", ["bloom", "llama"])
+def test_rehearsals_of_one_and_two_layers_tell_what_four_hold(kind: str) -> None:
+    from test_thrift import long_rows
+
+    key = {"llama": "num_hidden_layers"}.get(kind, "n_layer")
+    minis = [
+        Miniature(
+            policy(kind, lora=True, vocab_size=512, **{key: n}).pretrained_model,
+            checkpointing=False,
+        )
+        for n in (1, 2, 4)
+    ]
+    one, two, four = (mini.held(long_rows())[0] for mini in minis)
+    assert ByDepth.of(one, two).at(4) == pytest.approx(four, rel=0.01)
+    rows = [Row(3, 48)] * 4
+    held = Rehearsal(minis[0], minis[1], layer_weights=1000).held(rows)
+    assert held.kept.at(4) == pytest.approx(four, rel=0.1)
+
+
+def test_log_probs_of_a_frozen_head_hold_no_logits() -> None:
+    frozen = HeadShape(2**16, 64, False, torch.float32)
+    trained = replace(frozen, trained=True)
+    assert logprob_bytes(frozen, 256, gradients=True) < 2**16 * 256
+    assert logprob_bytes(trained, 256, gradients=True) > 2**16 * 256 * 4
+
+
+# ------ Workloads
+
+
+def load(**changes: Any) -> Workload:
+    """Eight rows in four mini-batches, two of which make a step."""
+    rows = tuple(Row(3 + i, 5) for i in range(8))
+    settings = {"mini_batch": 2, "samples_a_step": 4, "epochs": 2, "iterations": 10}
+    return Workload(rows, **settings | changes)  # type: ignore[arg-type]
+
+
+def test_a_batch_falls_into_steps_passes_and_chunks() -> None:
+    assert [len(step) for step in load().steps()] == [4, 4]
+    assert [len(part) for part in load().passes()] == [2, 2, 2, 2]
+    assert [len(part) for part in load(sampled_at_once=3).chunks()] == [3, 3, 2]
+    widest = [max(r.prompt + r.response for r in p) * len(p) for p in load().passes()]
+    small = load(micro_batch_tokens=12).passes()
+    assert max(max(r.prompt + r.response for r in p) * len(p) for p in small) <= 15 < max(widest)
+    assert sum(map(len, small)) == 8
+    share = load().shared_by(2)
+    assert (len(share.rows), share.mini_batch, share.samples_a_step) == (4, 1, 2)
+
+
+# ------ Devices and plans
+
+
+def test_devices_are_found_by_the_names_that_torch_gives_them() -> None:
+    assert named("NVIDIA H100 80GB HBM3") is DEVICES["h100"]
+    assert named("NVIDIA A100-SXM4-40GB") is DEVICES["a100-40"]
+    assert named("NVIDIA A100-SXM4-80GB") is DEVICES["a100-80"]
+    assert named("NVIDIA L40S") is DEVICES["l40s"]
+    assert named("NVIDIA L4") is DEVICES["l4"]
+    assert named("Tesla T4") is DEVICES["t4"]
+    assert named("NVIDIA GeForce RTX 4090") is DEVICES["rtx4090"]
+    assert named("AMD Instinct MI300X") is DEVICES["mi300x"]
+    assert named("Quadro K620") is None
+    assert DEVICES["t4"].flops("bfloat16") == DEVICES["t4"].float32
+
+
+def test_a_plan_for_another_device_needs_neither_weights_nor_network(tmp_path: Path) -> None:
+    config = tiny(tmp_path, model=ModelSection(path="bigscience/bloom-560m"))
+    config = replace(config, lora=LoraSection(r=16, target_modules=["query_key_value"]))
+    config = replace(config, ppo=replace(config.ppo, batch_size=16, mini_batch_size=8))
+    plan = plan_of(config, Target(DEVICES["h100"]))
+    assert plan.memory.standing["weights"] == pytest.approx(2 * 559_214_592)
+    assert plan.memory.standing["adapter and optimizer"] == 16 * plan.of.trained
+    assert set(plan.phases) == {"generate", "score", "reference", "update"}
+    assert plan.fits
+    assert any("not measured" in note for note in plan.notes)
+    whole = plan_of(replace(config, lora=LoraSection(r=0)), Target(DEVICES["t4"]))
+    assert whole.memory.standing["Adam's moments"] == 8 * 559_214_592
+    thrifty = replace(config, lora=LoraSection(r=0), ppo=replace(config.ppo, adam="8bit"))
+    eight = plan_of(thrifty, Target(DEVICES["t4"])).memory.standing["Adam's moments"]
+    assert eight < 0.26 * whole.memory.standing["Adam's moments"]
+
+
+def test_checkpointed_activations_are_fewer_and_cost_time(tmp_path: Path) -> None:
+    config = tiny(tmp_path, evaluation=EvaluationSection())
+    thrifty = replace(config, ppo=replace(config.ppo, gradient_checkpointing=True))
+    plain, again = (plan_of(c, Target(DEVICES["a10"])) for c in (config, thrifty))
+    held = [plan.memory.passing["update"]["activations"] for plan in (plain, again)]
+    assert held[1] < 0.5 * held[0]
+    assert again.phases["update"].work.flops > plain.phases["update"].work.flops
+
+
+def test_a_model_that_fits_no_device_whole_fits_when_it_is_sharded(tmp_path: Path) -> None:
+    config = tiny(tmp_path, lora={"r": 0})
+    target = Target(DEVICES["a10"], 8)
+    alone = plan_of(config, target)
+    shared = plan_of(config, target, processes=8)
+    size = alone.memory.total
+    small = [replace(plan, room=0.6 * size) for plan in (alone, shared)]
+    grown = [
+        replace(plan, memory=replace(plan.memory, standing={"weights": 3e9, "reference": 3e9}))
+        for plan in small
+    ]
+    found = {way.name: way for way in ways(*(replace(p, room=4e9) for p in grown))}
+    assert not found["one device"].fits
+    assert not found["DDP"].fits
+    assert found["FSDP2"].fits
+    assert fitting(list(found.values())).name == "FSDP2"  # type: ignore[union-attr]
+    assert found["FSDP2"].file == "fsdp2"
+
+
+def test_a_report_says_how_much_how_long_and_what_binds(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    target = Target(DEVICES["h100"], 4)
+    alone = plan_of(config, target)
+    run = Planned(["seed=0"], 1, alone, ways(alone, plan_of(config, target, processes=4)))
+    console = Console(record=True, width=110)
+    show([run, replace(run, changes=["seed=1"])], console)
+    said = console.export_text()
+    for text in ("weights", "TFLOP", "ZeRO-3", "fits: ", "binds: launches", "s an iteration"):
+        assert text in said
+    assert "2 runs" in said
+
+
+# ------ The command
+
+
+def test_the_planner_reads_its_own_arguments_and_leaves_the_others() -> None:
+    asked = read(["model=gpt2", "device=H100", "devices=8", "response_tokens=20", "-m"])
+    assert (asked.device, asked.devices, asked.response_tokens) == ("h100", 8, 20)
+    assert asked.run == ["model=gpt2", "-m"]
+    assert read(["device=cpu"]).run == ["device=cpu"]
+    with pytest.raises(ConfigError) as refused:
+        read(["device=h1000", "devices=0"])
+    assert len(refused.value.problems) == 2
+    assert "did you mean h100?" in refused.value.problems[0]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["device=h1000"], ["ppo.cliprange=7"]])
+def test_the_planner_answers_at_once_without_importing_anything_heavy(
+    words: list[str], tmp_path: Path
+) -> None:
+    done = cli(*words, folder=tmp_path, program=("-X", "importtime", "-m", "ppo_lab.plan"))
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.split("\n")}
+    assert "ppo_lab" in loaded
+    assert not loaded & {"torch", "transformers", "trl", "peft", "datasets", "wandb"}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_the_stages_before_ppo_explain_themselves_at_once(stage: str, tmp_path: Path) -> None:
+    program = ("-X", "importtime", "-m", f"ppo_lab.{stage}")
+    done = cli("--help", folder=tmp_path, program=program)
+    assert done.returncode == 0
+    assert "fit.learning_rate" in done.stdout
+    assert "torch" not in {
+        line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.split("\n")
+    }
+
+
+def test_a_sweep_is_planned_in_all(tmp_path: Path) -> None:
+    words = [w for w in command(tmp_path) if not w.startswith("device=")]
+    done = subprocess.run(
+        [sys.executable, "-m", "ppo_lab.plan", "-m", *words, "device=t4", "ppo.lam=0.9,1.0"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 runs" in done.stdout
+    assert "ppo.lam=0.9" in done.stdout
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.slow
+def test_plans_hold_on_this_machine() -> None:
+    assert check(CASES) == 0
+
+
+def test_a_plan_holds_within_what_is_promised_and_not_beyond() -> None:
+    assert Held("", 1.1e9, 14.0, 1e9, 10.0).holds
+    assert not Held("", 1.2e9, 10.0, 1e9, 10.0).holds
+    assert not Held("", 1e9, 16.0, 1e9, 10.0).holds
+    assert not Held("", 1e9, 6.0, 1e9, 10.0).holds
+
+
+# ------ While a run is under way
+
+
+def test_utilisation_is_counted_flops_over_time_and_peak_rate() -> None:
+    made = trainer()
+    made.clock._peak_flops = lambda: 1e9
+    stats = made.learn(made.collect(ragged()), _scores())
+    flops = Meter(made.policy).flops(ragged(), epochs=2)
+    assert stats["mfu"] == pytest.approx(flops / stats["time/iteration"] / 1e9)
+    assert METRICS["mfu"][0] == "share"
+    of = architecture_of(made.policy.pretrained_model)
+    amount = Amount.of([(3, 4), (1, 2), (4, 5), (2, 3)])
+    assert flops == work.iteration_flops(of, amount, epochs=2)
+
+
+def test_epochs_that_were_not_made_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(early_stopping=True, ppo_epochs=4)
+    made.clock._peak_flops = lambda: 1e9
+    monkeypatch.setattr(made.updates, "_moved_too_far", lambda sums: True)
+    stats = made.learn(made.collect(ragged()), _scores())
+    assert stats["ppo/epochs"] == 1
+    flops = stats["mfu"] * stats["time/iteration"] * 1e9
+    assert flops == pytest.approx(Meter(made.policy).flops(ragged(), epochs=1))
+
+
+def test_there_is_no_utilisation_of_a_device_that_nobody_knows() -> None:
+    made = trainer()
+    made.clock._peak_flops = lambda: 0.0
+    assert "mfu" not in made.learn(made.collect(ragged()), _scores())
+
+
+def test_a_run_records_its_utilisation(tmp_path: Path) -> None:
+    from ppo_lab.experiment import run
+
+    run(tiny(tmp_path, ppo={"steps": 1}), tmp_path / "run")
+    row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 < row["mfu"] < 1
+
+
+def _scores() -> Any:
+    from ppo_lab.types import Scores
+
+    return Scores(torch.tensor([1.0, -0.5, 2.0, 0.25]))
