@@ -254,10 +254,8 @@ def test_a_model_that_fits_no_device_whole_fits_when_it_is_sharded(tmp_path: Pat
     shared = plan_of(config, target, processes=8)
     size = alone.memory.total
     small = [replace(plan, room=0.6 * size) for plan in (alone, shared)]
-    grown = [
-        replace(plan, memory=replace(plan.memory, standing={"weights": 3e9, "reference": 3e9}))
-        for plan in small
-    ]
+    standing = {"weights": 1.5e9, "reference": 1.5e9, "gradients": 1.5e9, "Adam's moments": 3e9}
+    grown = [replace(plan, memory=replace(plan.memory, standing=standing)) for plan in small]
     found = {way.name: way for way in ways(*(replace(p, room=4e9) for p in grown))}
     assert not found["one device"].fits
     assert not found["DDP"].fits

@@ -70,6 +70,8 @@ def _way(name: str, plan: Plan, count: int) -> Way:
     if "weights" in SHARDED[name]:
         gathered += GATHERED_LAYERS * of.matrices / of.layers * of.bytes_per_weight
     size = plan.memory.total - sharded * (1 - 1 / count) + gathered + buckets / count
+    if "weights" in SHARDED[name]:  # a model is loaded whole before it is sharded
+        size = max(size, standing["weights"] + standing.get("reference", 0.0))
     seconds = plan.iteration_s + _sent(name, plan, count) / _link(plan)
     return Way(name, size, seconds, size <= plan.room)
 
