@@ -118,6 +118,13 @@ class PPOSection:
         "optimizer steps skipped in a row (NaN, inf, ratio_threshold) before the run stops",
         at_least=1,
     )
+    ema_decay: float = knob(
+        0.0,
+        "decay, an optimizer step, of the policy's moving average, which is then what is evaluated "
+        "and saved; 0 = the policy itself",
+        at_least=0,
+        below=1,
+    )
     max_kl: float = knob(
         0.0, "KL, nats per sequence, beyond which the run stops; 0 = no ceiling", at_least=0
     )

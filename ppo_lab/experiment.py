@@ -305,7 +305,8 @@ def evaluate(lab: Lab, step: int) -> Metrics:
     """The metrics of an evaluation, its samples shown; the first evaluation and the last are
     kept.
     """
-    evaluation = lab.evaluator()
+    with lab.trainer.average.in_place():
+        evaluation = lab.evaluator()
     lab.evaluations[1:] = [evaluation]
     lab.trackers.log_samples(evaluation.samples, step)
     return {f"eval/{name}": value for name, value in evaluation.metrics.items()}

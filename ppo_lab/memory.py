@@ -97,6 +97,8 @@ def check_fits(config: Config, device: str, *, processes: int = 1) -> None:
     dtype = choose_dtype(config.model.dtype, torch.device("cpu"))
     model = blueprint(load_config(config.model), config.model, config.lora, dtype=dtype)
     need = standing_bytes(architecture_of(model), adam=config.ppo.adam)
+    if config.ppo.ema_decay and not config.lora.r:
+        need["average"] = need["weights"]
     if isinstance(config.critic, ModelCritic):
         need["critic"] = critic_bytes(config)
     free, total = free_bytes(), processes * sum(need.values())

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from ppo_lab import classic, core
+from ppo_lab.averaging import MovingAverage
 from ppo_lab.clock import Clock
 from ppo_lab.config import PPOConfig
+from ppo_lab.errors import ConfigError
 from ppo_lab.kl import AdaptiveKLController, FixedKLController
 from ppo_lab.memory import Passes
 from ppo_lab.metrics import Shaped, iteration_metrics
@@ -119,6 +121,7 @@ class PPOTrainer:
         self.lr_scheduler = lr_scheduler or _schedule(self.optimizer, self.config)
         modules = {"policy": self.policy, "critic": self.critic, **self.reference.modules}
         self.models = self.processes.wrap(modules, self.optimizer)
+        self.average = self._moving_average()
         self.updates = ClippedUpdates(
             self.policy, self.critic, self.models, self.config, self.processes
         )
@@ -317,7 +320,8 @@ class PPOTrainer:
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write model or adapter, value head and tokenizer, as safetensors; a critic of its own
-        goes into the folder `critic` there.
+        goes into the folder `critic` there. Of the policy it is the moving average, if one is
+        kept.
         """
         save = self.saver(**kwargs)
         if self.processes.is_main:
@@ -330,7 +334,8 @@ class PPOTrainer:
         policy, critic = map(self.models.state_of, (self.policy, self.critic))
 
         def save(folder: str) -> None:
-            self.policy.save_pretrained(folder, state_dict=policy, **kwargs)
+            with self.average.in_place():
+                self.policy.save_pretrained(folder, state_dict=policy, **kwargs)
             self.tokenizer.save_pretrained(folder)
             if self.has_critic:
                 self.critic.save_pretrained(Path(folder) / CRITIC_FOLDER, state_dict=critic)
@@ -372,6 +377,7 @@ class PPOTrainer:
             "iterations_done": self.iterations_done,
             "policy": self.models.whole(_trained(self.policy)),
             "critic": self.models.whole(_trained(self.critic)) if self.has_critic else {},
+            "average": self.average.state_dict(),
             "optimizer": self.models.optimizer_state(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "kl_controller": self.kl_controller.state_dict(),
@@ -390,6 +396,7 @@ class PPOTrainer:
         self._restore(self.policy, state["policy"])
         if self.has_critic:
             self._restore(self.critic, state["critic"])
+        self.average.load_state_dict(state["average"])
         self.models.load_optimizer_state(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.kl_controller.load_state_dict(state["kl_controller"])
@@ -398,6 +405,16 @@ class PPOTrainer:
         self.updates.most_tokens = state["most_tokens"]
         self._noise_streams = state["noise_streams"]
         self.iterations_done = state["iterations_done"]
+
+    def _moving_average(self) -> MovingAverage:
+        if self.config.ema_decay and self.models.sharded:
+            raise ConfigError(
+                f"ppo.ema_decay={self.config.ema_decay:g}: an average of sharded models is not "
+                "kept; use 0, or processes that hold whole models"
+            )
+        average = MovingAverage(self.policy.pretrained_model, decay=self.config.ema_decay)
+        self.optimizer.register_step_post_hook(lambda *_: average.update())
+        return average
 
     @torch.no_grad()
     def _restore(self, model: torch.nn.Module, saved: dict[str, Tensor]) -> None:
