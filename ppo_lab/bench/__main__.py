@@ -1,7 +1,7 @@
 """`python -m ppo_lab.bench`: this project and those it replaces on the same work, in turn.
 
 `python -m ppo_lab.bench growth` measures how time and memory grow with the work, `... options` what
-each option costs or saves.
+each option costs or saves, `... learning` who learns most at how little KL in how little time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
 from ppo_lab.bench.venvs import REQUIREMENTS, environments_folder
 
 # Benchmarks with a command line of their own.
-OTHERS = ("growth", "options")
+OTHERS = ("growth", "learning", "options")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,120 @@
+"""`python -m ppo_lab.bench learning`: who learns most, at how little KL, in how little time."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ppo_lab.bench.learning.runs import CONTESTANTS, OURS, Record, cells, train_and_judge
+from ppo_lab.bench.learning.task import Task
+from ppo_lab.bench.venvs import environments_folder, python_of
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train, judge, show; 1 where a process fails or there is nothing to compare on."""
+    asked = parser().parse_args(arguments)
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    try:
+        compare(asked, console, say)
+    except (RuntimeError, OSError) as error:
+        say(str(error))
+        return 1
+    return 0
+
+
+def compare(asked: argparse.Namespace, console: Console, say: Callable[[str], None]) -> None:
+    """The comparison as asked for on the command line."""
+    from ppo_lab.bench.learning.report import show
+    from ppo_lab.bench.report import machine
+
+    task = Task(
+        model=str(asked.model),
+        reward_model=str(asked.reward_model),
+        prompts=str(asked.prompts),
+        iterations=asked.iterations,
+    )
+    record = Record(asked.json, task, machine(asked.threads))
+    environments = {name: CONTESTANTS[name].environment or OURS for name in asked.contestants}
+    pythons = {n: python_of(env, asked.venvs, say) for n, env in environments.items()}
+    train_and_judge(
+        cells(asked.contestants, asked.betas, asked.seeds),
+        task,
+        pythons,
+        record,
+        folder=asked.folder.absolute(),
+        threads=asked.threads,
+        say=say,
+    )
+    show(record.kept, console, ours=OURS)
+
+
+def parser() -> argparse.ArgumentParser:
+    """What may be asked for."""
+    listed = "; ".join(f"{c.name}: {c.about}" for c in CONTESTANTS.values())
+    p = argparse.ArgumentParser(
+        prog="python -m ppo_lab.bench learning", description=__doc__, epilog=listed
+    )
+    p.add_argument("--model", type=_folder, required=True, help="folder of the model to start from")
+    p.add_argument("--reward-model", type=_folder, required=True, help="folder of its reward model")
+    p.add_argument("--prompts", type=_file, required=True, help="JSON lines with `prompt`")
+    p.add_argument(
+        "--contestants",
+        type=_contestants,
+        default=list(CONTESTANTS),
+        help="comma-separated; all by default",
+    )
+    p.add_argument("--betas", type=_numbers(float), default=[0.05, 0.3, 1.0])
+    p.add_argument("--seeds", type=_numbers(int), default=[0, 1, 2])
+    p.add_argument("--iterations", type=int, default=Task.iterations)
+    p.add_argument("--threads", type=int, default=_cores(), help="threads of each process")
+    p.add_argument("--json", type=Path, help="file that keeps the results; runs in it are not made")
+    p.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("outputs/bench-learning"),
+        help="where the trained models lie",
+    )
+    p.add_argument(
+        "--venvs",
+        type=Path,
+        default=environments_folder(),
+        help="where environments lie or are made",
+    )
+    return p
+
+
+def _folder(text: str) -> Path:
+    path = Path(text).expanduser().absolute()
+    if not (path / "config.json").is_file():
+        raise argparse.ArgumentTypeError(f"{text}: no folder with a config.json")
+    return path
+
+
+def _file(text: str) -> Path:
+    path = Path(text).expanduser().absolute()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text}: no such file")
+    return path
+
+
+def _contestants(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    if unknown := [name for name in names if name not in CONTESTANTS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]}: must be of {', '.join(CONTESTANTS)}")
+    return names
+
+
+def _numbers(kind: type) -> Callable[[str], list]:
+    return lambda text: [kind(part) for part in text.split(",") if part]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
