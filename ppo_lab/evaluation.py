@@ -52,8 +52,8 @@ class Evaluator:
     @torch.no_grad()
     def __call__(self) -> Evaluation:
         """Numbers and samples of the policy as it stands."""
-        tokens, seen = self._draw()
-        texts, scores, gold = self._judge(tokens)
+        tokens, seen = self.trainer.draw(self.prompts, self.sampling, self.noise)
+        texts, scores, gold = self._judge(self.prompts, tokens)
         ref = self.trainer.in_passes(
             tokens,
             lambda t: self.trainer.reference.logprobs(
@@ -91,27 +91,29 @@ class Evaluator:
         scores = Scores(state["total"], state["parts"]) if state else None
         self._reference = None if scores is None else (state["texts"], scores, state["gold"])
 
-    def _draw(self, trunk: Any = None) -> tuple[Tokens, Any]:
-        return self.trainer.draw(self.prompts, self.sampling, self.noise, trunk)
-
-    def _judge(self, tokens: Tokens) -> tuple[list[str], Scores, list[float] | None]:
+    def _judge(
+        self, prompts: Prompts, tokens: Tokens
+    ) -> tuple[list[str], Scores, list[float] | None]:
         texts = [self.trainer.decode(ids) for ids in tokens.response_lists()]
-        scores = self.trainer.reward(
-            prompts=self.prompts.texts, completions=texts, **self.prompts.columns
-        )
-        return texts, scores, None if self.gold is None else self.gold(self.prompts.texts, texts)
+        scores = self.trainer.reward(prompts=prompts.texts, completions=texts, **prompts.columns)
+        return texts, scores, None if self.gold is None else self.gold(prompts.texts, texts)
 
     def _reference_answers(self) -> tuple[list[str], Scores, list[float] | None]:
-        """What the reference answers to the same prompts with the same noise; drawn once."""
+        """What the reference answers to the prompts that are shown, with the same noise; drawn
+        once.
+        """
         if self._reference is None:
+            shown = self.prompts[: self.kept]
             with self.trainer.reference.active() as trunk:
-                tokens, _ = self._draw(trunk)
-            self._reference = self._judge(tokens)
+                tokens, _ = self.trainer.draw(shown, self.sampling, self.noise, trunk)
+            self._reference = self._judge(shown, tokens)
         return self._reference
 
     def _samples(
         self, texts: list[str], scores: Scores, gold: Sequence[float] | None
     ) -> list[Sample]:
+        if not self.kept:
+            return []
         ref_texts, ref_scores, ref_gold = self._reference_answers()
         return [
             Sample(

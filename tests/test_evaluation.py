@@ -42,7 +42,7 @@ def test_every_number_is_what_its_name_says() -> None:
     train = evaluator(model)
     train_adapter(model, size=1.0)
     found = train()
-    tokens, seen = train._draw()
+    tokens, seen = train.trainer.draw(train.prompts, train.sampling, train.noise)
     texts = [train.trainer.decode(ids) for ids in tokens.response_lists()]
     scores = by_length(HELD_OUT.texts, texts, HELD_OUT.columns["wanted"])
     reference = train.trainer.reference.logprobs(tokens, temperature=1.0)
@@ -121,3 +121,11 @@ def test_a_chat_is_shown_by_its_last_message() -> None:
     assert (
         as_text([{"role": "system", "content": "x"}, {"role": "user", "content": "How?"}]) == "How?"
     )
+
+
+def test_of_the_reference_s_answers_only_those_shown_are_drawn() -> None:
+    made = evaluator(kept=2)
+    made()
+    texts, scores, _ = made._reference_answers()
+    assert len(texts) == len(scores.total) == 2
+    assert [s.reference_response for s in evaluator(kept=4)().samples][:2] == texts
