@@ -58,6 +58,7 @@ def ppo_config(config: Config) -> PPOConfig:
         **settings,
         value_learning_rate=config.critic.learning_rate or config.ppo.learning_rate,
         critic_warmup_steps=config.critic.warmup_steps,
+        critic_epochs=config.critic.epochs,
         seed=config.seed,
         model_name=config.model.name,
     )

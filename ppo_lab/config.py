@@ -150,6 +150,9 @@ class PPOConfig(PPOSection):
     critic_warmup_steps: int = knob(
         0, "first iterations in which the critic learns and the policy does not", at_least=0
     )
+    critic_epochs: int = knob(
+        0, "passes over each batch from which the critic learns too; 0 = all", at_least=0
+    )
     model_name: str = knob("", "name of the run that `log_stats` opens")
     seed: int = knob(
         0, "seed of the sampling, the shuffling and the new weights", at_least=0, at_most=2**32 - 1
@@ -400,6 +403,11 @@ class CriticSection:
     learning_rate: float = knob(0.0, "step size of the critic; 0 = ppo.learning_rate", at_least=0)
     warmup_steps: int = knob(
         0, "first iterations in which the critic learns and the policy does not", at_least=0
+    )
+    epochs: int = knob(
+        0,
+        "passes over each batch, of ppo.ppo_epochs, from which it learns too; 0 = all",
+        at_least=0,
     )
 
 

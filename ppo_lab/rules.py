@@ -366,6 +366,11 @@ def critic_rules(config: Config) -> Problems:
             f"critic.warmup_steps={critic.warmup_steps}: must be below ppo.steps={config.ppo.steps}"
             ", or the policy would never learn"
         )
+    if critic.epochs > config.ppo.ppo_epochs:
+        yield (
+            f"critic.epochs={critic.epochs}: must be at most "
+            f"ppo.ppo_epochs={config.ppo.ppo_epochs}; 0 = all"
+        )
     if not isinstance(critic, ModelCritic):
         return
     if critic.path:

@@ -204,6 +204,7 @@ class PPOTrainer:
                 temperature=self.drawn.logprob_temperature,
                 seed=(self.config.seed, self.iterations_done),
                 critic_only=self.warms_up,
+                critic_epochs=self.config.critic_epochs,
             )
         c = self.config
         metrics = iteration_metrics(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,20 @@ SUMS = (
     "vpred",
     "value_error",
     "value_clipped",
+    "critic_tokens",
 )
+# Those that count in the passes alone in which the critic learns.
+OF_VALUES = ("value_loss", "vpred", "value_error", "value_clipped", "critic_tokens")
+
+
+class Turn(NamedTuple):
+    """Who learns from a pass over the batch."""
+
+    policy: bool = True
+    critic: bool = True
+
+
+EVERYBODY = Turn()
 
 
 class TrainingDiverged(RuntimeError):
@@ -50,7 +63,7 @@ class TrainingDiverged(RuntimeError):
 @dataclass(frozen=True)
 class UpdateStats:
     """What the clipped updates of one iteration did: means over real tokens of every pass that was
-    made.
+    made; of what concerns values, of every pass in which the critic learnt.
 
     `ratio_max` is the largest ratio seen; `first_ratio_error` is max |ratio - 1| before the first
     optimizer step, which only rounding can move from 0; `grad_norm` is the policy's mean norm
@@ -105,10 +118,17 @@ class ClippedUpdates:
         self.most_tokens = 0  # of a pass, once chosen
 
     def run(
-        self, batch: Batch, *, temperature: float, seed: tuple[int, int], critic_only: bool = False
+        self,
+        batch: Batch,
+        *,
+        temperature: float,
+        seed: tuple[int, int],
+        critic_only: bool = False,
+        critic_epochs: int = 0,
     ) -> UpdateStats:
         """All epochs; `seed` is (run seed, iteration) and fixes the order of the mini-batches. With
-        `critic_only` the policy stays as it is.
+        `critic_only` the policy stays as it is; the critic learns in the first `critic_epochs`
+        epochs (0 = all).
 
         Raises:
             TrainingDiverged: `max_skipped_updates` optimizer steps in a row had to be skipped.
@@ -116,10 +136,9 @@ class ClippedUpdates:
         totals, steps, epochs = torch.zeros(len(SUMS), dtype=torch.float64), [], 0
         for epoch in range(self.config.ppo_epochs):
             epoch_sums = torch.zeros_like(totals)
+            turn = Turn(not critic_only, not 0 < critic_epochs <= epoch)
             for rows in self.optimizer_batches(len(batch), seed=(*seed, epoch)):
-                step = self.optimizer_step(
-                    batch[rows], temperature=temperature, critic_only=critic_only
-                )
+                step = self.optimizer_step(batch[rows], temperature=temperature, turn=turn)
                 epoch_sums += step.sums
                 steps.append(step)
             totals, epochs = totals + epoch_sums, epochs + 1
@@ -138,7 +157,7 @@ class ClippedUpdates:
         )
 
     def optimizer_step(
-        self, batch: Batch, *, temperature: float, critic_only: bool = False
+        self, batch: Batch, *, temperature: float, turn: Turn = EVERYBODY
     ) -> OptimizerStep:
         """One step on one optimizer batch, in as many passes as memory asks for.
 
@@ -147,7 +166,7 @@ class ClippedUpdates:
         groups = self._groups(batch)
         sums, extremes = self.passes.until_it_fits(
             lambda size: self._backward(
-                batch, [p for rows in groups for p in rows.split(size)], temperature, critic_only
+                batch, [p for rows in groups for p in rows.split(size)], temperature, turn
             ),
             max(map(len, groups), default=1),
             bool if self.processes.size == 1 else None,
@@ -162,7 +181,7 @@ class ClippedUpdates:
         return done[0]
 
     def _backward(
-        self, batch: Batch, passes: list[Tensor], temperature: float, critic_only: bool
+        self, batch: Batch, passes: list[Tensor], temperature: float, turn: Turn
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the batch's mean loss, summed over all passes; the sums and ratio extremes
         of those made here.
@@ -176,7 +195,7 @@ class ClippedUpdates:
             part = batch[rows] if len(rows) else batch.blank()
             with self.models.accumulating(last=i == len(passes) - 1):
                 loss, pass_sums, pass_extremes = self.models.call(
-                    self._losses, part, temperature, critic_only
+                    self._losses, part, temperature, turn
                 )
                 self.models.backward(loss / n_tokens)
             sums += pass_sums
@@ -186,13 +205,13 @@ class ClippedUpdates:
         return sums, extremes
 
     def _losses(
-        self, batch: Batch, temperature: float, critic_only: bool
+        self, batch: Batch, temperature: float, turn: Turn
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The summed loss of one pass, its sums for the statistics, and its smallest and largest
         ratio.
         """
         c, mask = self.config, batch.tokens.mask
-        new = self._forward(batch, temperature, critic_only)
+        new = self._forward(batch, temperature, turn)
         policy = core.policy_loss(
             new.logprobs,
             batch.logprobs,
@@ -205,8 +224,9 @@ class ClippedUpdates:
             new.values, batch.values, batch.returns, mask, cliprange_value=c.cliprange_value
         )
         entropy = torch.zeros_like(new.logprobs) if new.entropy is None else new.entropy
-        vf_coef = 1.0 if self.apart else c.vf_coef  # a critic apart shares no gradient
-        loss = policy.loss + vf_coef * value.loss - c.entropy_coef * entropy
+        loss = policy.loss - c.entropy_coef * entropy
+        if turn.critic:  # one apart shares no gradient, and has no weight in the loss
+            loss = loss + (1.0 if self.apart else c.vf_coef) * value.loss
         log_ratio = new.logprobs.detach() - batch.logprobs
         ratio = policy.ratio.detach().masked_fill(~mask, 1.0)
         per_token = (
@@ -222,19 +242,25 @@ class ClippedUpdates:
             new.values.detach(),
             (new.values.detach() - batch.returns) ** 2,
             value.clipped.float(),
+            torch.ones_like(log_ratio),
         )
         sums = torch.stack([core.masked_sum(x, mask) for x in per_token])
+        if not turn.critic:
+            sums[[SUMS.index(name) for name in OF_VALUES]] = 0.0
         return core.masked_sum(loss, mask), sums, torch.stack([ratio.min(), ratio.max()])
 
-    def _forward(self, batch: Batch, temperature: float, critic_only: bool) -> Forward:
-        """Log-probs, values and entropies as the models stand; while the critic learns alone, the
-        log-probs are those of sampling.
+    def _forward(self, batch: Batch, temperature: float, turn: Turn) -> Forward:
+        """Log-probs, values and entropies as the models stand; of whom it is not the turn, what
+        was at sampling.
         """
-        if critic_only:
+        if not turn.policy:
             return Forward(batch.logprobs, self.critic.values(batch.tokens))
         entropy = self.config.entropy_coef > 0
         new = self.policy.score(batch.tokens, temperature=temperature, entropy=entropy)
-        return replace(new, values=self.critic.values(batch.tokens)) if self.apart else new
+        if not self.apart:
+            return new
+        values = self.critic.values(batch.tokens) if turn.critic else batch.values
+        return replace(new, values=values)
 
     def _groups(self, batch: Batch) -> list[Tensor]:
         """This process's rows of each forward and backward pass: its part of each mini-batch,
@@ -359,8 +385,11 @@ def _by_model(parameters: list[Any], critic: Any) -> list[list[Any]]:
 
 
 def _summary(totals: Tensor, steps: list[OptimizerStep], epochs: int) -> UpdateStats:
-    means = dict(zip(SUMS[1:], (totals[1:] / totals[0].clamp(min=1)).tolist(), strict=True))
-    first = steps[0]
+    sums, first = dict(zip(SUMS, totals.tolist(), strict=True)), steps[0]
+    tokens, of_values = (max(sums.pop(name), 1.0) for name in ("tokens", "critic_tokens"))
+    means = {
+        name: total / (of_values if name in OF_VALUES else tokens) for name, total in sums.items()
+    }
     return UpdateStats(
         **means,
         ratio_max=max(step.ratio_max for step in steps),

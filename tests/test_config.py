@@ -250,6 +250,7 @@ RULES = [
         "use reward.output=logit or critic=head",
     ),
     (["critic.warmup_steps=40"], "below ppo.steps=40"),
+    (["critic.epochs=5"], "at most ppo.ppo_epochs=4"),
     (["critic.path=a/b"], "critic=reward_model has it"),
     (["ppo.value_learning_rate=1e-3"], "did you mean critic.learning_rate?"),
     (["model.v_head_init=normal"], "did you mean critic.v_head_init?"),

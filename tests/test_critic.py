@@ -258,6 +258,33 @@ def test_a_critic_that_warms_up_leaves_the_policy_as_it_is(apart: bool, lora: bo
     )
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_critic_may_learn_from_the_first_passes_alone(apart: bool) -> None:
+    """It is then where one epoch takes it, while the policy goes on; so are its statistics."""
+
+    def learned(**settings: Any) -> tuple[Any, dict[str, float]]:
+        settings = {"mini_batch_size": 2, **settings}
+        made = judged(**settings) if apart else trainer(policy("gpt2"), **settings)
+        stats = step(made)
+        return made, stats
+
+    one, first = learned(ppo_epochs=1)
+    several, later = learned(ppo_epochs=3, critic_epochs=1)
+    always, _ = learned(ppo_epochs=3)
+
+    def judge(made: Any) -> dict[str, Any]:
+        return weights(made.critic if apart else made.policy.v_head)
+
+    assert all(torch.equal(p, judge(several)[n]) for n, p in judge(one).items())
+    assert any(not torch.equal(p, judge(always)[n]) for n, p in judge(one).items())
+    assert any(
+        not torch.equal(p, weights(several.policy)[n]) for n, p in weights(one.policy).items()
+    )
+    for name in ("ppo/val/error", "ppo/val/vpred", "ppo/loss/value", "ppo/val/clipfrac"):
+        assert first[name] == later[name]
+    assert first["ppo/loss/policy"] != later["ppo/loss/policy"]
+
+
 def test_memory_that_runs_out_in_the_critic_halves_the_passes() -> None:
     made, expected = judged(mini_batch_size=2), judged().collect(ragged()).values
     whole, made.updates.passes.most = made.critic.values, 4
