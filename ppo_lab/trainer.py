@@ -220,7 +220,10 @@ class PPOTrainer:
         if not self.warms_up:
             self.kl_controller.update(metrics["objective/kl"], n_samples=len(rollout))
         flops = self.meter.flops(
-            rollout.tokens, epochs=update.epochs, policy_learns=not self.warms_up
+            rollout.tokens,
+            epochs=update.epochs,
+            critic_epochs=min(update.epochs, c.critic_epochs or update.epochs),
+            policy_learns=not self.warms_up,
         )
         advance(self.lr_scheduler)
         self.iterations_done += 1

@@ -285,7 +285,7 @@ class ClippedUpdates:
         if not self.most_tokens:
             tokens = longest.tokens
             self.most_tokens = tokens_that_fit(
-                lambda: self._losses(longest, 1.0, False),
+                lambda: self._losses(longest, 1.0, EVERYBODY),
                 tokens=int(tokens.query_mask.sum() + tokens.lengths.sum()),
                 optimizer=self.models.optimizer,
                 share=1.0 / self.processes.here,

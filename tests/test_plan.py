@@ -346,7 +346,7 @@ def test_utilisation_is_counted_flops_over_time_and_peak_rate() -> None:
     made = trainer()
     made.clock._peak_flops = lambda: 1e9
     stats = made.learn(made.collect(ragged()), _scores())
-    flops = Meter(made.policy).flops(ragged(), epochs=2)
+    flops = Meter(made.policy).flops(ragged(), epochs=2, critic_epochs=2)
     assert stats["mfu"] == pytest.approx(flops / stats["time/iteration"] / 1e9)
     assert METRICS["mfu"][0] == "share"
     of = architecture_of(made.policy.pretrained_model)
@@ -361,7 +361,7 @@ def test_epochs_that_were_not_made_are_not_counted(monkeypatch: pytest.MonkeyPat
     stats = made.learn(made.collect(ragged()), _scores())
     assert stats["ppo/epochs"] == 1
     flops = stats["mfu"] * stats["time/iteration"] * 1e9
-    assert flops == pytest.approx(Meter(made.policy).flops(ragged(), epochs=1))
+    assert flops == pytest.approx(Meter(made.policy).flops(ragged(), epochs=1, critic_epochs=1))
 
 
 def test_there_is_no_utilisation_of_a_device_that_nobody_knows() -> None:

@@ -459,7 +459,8 @@ def _critic_work(subject: Subject, *, reading: bool) -> Work:
     if reading:
         return work.reference(subject.critic, rows, passes=len(load.reading(PASS_TOKENS)))
     passes, steps = len(load.passes()), len(load.steps())
-    return work.update(subject.critic, rows, epochs=load.epochs, passes=passes, steps=steps)
+    epochs = min(load.epochs, subject.config.critic.epochs or load.epochs)
+    return work.update(subject.critic, rows, epochs=epochs, passes=passes, steps=steps)
 
 
 def _sizes(found: Classifier) -> Architecture:

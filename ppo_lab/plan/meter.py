@@ -18,8 +18,12 @@ class Meter:
         self.trunk = policy.trunk
         self.critic: Architecture | None = None if critic is None else architecture_of(critic.model)
 
-    def flops(self, tokens: Tokens, *, epochs: int, policy_learns: bool = True) -> float:
-        """FLOPs of an iteration on these tokens, with as many epochs as were made."""
+    def flops(
+        self, tokens: Tokens, *, epochs: int, critic_epochs: int, policy_learns: bool = True
+    ) -> float:
+        """FLOPs of an iteration on these tokens, with as many epochs as were made, `critic_epochs`
+        of them with a critic of its own.
+        """
         prompts = tokens.query_mask.sum(1).tolist()
         amount = Amount.of(zip(prompts, tokens.lengths.tolist(), strict=True))
         found = iteration_flops(
@@ -30,5 +34,5 @@ class Meter:
         )
         if self.critic is not None:
             found += forward_flops(self.critic, amount)
-            found += epochs * learning_flops(self.critic, amount)
+            found += critic_epochs * learning_flops(self.critic, amount)
         return found
