@@ -26,7 +26,7 @@ from ppo_lab.config import LoraSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.choice import FAN, LEVELS, choose
 from ppo_lab.models.fast import draws, layers, products
-from ppo_lab.models.fast.attention import KeysAndValues, attend, attention_bias
+from ppo_lab.models.fast.attention import KeysAndValues, attend, blocks_from, blocks_of
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.draws import draw_from
 from ppo_lab.models.fast.elementwise import ACTIVATIONS, normed, rotated, spread_angles
@@ -329,22 +329,39 @@ def test_the_last_columns_are_picked_out_of_the_rows_with_their_gradients() -> N
     assert_close(ours, theirs)
 
 
-def test_attention_is_softmax_of_scaled_products_with_its_gradients() -> None:
+@pytest.mark.parametrize("scores", [1, 2**17])
+def test_attention_is_softmax_of_scaled_products_with_its_gradients(
+    scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one block as in several, one of which begins where the last columns do."""
+    monkeypatch.setattr("ppo_lab.models.fast.attention.SCORES", scores)
+    monkeypatch.setattr("ppo_lab.models.fast.attention.COLUMNS", 2)
     torch.manual_seed(0)
-    attention = torch.ones(2, 5, dtype=torch.bool)
+    attention = torch.ones(2, 6, dtype=torch.bool)
     attention[1, :2] = False
-    bias = attention_bias(
+    blocks = blocks_of(
         attention, new=5, heads=4, kv_heads=2, slopes=None, dtype=torch.float64,
-        rounded_to=torch.float64,
+        rounded_to=torch.float64, last=2,
     )  # fmt: skip
-    q, k, v = (
-        torch.randn(2, heads, 5, 3, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)
+    assert [(block.first, block.end) for block in blocks] == (
+        [(0, 1), (1, 3), (3, 5)] if scores == 1 else [(0, 3), (3, 5)]
     )
-    many = {"attn_mask": bias.view(2, 4, 5, 5), "scale": 0.4, "enable_gqa": True}
+    q, k, v = (
+        torch.randn(2, heads, columns, 3, dtype=torch.float64, requires_grad=True)
+        for heads, columns in ((4, 5), (2, 6), (2, 6))
+    )
+    hidden = torch.ones(5, 6, dtype=torch.bool).triu(2) | ~attention[:, None, None, :]
+    bias = torch.zeros(2, 4, 5, 6, dtype=torch.float64).masked_fill(hidden, -1e300)
+    many = {"attn_mask": bias, "scale": 0.4, "enable_gqa": True}
     plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, **many)  # type: ignore[arg-type]
-    assert_close(attend(q, k, v, bias, 0.4), plain)
-    queries = attention[:, None, :, None].double()  # padding asks nothing
-    assert torch.autograd.gradcheck(lambda *x: attend(*x, bias, 0.4) * queries, (q, k, v))
+    asks = attention[:, -5:, None].double()  # padding asks nothing
+    plain = plain.transpose(1, 2).flatten(2) * asks
+    assert_close(attend(q, k, v, blocks, 0.4) * asks, plain)
+    with torch.no_grad():
+        assert_close(attend(q, k, v, blocks, 0.4) * asks, plain)
+    of_last = attend(q[:, :, 3:], k, v, blocks_from(blocks, 3), 0.4)
+    assert_close(of_last, plain[:, 3:])
+    assert torch.autograd.gradcheck(lambda *x: attend(*x, blocks, 0.4) * asks, (q, k, v))
 
 
 def test_elementwise_parts_have_the_gradients_of_their_formulas() -> None:

@@ -78,7 +78,7 @@ class Trunk:
         if self._compiled is not None and cache is None and torch.is_grad_enabled():
             return self._by_transformers(ids, attention, decoder=self._compiled)[:, -last:]
         fast = self._fast if cache is None or isinstance(cache, KeysAndValues) else None
-        if fast and (below is not None or fast.usable()):
+        if fast and (below is not None or _has_begun(cache) or fast.usable()):
             return fast.hidden(ids, attention, cache, last=last, below=below)
         return self._by_transformers(ids, attention, cache)[:, -last:]
 
@@ -183,3 +183,8 @@ class Trunk:
             for ours, columns in pairs
         ]
         return all(bool(error <= tolerance) for error in errors)
+
+
+def _has_begun(cache: Any) -> bool:
+    """Whether earlier positions went the fast road, so that these do too."""
+    return isinstance(cache, KeysAndValues) and cache.seen > 0

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ppo_lab.models.fast.attention import KeysAndValues, attend, attention_bias
+from ppo_lab.models.fast.attention import Block, KeysAndValues, attend, blocks_from, blocks_of
 from ppo_lab.models.fast.elementwise import ACTIVATIONS, normed, rotated, spread_angles
 from ppo_lab.models.fast.layers import Anatomy, Layer, read
 from ppo_lab.models.fast.places import LastColumns, Places
@@ -24,14 +24,14 @@ from ppo_lab.models.fast.products import computed_in, linear
 
 @dataclass(frozen=True)
 class Pass:
-    """What the layers of one pass share: where rows lie, what attention adds, how far they turn.
+    """What the layers of one pass share: where rows lie, who attends to what, how far they turn.
 
     `angles` are rotary embeddings' cosines and signed sines, (rows, heads, size) each, and the
     number of pairs that they turn.
     """
 
     places: Places
-    bias: Float[Tensor, "batch_kv group_new seen"]
+    blocks: tuple[Block, ...]
     angles: tuple[Tensor, Tensor, int] | None
     cache: KeysAndValues | None
 
@@ -41,13 +41,6 @@ class Pass:
             return x
         cos, sin, pairs = self.angles
         return rotated(x, cos[:, : x.shape[1]], sin[:, : x.shape[1]], pairs)
-
-    def bias_of_last(self, columns: int, group: int) -> Float[Tensor, "batch_kv group_new seen"]:
-        """The bias of the queries in the last columns; `group` heads share a key."""
-        batch_kv, _, seen = self.bias.shape
-        return self.bias.view(batch_kv, group, -1, seen)[:, :, -columns:].reshape(
-            batch_kv, -1, seen
-        )
 
 
 class FastDecoder:
@@ -83,7 +76,7 @@ class FastDecoder:
         on padding. See `Trunk.hidden`. With `below`, the layers from the first adapted one on are
         passed alone.
         """
-        x, shared = self._enter(ids, attention, cache, below)
+        x, shared = self._enter(ids, attention, cache, below, last)
         new, columns = ids.shape[1], last or ids.shape[1]
         end = None if columns == new else LastColumns(shared.places, columns)
         *lower, final = enumerate(self.anatomy.layers)
@@ -120,6 +113,7 @@ class FastDecoder:
         attention: Tensor,
         cache: KeysAndValues | None = None,
         below: Tensor | None = None,
+        last: int = 0,
     ) -> tuple[Float[Tensor, "rows hidden"], Pass]:
         """The rows that enter the first layer to be passed, and what the layers will share."""
         new, first = ids.shape[1], self.anatomy.layers[0]
@@ -131,16 +125,17 @@ class FastDecoder:
         else:
             x = places.gather(below.flatten(0, 1))
         x = x.to(computed_in(stored) if x.device.type == "cpu" else stored)
-        bias = attention_bias(
+        blocks = blocks_of(
             attention,
             new=new,
+            last=last,
             heads=first.heads,
             kv_heads=first.kv_heads,
             slopes=self.anatomy.slopes,
             dtype=x.dtype,
             rounded_to=stored,
         )
-        return x, Pass(places, bias, self._angles(x, positions), cache)
+        return x, Pass(places, blocks, self._angles(x, positions), cache)
 
     def _angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, int] | None:
         if self.anatomy.rotary is None:
@@ -182,12 +177,11 @@ def _attention(
     )
     if shared.cache is not None:
         k, v = shared.cache.add(index, k, v)
-    places, bias = shared.places, shared.bias
+    places, blocks = shared.places, shared.blocks
     if end is not None:
         places, q = end.places, q[:, :, -end.columns :]
-        bias = shared.bias_of_last(end.columns, layer.heads // layer.kv_heads)
-    mixed = attend(q, k, v, bias, layer.scaling)
-    return places.gather(mixed.transpose(1, 2).reshape(len(places.real.flatten()), -1))
+        blocks = blocks_from(blocks, shared.places.real.shape[1] - end.columns)
+    return places.gather(attend(q, k, v, blocks, layer.scaling).flatten(0, 1))
 
 
 def _queries_keys_values(

@@ -39,15 +39,16 @@ class _GeluTanh(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        """With s the sigmoid: s (1 + x (1 - s) (A + 3 B x^2))."""
+        """With s the sigmoid: s + s (x - x s) (A + 3 B x^2)."""
         (x,) = ctx.saved_tensors
         s = _gate(x)
-        slope = (x * x).mul_(3.0 * B).add_(A).mul_(x).mul_(1.0 - s).add_(1.0).mul_(s)
-        return slope.mul_(grads[0])
+        slope = torch.addcmul(x.new_tensor(A), x, x, value=3.0 * B)
+        slope.mul_(torch.addcmul(x, x, s, value=-1.0))
+        return torch.addcmul(s, s, slope).mul_(grads[0])
 
 
 def _gate(x: Tensor) -> Tensor:
-    return (x * x).mul_(B).add_(A).mul_(x).sigmoid_()
+    return torch.addcmul(x.new_tensor(A), x, x, value=B).mul_(x).sigmoid_()
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
