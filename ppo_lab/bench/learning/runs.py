@@ -26,13 +26,15 @@ OURS = "ppo_lab"
 class Contestant:
     """A trainer with its settings: a worker's script by name, or overrides of a run of ours.
 
-    `environment` names the environment that runs it, empty for the one that runs this.
+    `environment` names the environment that runs it, empty for the one that runs this; `share` is
+    how much of the task's iterations it makes.
     """
 
     name: str
     about: str
     environment: str = ""
     overrides: tuple[str, ...] = field(default=())
+    share: float = 1.0
 
     @property
     def is_ours(self) -> bool:
@@ -44,19 +46,33 @@ class Contestant:
         if not self.is_ours:
             script = HERE / "workers" / f"{self.name}_worker.py"
             return [str(python), str(script), json.dumps(spec)]
-        return [str(python), "-m", "ppo_lab", *overrides(spec), *self.overrides]
+        steps = f"ppo.steps={round(self.share * spec['iterations'])}"
+        return [str(python), "-m", "ppo_lab", *overrides(spec), steps, *self.overrides]
 
     def model(self, output: Path) -> Path:
         """Where the trained model lies."""
         return output / "model" if self.is_ours else output
 
 
+# Of our own runs: fewer iterations than the others make, for as much score at their KL.
+SHARE = 0.6
+
 CONTESTANTS = {
     c.name: c
     for c in (
-        Contestant("ppo_lab", "experiment=stories: the recommended preset"),
-        Contestant("ppo_lab-head", "the same with critic=head", overrides=("critic=head",)),
-        Contestant("ppo_lab-lora", "the same with lora=r8", overrides=("lora=r8",)),
+        Contestant("ppo_lab", "experiment=stories, 0.6 of the iterations", share=SHARE),
+        Contestant(
+            "ppo_lab-head",
+            "the same with critic=head, learning in every epoch",
+            overrides=("critic=head", "critic.epochs=0"),
+            share=SHARE,
+        ),
+        Contestant(
+            "ppo_lab-lora",
+            "the same with lora=r8, at ten times the step size",
+            overrides=("lora=r8", "lora.learning_rate_factor=10"),
+            share=SHARE,
+        ),
         Contestant("trl112", "TRL 1.12 PPO, separate critic", "trl112"),
         Contestant("trl0114", "TRL 0.11.4 PPO, value head", "trl0114"),
         Contestant("rloo", "TRL 1.16 RLOO, 4 samples a prompt"),
@@ -71,7 +87,6 @@ def overrides(spec: dict[str, Any]) -> list[str]:
         f"model.path={spec['model']}",
         f"reward.path={spec['reward_model']}",
         f"data.path={spec['prompts']}",
-        f"ppo.steps={spec['iterations']}",
         f"ppo.batch_size={spec['batch']}",
         f"ppo.mini_batch_size={spec['mini_batch']}",
         f"ppo.ppo_epochs={spec['epochs']}",
