@@ -98,7 +98,7 @@ def check_fits(config: Config, device: str, *, processes: int = 1) -> None:
     model = blueprint(load_config(config.model), config.model, config.lora, dtype=dtype)
     need = standing_bytes(architecture_of(model), adam=config.ppo.adam)
     if config.ppo.ema_decay and not config.lora.r:
-        need["average"] = need["weights"]
+        need["moving average"] = need["weights"]
     if isinstance(config.critic, ModelCritic):
         need["critic"] = critic_bytes(config)
     free, total = free_bytes(), processes * sum(need.values())

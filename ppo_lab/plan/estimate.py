@@ -373,6 +373,8 @@ def _memory(subject: Subject, peaks: _Peaks, around: dict[str, float], room: flo
     """Memory by part, with passes as large as `ppo.micro_batch_tokens` lets them be."""
     of, load, config = subject.of, subject.workload, subject.config
     standing = standing_bytes(of, adam=config.ppo.adam, in_4_bits=config.model.load_in_4bit)
+    if config.ppo.ema_decay:
+        standing["moving average"] = float(of.trained_bytes)
     if subject.rewards:
         standing["reward model"] = float(sum(reward.weight_bytes for reward in subject.rewards))
     if subject.critic:

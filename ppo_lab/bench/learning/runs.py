@@ -132,7 +132,7 @@ class Record:
         """
         self.file = file
         self.kept: dict[str, Any] = {
-            "task": {**vars(task), "fingerprint": task.fingerprint()},
+            "task": {**task.named(), "fingerprint": task.fingerprint()},
             "machine": machine,
             "runs": [],
         }

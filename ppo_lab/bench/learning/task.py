@@ -48,6 +48,10 @@ class Task:
         settings = asdict(self) | {"prompts": str(prompts)}
         return settings | {"beta": beta, "seed": seed, "threads": threads}
 
+    def named(self) -> dict[str, Any]:
+        """The task as a record tells of it: files and folders by their names alone."""
+        return {k: Path(v).name if isinstance(v, str) else v for k, v in asdict(self).items()}
+
     def fingerprint(self) -> str:
         """What tells whether results are of the same work; where the files lie is no part of it."""
         sizes = {k: v for k, v in asdict(self).items() if isinstance(v, int | float)}
