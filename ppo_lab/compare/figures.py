@@ -90,30 +90,41 @@ def _coloured_by(group: Group, comparison: Comparison) -> Any:
 
 
 def _curves(figure: Any, comparison: Comparison) -> None:
+    """A line a group, and a band where its runs have the same steps; all lines and all bands of a
+    metric are one thing each, since drawing a thousand things takes long.
+    """
+    from matplotlib.collections import LineCollection, PolyCollection
+
     colours = _colours(comparison)
     for axes, metric in zip(figure.subplots(1, len(HEADLINE)), HEADLINE, strict=True):
+        lines, shades, bands, tints = [], [], [], []
         for group in comparison.groups:
-            value = shown(_coloured_by(group, comparison))
-            _band(axes, group.runs, metric, colours.get(value), value)
+            colour = colours.get(shown(_coloured_by(group, comparison)), "C0")
+            found, band = _lines(group.runs, metric)
+            lines += found
+            shades += [colour] * len(found)
+            if band is not None:
+                bands.append(band)
+                tints.append(colour)
+        axes.add_collection(PolyCollection(bands, facecolors=tints, alpha=0.2, linewidths=0))
+        axes.add_collection(LineCollection(lines, colors=shades, linewidths=1))
+        axes.autoscale_view()
         axes.set(xlabel="iteration", title=metric)
     _legend(figure, colours, comparison)
 
 
-def _band(axes: Any, runs: Sequence[Run], metric: str, colour: Any, label: str) -> None:
-    """The mean over seeds and their range; one line a run where their steps differ."""
+def _lines(runs: Sequence[Run], metric: str) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """The mean over seeds and the outline of their range; one line a run where steps differ."""
     curves = [
         thinned(run.history["step"], run.history[metric], most=MOST_POINTS)
         for run in runs
         if metric in run.history
     ]
     if len(curves) > 1 and all(np.array_equal(curves[0][0], steps) for steps, _ in curves):
-        values = np.stack([values for _, values in curves])
-        steps, low, high = curves[0][0], values.min(axis=0), values.max(axis=0)
-        axes.plot(steps, values.mean(axis=0), color=colour, linewidth=1, label=label)
-        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-    else:
-        for steps, values in curves:
-            axes.plot(steps, values, color=colour, linewidth=0.8, label=label)
+        values, steps = np.stack([values for _, values in curves]), curves[0][0]
+        low, high = (np.column_stack([steps, f(axis=0)]) for f in (values.min, values.max))
+        return [np.column_stack([steps, values.mean(axis=0)])], np.concatenate([low, high[::-1]])
+    return [np.column_stack(curve) for curve in curves], None
 
 
 def _legend(figure: Any, colours: dict[str, Any], comparison: Comparison) -> None:

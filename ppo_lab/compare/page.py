@@ -144,10 +144,11 @@ def _curves(run: Run, points: int) -> dict[str, Any]:
     step = run.history.get("step", np.array([]))
     full = None
     for name, values in run.history.items():
-        if name == "step" or not np.isfinite(values).any():
+        measured = np.isfinite(values)
+        if name == "step" or not measured.any():
             continue
         at, thin = thinned(step, values, most=points)
-        if np.isfinite(values).all():
+        if measured.all():
             full = at if full is None else full
         else:
             found[f"@{name}"] = _packed(at)

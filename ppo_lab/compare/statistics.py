@@ -64,7 +64,8 @@ def pareto_front(cost: Sequence[float], gain: Sequence[float]) -> list[int]:
 def thinned(steps: np.ndarray, values: np.ndarray, *, most: int) -> tuple[np.ndarray, np.ndarray]:
     """A curve of at most `most` points: means over equal stretches of the measured ones."""
     measured = np.isfinite(values)
-    steps, values = steps[measured], values[measured]
+    if not measured.all():
+        steps, values = steps[measured], values[measured]
     if len(values) <= most:
         return steps, values
     starts = np.linspace(0, len(values), most + 1).astype(int)[:-1]
