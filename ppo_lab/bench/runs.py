@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -99,7 +100,19 @@ def run(
     if done.returncode or not lines or not lines[-1].startswith("{"):
         said = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
         raise RuntimeError(f"{contestant.name} failed (exit code {done.returncode}):\n{said}")
-    return _result(contestant, turn, json.loads(lines[-1]))
+    found = json.loads(lines[-1])
+    if found["optimizer_steps"] != (steps := optimizer_steps(spec)):
+        raise RuntimeError(
+            f"{contestant.name} did other work than it was given: it took "
+            f"{found['optimizer_steps']} optimizer steps, not {steps}"
+        )
+    return _result(contestant, turn, found)
+
+
+def optimizer_steps(spec: Mapping[str, Any]) -> int:
+    """How many optimizer steps a worker has to take."""
+    a_batch = math.ceil(len(spec["prompts"]) / spec["mini_batch_size"])
+    return (spec["warm_up"] + spec["measured"]) * spec["ppo_epochs"] * a_batch
 
 
 def pairwise(

@@ -15,6 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+STEPS: list[None] = []
+"""An entry for every step that any optimizer of this process took."""
+
 PACKAGES = ("ppo_lab", "torch", "transformers", "trl", "peft", "accelerate")
 
 
@@ -43,14 +46,26 @@ class Meter:
 
 
 def asked() -> dict[str, Any]:
-    """The work to do, as the benchmark passes it on the command line."""
+    """The work to do, as the benchmark passes it on the command line; from here on optimizer steps
+    are counted.
+    """
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    register_optimizer_step_post_hook(lambda *_: STEPS.append(None))
     return json.loads(sys.argv[1])
 
 
 def report(iterations: list[Meter], **more: Any) -> None:
-    """Print the phases of every measured iteration, peak memory and versions, as the last line."""
-    phases = [meter.phases for meter in iterations]
-    result = {"iterations": phases, "peak_gb": peak_gb(), "versions": versions(), **more}
+    """Print the phases of every measured iteration, the optimizer steps taken in all, peak memory
+    and versions, as the last line.
+    """
+    result = {
+        "iterations": [meter.phases for meter in iterations],
+        "optimizer_steps": len(STEPS),
+        "peak_gb": peak_gb(),
+        "versions": versions(),
+        **more,
+    }
     print(json.dumps(result), flush=True)
 
 

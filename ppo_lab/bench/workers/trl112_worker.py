@@ -43,15 +43,20 @@ def main() -> None:
         )
         meters = hook(trainer)
         trainer.train()
+    assert len(meters) == total
     report(meters[spec["warm_up"] :])
 
 
 def settings(spec: dict[str, Any], folder: str, iterations: int) -> PPOConfig:
-    """The trainer's defaults, but for the work itself."""
+    """The trainer's defaults, but for the work itself.
+
+    Its batch is `per_device_train_batch_size` times the accumulated steps, and is then divided into
+    mini-batches, with an optimizer step after each.
+    """
     batch, mini = len(spec["prompts"]), spec["mini_batch_size"]
     return PPOConfig(
         output_dir=folder,
-        per_device_train_batch_size=mini,
+        per_device_train_batch_size=batch,
         gradient_accumulation_steps=1,
         num_mini_batches=batch // mini,
         local_rollout_forward_batch_size=batch,
@@ -94,7 +99,7 @@ def hook(trainer: PPOTrainer) -> list[Meter]:
         meters[-1].switch("generate")
         made = generate(*args, **kwargs)
         meters[-1].switch("score")
-        assert made[1].shape[1] == trainer.args.response_length
+        assert made[1].shape[:2] == (len(trainer.train_dataset), trainer.args.response_length)
         return made
 
     def accumulating(*args: Any) -> Any:

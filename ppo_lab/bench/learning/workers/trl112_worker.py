@@ -17,6 +17,7 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -45,17 +46,25 @@ def main() -> None:
             train_dataset=data,
             eval_dataset=data.select(range(spec["batch"])),
         )
+        steps: list[None] = []
+        register_optimizer_step_post_hook(lambda *_: steps.append(None))
         trainer.train()
+    expected = spec["iterations"] * spec["epochs"] * spec["batch"] // spec["mini_batch"]
+    assert len(steps) == expected, f"{len(steps)} optimizer steps, not {expected}"
     policy: Any = trainer.accelerator.unwrap_model(trainer.model).policy
     policy.save_pretrained(spec["output"])
 
 
 def settings(spec: dict[str, Any], folder: str) -> PPOConfig:
-    """The trainer's defaults, but for the work itself."""
+    """The trainer's defaults, but for the work itself.
+
+    Its batch is `per_device_train_batch_size` times the accumulated steps, and is then divided into
+    mini-batches, with an optimizer step after each.
+    """
     return PPOConfig(
         output_dir=folder,
-        per_device_train_batch_size=spec["mini_batch"],
-        gradient_accumulation_steps=spec["batch"] // spec["mini_batch"],
+        per_device_train_batch_size=spec["batch"],
+        gradient_accumulation_steps=1,
         num_mini_batches=spec["batch"] // spec["mini_batch"],
         local_rollout_forward_batch_size=spec["batch"],
         total_episodes=spec["batch"] * spec["iterations"],
