@@ -173,6 +173,11 @@ def ppo_rules(config: Config) -> Problems:
             "ppo.cache_trunk=true: layers of sharded models are gathered by their own forward "
             "alone; leave it out, or use conf/accelerate/ddp.yaml"
         )
+    if config.ppo.ema_decay and launch.sharding():
+        yield (
+            f"ppo.ema_decay={config.ppo.ema_decay:g}: an average of sharded weights or optimizers "
+            "is not kept; use 0, or conf/accelerate/ddp.yaml"
+        )
     yield from batch_division(config.ppo, "ppo.")
     yield from ppo_conflicts(config.ppo, "ppo.")
     if config.ppo.cache_trunk and not (config.lora.r and config.lora.top_layers):

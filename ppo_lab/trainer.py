@@ -21,7 +21,6 @@ from ppo_lab import classic, core
 from ppo_lab.averaging import MovingAverage
 from ppo_lab.clock import Clock
 from ppo_lab.config import PPOConfig
-from ppo_lab.errors import ConfigError
 from ppo_lab.kl import AdaptiveKLController, FixedKLController
 from ppo_lab.memory import Passes
 from ppo_lab.metrics import Shaped, iteration_metrics
@@ -30,6 +29,7 @@ from ppo_lab.models.reference import Reference
 from ppo_lab.optim import advance, make_optimizer, make_schedule
 from ppo_lab.plan.machine import peak_flops
 from ppo_lab.plan.meter import Meter
+from ppo_lab.processes import launch
 from ppo_lab.processes.alone import Alone
 from ppo_lab.rollout import NoiseKey, Sampling, sample
 from ppo_lab.scaling import RunningMoments, penalise_unended, scale_scores
@@ -219,19 +219,10 @@ class PPOTrainer:
         self._check_invariants(metrics)
         if not self.warms_up:
             self.kl_controller.update(metrics["objective/kl"], n_samples=len(rollout))
-        flops = self.meter.flops(
-            rollout.tokens,
-            epochs=update.epochs,
-            critic_epochs=min(update.epochs, c.critic_epochs or update.epochs),
-            policy_learns=not self.warms_up,
-        )
+        metrics |= self._taken(rollout.tokens, update.epochs)
         advance(self.lr_scheduler)
         self.iterations_done += 1
-        noted, self.noted = self.noted, {}
-        speed = self.clock.read(
-            tokens=int(rollout.tokens.mask.sum()), flops=flops / self.processes.size
-        )
-        return {**metrics, **noted, **speed}
+        return metrics
 
     def shape(self, rollout: Rollout, scores: Scores) -> Shaped:
         """KL-shaped rewards, and the advantages and returns that the updates aim at."""
@@ -411,11 +402,8 @@ class PPOTrainer:
         self.iterations_done = state["iterations_done"]
 
     def _moving_average(self) -> MovingAverage:
-        if self.config.ema_decay and self.models.sharded:
-            raise ConfigError(
-                f"ppo.ema_decay={self.config.ema_decay:g}: an average of sharded models is not "
-                "kept; use 0, or processes that hold whole models"
-            )
+        if self.config.ema_decay and launch.sharding():
+            raise ValueError("ema_decay: an average of sharded weights or optimizers is not kept")
         average = MovingAverage(self.policy.pretrained_model, decay=self.config.ema_decay)
         self.optimizer.register_step_post_hook(lambda *_: average.update())
         return average
@@ -488,6 +476,18 @@ class PPOTrainer:
     def _again(self) -> Callable[[bool], bool] | None:
         """How processes agree to make smaller passes; sharded models wait inside of each."""
         return None if self.models.sharded else self.processes.any
+
+    def _taken(self, tokens: Tokens, epochs: int) -> dict[str, float]:
+        """What this iteration took, and what others noted of it."""
+        flops = self.meter.flops(
+            tokens,
+            epochs=epochs,
+            critic_epochs=min(epochs, self.config.critic_epochs or epochs),
+            policy_learns=not self.warms_up,
+        )
+        noted, self.noted = self.noted, {}
+        speed = self.clock.read(tokens=int(tokens.mask.sum()), flops=flops / self.processes.size)
+        return {**noted, **speed}
 
     def _train_mode(self, on: bool) -> None:
         """Dropout is off either way; what gradient checkpointing recomputes hangs on it."""

@@ -125,6 +125,19 @@ def test_several_processes_refuse_a_sweep_and_a_gpu_by_number(
     assert "auto or cpu" in said
 
 
+@pytest.mark.parametrize(
+    "asked", ["ppo.ema_decay=0.9", "ppo.micro_batch_tokens=-1", "model.torch_compile=true"]
+)
+@pytest.mark.parametrize("kind", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_what_sharded_models_cannot_do_is_refused_before_they_are_loaded(
+    asked: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_schema()
+    assert not any(asked in said for said in command_problems([asked], check=problems))
+    monkeypatch.setenv(kind, "true")
+    assert any(asked in said for said in command_problems([asked], check=problems))
+
+
 def test_accelerates_files_are_named_to_whoever_takes_them_for_options() -> None:
     register_schema()
     (said,) = command_problems(["accelerate=ddp"], check=problems)
