@@ -18,6 +18,7 @@ from tiny_runs import command, tiny
 
 from ppo_lab.config import ConfigError, EvaluationSection, LoraSection, ModelSection
 from ppo_lab.metric_names import METRICS
+from ppo_lab.plan import measured as measured_module
 from ppo_lab.plan import work
 from ppo_lab.plan.architecture import Architecture, architecture_of, blueprint
 from ppo_lab.plan.check import CASES, Held, check
@@ -272,9 +273,36 @@ def test_a_report_says_how_much_how_long_and_what_binds(tmp_path: Path) -> None:
     console = Console(record=True, width=110)
     show([run, replace(run, changes=["seed=1"])], console)
     said = console.export_text()
-    for text in ("weights", "TFLOP", "ZeRO-3", "fits: ", "binds: launches", "s an iteration"):
+    for text in (
+        "weights",
+        "(KV cache, in generate",
+        "TFLOP",
+        "ZeRO-3",
+        "fits: ",
+        "binds: launches",
+        "s an iteration",
+    ):
         assert text in said
     assert "2 runs" in said
+
+
+def test_a_measurement_is_believed_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a busy machine was measured at does not stay its speed for ever."""
+    monkeypatch.setenv("PPO_LAB_CACHE", str(tmp_path / "cache"))
+    made: list[int] = []
+    measure = measured_module._measure
+    monkeypatch.setattr(
+        measured_module, "_measure", lambda *a: made.append(1) or measure(*a)  # type: ignore[func-returns-value]
+    )  # fmt: skip
+    config = tiny(tmp_path)
+    first, second = (plan_of(config, Target()) for _ in range(2))
+    assert len(made) == 1
+    assert first.phases == second.phases
+    monkeypatch.setattr(measured_module, "BELIEVED_S", 0.0)
+    plan_of(config, Target())
+    assert len(made) == 2
 
 
 # ------ The command

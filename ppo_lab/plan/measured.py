@@ -1,11 +1,12 @@
 """A run's parts, measured here: what rehearsals and heads say of one model and one batch, kept in
-the cache so that a second plan of the like costs nothing.
+the cache for a while, so that a second plan of the like costs nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -29,6 +30,9 @@ from ppo_lab.plan.workload import Workload
 from ppo_lab.record import write_atomically
 
 PACKAGES = ("torch", "transformers", "peft")
+
+# Seconds for which a measurement is believed: what else a machine does changes.
+BELIEVED_S = 3600.0
 
 # Weights that one step of the optimizer is measured on.
 STEPPED = 2**22
@@ -75,7 +79,8 @@ def measured(
     """What the parts of a run take on this machine; `key` is what else they depend on."""
     place = _place((key, asdict(workload), asdict(head), trained, device))
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return Measured.of(json.loads(place.read_text()))
+        if time.time() - place.stat().st_mtime < BELIEVED_S:
+            return Measured.of(json.loads(place.read_text()))
     found = _measure(rehearsal(), head, workload, pass_tokens, trained, device)
     with suppress(OSError):
         write_atomically(place, json.dumps(asdict(found)))

@@ -88,6 +88,16 @@ class Memory:
         return self.tensors + sum(self.around.values())
 
     @property
+    def elsewhere(self) -> dict[str, float]:
+        """What other phases than the largest hold, by part and phase: never beside its own."""
+        return {
+            f"{part}, in {phase}": size
+            for phase, parts in self.passing.items()
+            if phase != self.largest_phase
+            for part, size in parts.items()
+        }
+
+    @property
     def parts(self) -> dict[str, float]:
         """What the total is made of."""
         return {**self.standing, **self.passing[self.largest_phase], **self.around}

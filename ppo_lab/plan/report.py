@@ -122,6 +122,8 @@ def _memory(plan: Plan) -> Table:
     for name, size in plan.memory.parts.items():
         table.add_row(f"  {name}", _gb(size))
     table.add_row(f"  total (in {plan.memory.largest_phase})", _gb(plan.memory.total))
+    for name, size in plan.memory.elsewhere.items():
+        table.add_row(f"  ({name}", f"{_gb(size)})")
     return table
 
 

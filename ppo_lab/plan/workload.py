@@ -129,8 +129,8 @@ def workload_of(config: Config, *, response_tokens: int = 0) -> Workload:
         sampled_at_once=config.generation.batch_size,
         micro_batch_tokens=ppo.micro_batch_tokens,
         evaluated=config.evaluation.prompts,
-        # The first one and the last, and the reference's answers, drawn once.
-        evaluations=3 + ((ppo.steps - 1) // every if every else 0),
+        # The first one and the last, and those between them.
+        evaluations=2 + ((ppo.steps - 1) // every if every else 0),
         notes=tuple(notes),
     )
 
