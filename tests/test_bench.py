@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 from ppo_lab.bench import equality, report
 from ppo_lab.bench.__main__ import parser
 from ppo_lab.bench.floor import Floor, Rates, floor
-from ppo_lab.bench.runs import WORKERS, Result, medians, pairwise
+from ppo_lab.bench.runs import WORKERS, Contestant, Result, medians, pairwise, run
 from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
 from ppo_lab.bench.venvs import REQUIREMENTS
 
@@ -80,6 +81,27 @@ def test_the_gate_passes_and_fails() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_gate_holds_here(precision: str, architecture: str) -> None:
     assert equality.gate(precision, architecture).passed
+
+
+def test_a_worker_that_takes_other_optimizer_steps_than_asked_for_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A trainer whose settings divide the batch otherwise is not measured on less work."""
+    phases = {name: {"wall_s": 1.0, "cpu_s": 1.0} for name in ("generate", "score", "update")}
+    said = {"iterations": [phases], "peak_gb": 1.0, "versions": {}}
+    shape = SHAPES["tiny"]  # 8 samples, mini-batches of 4, 4 epochs, one iteration to warm up
+
+    def answer(steps: int) -> None:
+        line = json.dumps({**said, "optimizer_steps": steps})
+        done = subprocess.CompletedProcess([], 0, stdout=line, stderr="")
+        monkeypatch.setattr("ppo_lab.bench.runs.subprocess.run", lambda *a, **k: done)
+
+    one = Contestant("trl112", "fp32", Path("python"))
+    answer(16)
+    assert run(one, shape, turn=0, threads=1, seed=0).wall_s == 3.0
+    answer(4)
+    with pytest.raises(RuntimeError, match="4 optimizer steps, not 16"):
+        run(one, shape, turn=0, threads=1, seed=0)
 
 
 def test_every_trainer_has_its_worker() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ppo_lab.bench.arguments import cores, list_of
 from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
 from ppo_lab.bench.venvs import REQUIREMENTS, environments_folder
 
@@ -111,18 +111,18 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--vs",
-        type=_list_of(REQUIREMENTS),
+        type=list_of(REQUIREMENTS),
         default=["trl112", "trl0114"],
         help="the other trainers, comma-separated; empty = none",
     )
     p.add_argument(
         "--precision",
-        type=_list_of(("fp32", "bf16")),
+        type=list_of(("fp32", "bf16")),
         default=["fp32", "bf16"],
         help="precision of the weights, comma-separated",
     )
     p.add_argument("--rounds", type=int, default=3, help="processes of each contestant")
-    p.add_argument("--threads", type=int, default=_cores(), help="threads of each process")
+    p.add_argument("--threads", type=int, default=cores(), help="threads of each process")
     p.add_argument("--seed", type=int, default=0, help="of weights, prompts and sampling")
     p.add_argument("--json", type=Path, help="file that keeps the result")
     p.add_argument(
@@ -132,20 +132,6 @@ def parser() -> argparse.ArgumentParser:
         help="where environments lie or are made",
     )
     return p
-
-
-def _list_of(known: Any) -> Any:
-    def parse(text: str) -> list[str]:
-        names = [name for name in text.split(",") if name and name != "none"]
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]}: must be of {', '.join(known)}")
-        return names
-
-    return parse
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,11 @@ class Option:
 
 
 def options(shape: Shape) -> dict[str, Option]:
-    """Everything that can be measured, on this shape."""
+    """Everything that can be measured here, on this shape."""
     layers = shape.n_layer
     upper = {"lora": {**shape.spec("fp32", threads=1, seed=0)["lora"]}}
     upper["lora"]["layers_to_transform"] = list(range(layers - max(1, layers // 4), layers))
-    return {
+    found = {
         "fast road": Option(
             "the CPU's own decoder instead of transformers'", {}, {"road": "transformers"}
         ),
@@ -53,7 +54,13 @@ def options(shape: Shape) -> dict[str, Option]:
             {"ppo": {"gradient_checkpointing": True}},
             {"road": "transformers"},
         ),
+        "torch_compile": Option(
+            "model.torch_compile=true, once it is compiled", {"compiled": True}
+        ),
     }
+    if find_spec("bitsandbytes"):
+        found["adam=8bit"] = Option("ppo.adam=8bit", {"ppo": {"adam": "8bit"}})
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from ppo_lab.bench.arguments import cores, list_of
 from ppo_lab.bench.learning.runs import CONTESTANTS, OURS, Record, cells, train_and_judge
 from ppo_lab.bench.learning.task import Task
 from ppo_lab.bench.venvs import environments_folder, python_of
@@ -67,14 +67,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", type=_file, required=True, help="JSON lines with `prompt`")
     p.add_argument(
         "--contestants",
-        type=_contestants,
+        type=list_of(CONTESTANTS),
         default=list(CONTESTANTS),
         help="comma-separated; all by default",
     )
     p.add_argument("--betas", type=_numbers(float), default=[0.05, 0.3, 1.0])
     p.add_argument("--seeds", type=_numbers(int), default=[0, 1, 2])
     p.add_argument("--iterations", type=int, default=Task.iterations)
-    p.add_argument("--threads", type=int, default=_cores(), help="threads of each process")
+    p.add_argument("--threads", type=int, default=cores(), help="threads of each process")
     p.add_argument("--json", type=Path, help="file that keeps the results; runs in it are not made")
     p.add_argument(
         "--folder",
@@ -105,16 +105,5 @@ def _file(text: str) -> Path:
     return path
 
 
-def _contestants(text: str) -> list[str]:
-    names = [name for name in text.split(",") if name]
-    if unknown := [name for name in names if name not in CONTESTANTS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]}: must be of {', '.join(CONTESTANTS)}")
-    return names
-
-
 def _numbers(kind: type) -> Callable[[str], list]:
     return lambda text: [kind(part) for part in text.split(",") if part]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -32,6 +32,8 @@ def make_trainer(spec: dict[str, Any]) -> PPOTrainer:
     )
     if spec.get("road") == "transformers":
         model.trunk._fast = None
+    if spec.get("compiled"):
+        model.trunk.compile()
     return PPOTrainer(
         PPOConfig(
             batch_size=len(spec["prompts"]),

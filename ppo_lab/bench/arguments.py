@@ -1,0 +1,24 @@
+"""What the benchmarks' command lines have in common."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Collection
+
+
+def list_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """A comma-separated list of known names; empty for `none` or nothing."""
+
+    def parse(text: str) -> list[str]:
+        names = [name for name in text.split(",") if name and name != "none"]
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]}: must be of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def cores() -> int:
+    """The processor's cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
