@@ -31,7 +31,7 @@ from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.draws import draw_from
 from ppo_lab.models.fast.elementwise import ACTIVATIONS, normed, rotated, spread_angles
 from ppo_lab.models.fast.places import LastColumns, Places
-from ppo_lab.models.fast.products import is_plain, linear, product
+from ppo_lab.models.fast.products import Linear, is_plain, product, wide_product
 from ppo_lab.models.fast.sweep import TILE, swept_logprobs
 from ppo_lab.models.logprobs import Head, from_logits, token_logprobs
 from ppo_lab.models.lora import wrap_lora
@@ -275,7 +275,17 @@ def test_a_product_is_that_of_a_linear_layer_in_either_layout() -> None:
     with torch.no_grad():
         assert_close(product(x, layer.weight, layer.bias), layer(x))
         assert_close(product(x, layer.weight, None), layer(x) - layer.bias)
-    assert_close(linear(layer, x), layer(x))
+    assert_close(Linear.read(layer, x.dtype)(x), layer(x))
+
+
+@pytest.mark.parametrize("outputs", [4096, 4099, 5])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_times_a_vocabulary_are_a_product_of_slices(outputs: int, bias: bool) -> None:
+    layer, x = torch.nn.Linear(7, outputs, bias=bias), torch.randn(3, 7)
+    with torch.no_grad():
+        ours = wide_product(x, layer.weight, layer.bias)
+    assert ours.is_contiguous()
+    assert_close(ours, layer(x))
 
 
 def test_half_precision_is_widened_where_the_processor_does_not_compute_in_it(

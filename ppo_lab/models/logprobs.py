@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppo_lab.core import full_kl
-from ppo_lab.models.fast.products import computed_in, product
+from ppo_lab.models.fast.products import computed_in, wide_product
 from ppo_lab.models.fast.sweep import swept_logprobs
 
 # Logits of at most this many (token, vocabulary) pairs are built at once: 128 MiB in float32.
@@ -39,7 +39,7 @@ class Head(NamedTuple):
         dtype = computed_in(self.weight.dtype) if on_cpu else self.weight.dtype
         # Flat and contiguous: transformers' sliced views make a CPU copy the head once a row.
         rows = hidden.to(dtype).flatten(0, -2).contiguous()
-        z = product(rows, self.weight, self.bias).contiguous().float()
+        z = wide_product(rows, self.weight, self.bias).float()
         z = z.view(*hidden.shape[:-1], len(self.weight))
         z = z * self.scale if self.scale != 1.0 else z
         return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z

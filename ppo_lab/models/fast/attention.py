@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ppo_lab.models.fast.products import Linear
+
 # Numbers in a block's scores, 8 MiB in float32: smaller blocks spare more work than they cost only
 # on one core. And the fewest columns of a block, below which its products would be too thin.
 SCORES = 2**21
@@ -43,12 +45,16 @@ class Block:
 
 
 class KeysAndValues:
-    """Keys and values of the positions seen so far, of every layer, in buffers made once."""
+    """Keys and values of the positions seen so far, of every layer, in buffers made once.
+
+    `linears` are the model's linear layers as they were read for the first of those positions.
+    """
 
     def __init__(self, positions: int) -> None:
         """Room for so many positions, prompt included."""
         self.positions = positions
         self.seen = 0
+        self.linears: dict[Any, Linear] = {}
         self._layers: list[tuple[Tensor, Tensor]] = []
 
     def add(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,11 +63,12 @@ class KeysAndValues:
         if layer == len(self._layers):
             buffers = [keys.new_empty(batch, heads, self.positions, size) for _ in range(2)]
             self._layers.append((buffers[0], buffers[1]))
-        end = self.seen + new
-        both = self._layers[layer]
-        for buffer, fresh in zip(both, (keys, values), strict=True):
-            buffer[:, :, self.seen : end] = fresh
-        return both[0][:, :, :end], both[1][:, :, :end]
+        all_keys, all_values = (
+            buffer.narrow(2, 0, self.seen + new) for buffer in self._layers[layer]
+        )
+        all_keys.narrow(2, self.seen, new).copy_(keys)
+        all_values.narrow(2, self.seen, new).copy_(values)
+        return all_keys, all_values
 
 
 def blocks_of(
@@ -158,17 +165,18 @@ def _attended(
     q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], scaling: float
 ) -> tuple[Tensor, list[Tensor]]:
     """What the queries mix, and each block's probabilities."""
-    batch, heads, new, size = q.shape
+    batch, heads, _, size = q.shape
     keys, values = k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:])
-    mixed, probabilities = q.new_empty(batch, new, heads, size), []
+    mixed, probabilities = [], []
     for block in blocks:
         seen = block.bias.shape[2]
         of_q, of_k = _rows(q, block, keys), keys[:, :seen].mT
         p = torch.baddbmm(block.bias, of_q, of_k, alpha=scaling).softmax(-1)
         out = _narrow_product(p, values[:, :seen])
-        mixed[:, block.first : block.end] = out.reshape(batch, heads, -1, size).transpose(1, 2)
+        mixed.append(out.reshape(batch, heads, -1, size).transpose(1, 2))
         probabilities.append(p)
-    return mixed.flatten(2), probabilities
+    whole = mixed[0] if len(mixed) == 1 else torch.cat(mixed, 1)
+    return whole.flatten(2), probabilities
 
 
 def _rows(x: Tensor, block: Block, keys: Tensor) -> Float[Tensor, "batch_kv group_columns size"]:

@@ -19,15 +19,15 @@ from ppo_lab.models.fast.attention import Block, KeysAndValues, attend, blocks_f
 from ppo_lab.models.fast.elementwise import ACTIVATIONS, normed, rotated, spread_angles
 from ppo_lab.models.fast.layers import Anatomy, Layer, read
 from ppo_lab.models.fast.places import LastColumns, Places
-from ppo_lab.models.fast.products import computed_in, linear
+from ppo_lab.models.fast.products import Linear, computed_in
 
 
 @dataclass(frozen=True)
 class Pass:
     """What the layers of one pass share: where rows lie, who attends to what, how far they turn.
 
-    `angles` are rotary embeddings' cosines and signed sines, (rows, heads, size) each, and the
-    number of pairs that they turn.
+    `angles` are rotary embeddings' cosines and signed sines, (batch, time, heads, size) each, and
+    the number of pairs that they turn.
     """
 
     places: Places
@@ -35,12 +35,27 @@ class Pass:
     angles: tuple[Tensor, Tensor, int] | None
     cache: KeysAndValues | None
 
-    def turned(self, x: Float[Tensor, "rows heads size"]) -> Float[Tensor, "rows heads size"]:
+    def turned(
+        self, x: Float[Tensor, "batch time heads size"]
+    ) -> Float[Tensor, "batch time heads size"]:
         """Queries or keys as rotary embeddings turn them."""
         if self.angles is None:
             return x
         cos, sin, pairs = self.angles
-        return rotated(x, cos[:, : x.shape[1]], sin[:, : x.shape[1]], pairs)
+        heads = x.shape[2]
+        return rotated(x, cos[:, :, :heads], sin[:, :, :heads], pairs)
+
+    def linear(self, module: Any, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
+        """What a linear layer of the model makes of the rows; over many passes it is read once."""
+        if self.cache is None:
+            return Linear.read(module, x.dtype)(x)
+        if module not in self.cache.linears:
+            self.cache.linears[module] = Linear.read(module, x.dtype)
+        return self.cache.linears[module](x)
+
+    def rectangle(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "batch time width"]:
+        """The rows where they lie in the batch; elsewhere numbers without meaning."""
+        return self.places.spread(rows).unflatten(0, self.places.real.shape)
 
 
 class FastDecoder:
@@ -118,10 +133,10 @@ class FastDecoder:
         """The rows that enter the first layer to be passed, and what the layers will share."""
         new, first = ids.shape[1], self.anatomy.layers[0]
         places = Places(attention[:, -new:], width=self.anatomy.words.weight.shape[1])
-        positions = places.take((attention.cumsum(1) - 1).clamp(min=0)[:, -new:])
+        positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -new:]
         stored = self.anatomy.words.weight.dtype
         if below is None:
-            x = self.anatomy.embed(places.take(ids), positions)
+            x = self.anatomy.embed(places.take(ids), places.take(positions))
         else:
             x = places.gather(below.flatten(0, 1))
         x = x.to(computed_in(stored) if x.device.type == "cpu" else stored)
@@ -140,9 +155,11 @@ class FastDecoder:
     def _angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, int] | None:
         if self.anatomy.rotary is None:
             return None
-        cos, sin = (angle[0] for angle in self.anatomy.rotary(x, positions[None]))
-        pairs, first = cos.shape[1] // 2, self.anatomy.layers[0]
-        spread = spread_angles(cos[:, :pairs], sin[:, :pairs], heads=first.heads, size=first.size)
+        cos, sin = self.anatomy.rotary(x, positions)
+        pairs, first = cos.shape[2] // 2, self.anatomy.layers[0]
+        spread = spread_angles(
+            cos[..., :pairs], sin[..., :pairs], heads=first.heads, size=first.size
+        )
         return (*spread, pairs)
 
 
@@ -155,13 +172,13 @@ def _layer(
 ) -> Float[Tensor, "rows_out hidden"]:
     """One layer; with `end`, its output in the last columns alone."""
     inner = normed(layer.norm, x)
-    attended = linear(layer.out, _attention(layer, index, inner, shared, end))
+    attended = shared.linear(layer.out, _attention(layer, index, inner, shared, end))
     x, inner = (x, inner) if end is None else (end.pick(x), end.pick(inner))
     if layer.parallel:
-        return x + attended + _feed_forward(layer, normed(layer.second_norm, x))
+        return x + attended + _feed_forward(layer, normed(layer.second_norm, x), shared)
     x = (inner if layer.after_norm else x) + attended
     inner = normed(layer.second_norm, x)
-    return (inner if layer.after_norm else x) + _feed_forward(layer, inner)
+    return (inner if layer.after_norm else x) + _feed_forward(layer, inner, shared)
 
 
 def _attention(
@@ -172,9 +189,7 @@ def _attention(
     end: LastColumns | None,
 ) -> Float[Tensor, "rows_out hidden"]:
     """What the queries of the rows mix together."""
-    q, k, v = (
-        _as_rectangle(part, shared.places) for part in _queries_keys_values(layer, x, shared)
-    )
+    q, k, v = (part.transpose(1, 2) for part in _queries_keys_values(layer, x, shared))
     if shared.cache is not None:
         k, v = shared.cache.add(index, k, v)
     places, blocks = shared.places, shared.blocks
@@ -187,33 +202,21 @@ def _attention(
 def _queries_keys_values(
     layer: Layer, x: Float[Tensor, "rows hidden"], shared: Pass
 ) -> tuple[Tensor, ...]:
-    """Each (rows, heads, size), queries and keys turned by their positions."""
-    products = [linear(projection, x) for projection in layer.projections]
+    """Each (batch, time, heads, size), queries and keys turned by their positions."""
+    products = [shared.rectangle(shared.linear(projection, x)) for projection in layer.projections]
     if len(products) == 1:
         q, k, v = layer.split(products[0])
     else:
-        q, k, v = (
-            product.view(len(x), heads, -1)
-            for product, heads in zip(
-                products, (layer.heads, layer.kv_heads, layer.kv_heads), strict=True
-            )
-        )
+        q, k, v = (product.unflatten(2, (-1, layer.size)) for product in products)
     return shared.turned(q), shared.turned(k), v
 
 
-def _as_rectangle(
-    rows: Float[Tensor, "rows heads size"], places: Places
-) -> Float[Tensor, "batch heads time size"]:
-    batch, time = places.real.shape
-    heads = rows.shape[1]
-    return places.spread(rows.flatten(1)).view(batch, time, heads, -1).transpose(1, 2)
-
-
-def _feed_forward(layer: Layer, x: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows hidden"]:
-    activation, up = ACTIVATIONS[layer.activation], linear(layer.up, x)
-    if layer.gate is None:
-        return linear(layer.down, activation(up))
-    return linear(layer.down, activation(linear(layer.gate, x)) * up)
+def _feed_forward(
+    layer: Layer, x: Float[Tensor, "rows hidden"], shared: Pass
+) -> Float[Tensor, "rows hidden"]:
+    activation, up = ACTIVATIONS[layer.activation], shared.linear(layer.up, x)
+    inner = activation(up) if layer.gate is None else activation(shared.linear(layer.gate, x)) * up
+    return shared.linear(layer.down, inner)
 
 
 def _is_hooked(module: Any) -> bool:
@@ -223,4 +226,4 @@ def _is_hooked(module: Any) -> bool:
     """
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     ours = [hook for hook in hooks if not hook.__module__.startswith("transformers.")]
-    return bool(ours) or hasattr(module, "_hf_hook")
+    return bool(ours) or "_hf_hook" in module.__dict__

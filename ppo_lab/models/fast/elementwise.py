@@ -28,23 +28,30 @@ def gelu_tanh(x: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
 
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
-    return _GeluTanh.apply(x) if x.dtype == torch.float32 else F.gelu(x, approximate="tanh")
+    if x.dtype != torch.float32:
+        return F.gelu(x, approximate="tanh")
+    return _GeluTanh.apply(x) if torch.is_grad_enabled() else _gate(x).mul_(x)
 
 
 class _GeluTanh(torch.autograd.Function):
+    """With s the sigmoid, x s and the slope s + s (x - x s) (A + 3 B x^2), which is kept in place
+    of x.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _gate(x).mul_(x)
+        s = _gate(x)
+        if not ctx.needs_input_grad[0]:
+            return s.mul_(x)
+        y = x * s
+        inner = torch.addcmul(x.new_tensor(A), x, x, value=3.0 * B).mul_(x - y)
+        ctx.save_for_backward(s.addcmul_(s, inner))
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        """With s the sigmoid: s + s (x - x s) (A + 3 B x^2)."""
-        (x,) = ctx.saved_tensors
-        s = _gate(x)
-        slope = torch.addcmul(x.new_tensor(A), x, x, value=3.0 * B)
-        slope.mul_(torch.addcmul(x, x, s, value=-1.0))
-        return torch.addcmul(s, s, slope).mul_(grads[0])
+        (slope,) = ctx.saved_tensors
+        return grads[0] * slope
 
 
 def _gate(x: Tensor) -> Tensor:
@@ -97,11 +104,11 @@ class _RootMeanSquare(torch.autograd.Function):
 
 
 def rotated(
-    x: Float[Tensor, "rows heads size"],
-    cos: Float[Tensor, "rows heads size"],
-    sin: Float[Tensor, "rows heads size"],
+    x: Float[Tensor, "... heads size"],
+    cos: Float[Tensor, "... heads size"],
+    sin: Float[Tensor, "... heads size"],
     half: int,
-) -> Float[Tensor, "rows heads size"]:
+) -> Float[Tensor, "... heads size"]:
     """Each pair (x_i, x_{i + half}) turned by its angle; what lies beyond the pairs stays.
 
         x cos + swapped(x) sin
@@ -110,17 +117,18 @@ def rotated(
 
     Source: Su et al. 2021, arXiv:2104.09864, the halves paired as GPT-NeoX pairs them.
     """
+    if not torch.is_grad_enabled():
+        return torch.addcmul(x * cos, _swapped(x, half), sin)
     return _Turn.apply(x, cos, sin, half)
 
 
 def spread_angles(
-    cos: Float[Tensor, "rows pairs"], sin: Float[Tensor, "rows pairs"], *, heads: int, size: int
+    cos: Float[Tensor, "... pairs"], sin: Float[Tensor, "... pairs"], *, heads: int, size: int
 ) -> tuple[Tensor, Tensor]:
-    """The cosines and signed sines (rows, heads, size) of every number of every head."""
-    rows, half = cos.shape
-    beyond = cos.new_zeros(rows, size - 2 * half)
-    both = torch.cat([cos, cos, beyond + 1.0], 1), torch.cat([-sin, sin, beyond], 1)
-    wide, signed = (x[:, None].expand(rows, heads, size).contiguous() for x in both)
+    """The cosines and signed sines (..., heads, size) of every number of every head."""
+    beyond = cos.new_zeros(*cos.shape[:-1], size - 2 * cos.shape[-1])
+    both = torch.cat([cos, cos, beyond + 1.0], -1), torch.cat([-sin, sin, beyond], -1)
+    wide, signed = (x[..., None, :].expand(*x.shape[:-1], heads, size).contiguous() for x in both)
     return wide, signed
 
 

@@ -58,11 +58,10 @@ class Layer:
         gate = () if self.gate is None else (self.gate,)
         return (*self.projections, self.out, *gate, self.up, self.down)
 
-    def split(self, fused: Float[Tensor, "rows outputs"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (rows, heads, size) out of one product for all three."""
+    def split(self, fused: Float[Tensor, "batch time outputs"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (batch, time, heads, size) out of one product for all three."""
         shape = (self.heads, 3) if self.by_head else (3, self.heads)
-        parts = fused.view(len(fused), *shape, -1)
-        q, k, v = parts.unbind(2 if self.by_head else 1)
+        q, k, v = fused.unflatten(2, (*shape, self.size)).unbind(3 if self.by_head else 2)
         return q, k, v
 
 

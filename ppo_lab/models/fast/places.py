@@ -34,9 +34,14 @@ class Places:
         self.real, self.width = real, width
         padding = 1.0 - float(real.float().mean())
         self.all_kept = padding * width < WORTH_LEAVING_OUT
-        kept = torch.ones_like(real.flatten()) if self.all_kept else _with_some_padding(real)
-        self.rows: Int[Tensor, " kept"] = kept.nonzero().squeeze(1)
-        self.numbers: Int[Tensor, " all"] = torch.where(kept, kept.cumsum(0) - 1, len(self.rows))
+        self.rows: Int[Tensor, " kept"]
+        self.numbers: Int[Tensor, " all"]
+        if self.all_kept:
+            self.rows = self.numbers = torch.arange(real.numel(), device=real.device)
+        else:
+            kept = _with_some_padding(real)
+            self.rows = kept.nonzero().squeeze(1)
+            self.numbers = torch.where(kept, kept.cumsum(0) - 1, len(self.rows))
 
     def take(self, rectangle: Tensor) -> Tensor:
         """Those kept of (batch, time) numbers that carry no gradient."""

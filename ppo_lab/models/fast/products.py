@@ -4,12 +4,15 @@ F.linear(x, W) computes x W^T and must first repack W, which for a few hundred r
 much as the product. W x^T is the same numbers transposed, takes W as it lies in memory and repacks
 the small x instead: 1.2 to 1.6 times faster on a CPU with AMX, 1.2 to 1.5 times on two cores with
 AVX2. The result is a transposed view of it; elementwise operations do not mind.
+
+Few rows times a whole vocabulary is bound by the walk through W, and many small products take that
+walk once: 1.2 to 1.6 times faster again with AVX2.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 # Weights of this many elements are widened at a time: 2 MiB in float32, which a core's cache holds.
 WIDENED = 2**19
+
+# Outputs of each of the products that a wide one is made of, and how many make it wide.
+SLICE = 256
+WIDE = 2**12
 
 
 @functools.cache
@@ -38,6 +45,23 @@ def product(
     if x.device.type != "cpu" or (trained and torch.is_grad_enabled()):
         return F.linear(x, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
     return _Frozen.apply(x, weight, bias) if torch.is_grad_enabled() else _times(x, weight, bias)
+
+
+def wide_product(
+    x: Float[Tensor, "rows inputs"], weight: Float[Tensor, "outputs inputs"], bias: Tensor | None
+) -> Float[Tensor, "rows outputs"]:
+    """x W^T + b, contiguous, for few rows and many outputs."""
+    sliced = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if torch.is_grad_enabled() or not sliced or len(weight) < WIDE:
+        return product(x, weight, bias).contiguous()
+    rows, inputs = x.shape
+    slices = len(weight) // SLICE
+    whole, rest = weight.split((slices * SLICE, len(weight) % SLICE))
+    y = x.new_empty(rows, len(weight))
+    parts = torch.bmm(x.expand(slices, -1, -1), whole.view(slices, SLICE, inputs).mT)
+    y[:, : len(whole)].view(rows, slices, SLICE).copy_(parts.transpose(0, 1))
+    torch.mm(x, rest.t(), out=y[:, len(whole) :])
+    return y if bias is None else y.add_(bias)
 
 
 class _Frozen(torch.autograd.Function):
@@ -82,25 +106,45 @@ def _tiles(y: Tensor, weight: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor,
 
 
 def is_plain(module: Any) -> bool:
-    """Whether `linear` knows this module: a linear layer, or LoRA of the usual kind on one."""
+    """Whether `Linear` can read this module: a linear layer, or LoRA of the usual kind on one."""
     if type(module) in (nn.Linear, Conv1D):
         return True
     return type(module).__name__ == "Linear" and _is_usual_lora(module)
 
 
-def linear(module: Any, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
-    """W x + b, and for each active adapter + scaling B A x, all in the precision of x."""
-    base = module.base_layer if hasattr(module, "base_layer") else module
-    # GPT-2's layers hold the transposed weight.
-    weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
-    y = product(x, weight, base.bias)
-    if base is module or module.disable_adapters:
+class Linear(NamedTuple):
+    """A linear layer as it stands: W, b, and A, B and the scaling of each active adapter."""
+
+    weight: Float[Tensor, "outputs inputs"]
+    bias: Float[Tensor, " outputs"] | None
+    adapters: tuple[tuple[Tensor, Tensor, float], ...]
+
+    @classmethod
+    def read(cls, module: Any, dtype: torch.dtype) -> Linear:
+        """That of a module, its adapters in the precision that they are computed in."""
+        base = module.base_layer if hasattr(module, "base_layer") else module
+        # GPT-2's layers hold the transposed weight.
+        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+        if base is module or module.disable_adapters:
+            return cls(weight, base.bias, ())
+        adapters = tuple(
+            (
+                module.lora_A[name].weight.to(dtype),
+                module.lora_B[name].weight.to(dtype),
+                module.scaling[name],
+            )
+            for name in module.active_adapters
+            if name in module.lora_A
+        )
+        return cls(weight, base.bias, adapters)
+
+    def __call__(self, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
+        """W x + b, and for each adapter + scaling B A x, all in the precision of x."""
+        y = product(x, self.weight, self.bias)
+        for a, b, scaling in self.adapters:
+            # Transposed as y is, or y would be copied into the other layout.
+            y = torch.addmm(y.t(), b, F.linear(x, a).t(), alpha=scaling).t()
         return y
-    for name in module.active_adapters:
-        if name in module.lora_A:
-            a, b = (weights[name].weight.to(x.dtype) for weights in (module.lora_A, module.lora_B))
-            y = torch.addmm(y, F.linear(x, a), b.t(), alpha=module.scaling[name])
-    return y
 
 
 def _is_usual_lora(module: Any) -> bool:
