@@ -25,19 +25,20 @@ WORTH_LEAVING_OUT = 12.0
 class Places:
     """The real tokens of a (batch, time) rectangle, as rows.
 
-    Some padding is kept with them, so that their number is a multiple of ROWS; all of it where it
-    is little, and rows of `width` numbers are short. `rows` are their places in the rectangle;
-    `numbers` gives each place its row, and `len(rows)` to those without.
+    Some padding is kept with them, so that their number is a multiple of ROWS; all of it where that
+    takes all, or where it is little and rows of `width` numbers are short. `rows` are their places
+    in the rectangle; `numbers` gives each place its row, and `len(rows)` to those without.
     """
 
     def __init__(self, real: Bool[Tensor, "batch time"], *, width: int) -> None:
         self.real, self.width = real, width
-        padding = 1.0 - float(real.float().mean())
-        self.all_kept = padding * width < WORTH_LEAVING_OUT
+        padding, all_places = int((~real).sum()), real.numel()
+        little = padding / all_places * width < WORTH_LEAVING_OUT
+        self.all_kept = little or padding <= -(all_places - padding) % ROWS
         self.rows: Int[Tensor, " kept"]
         self.numbers: Int[Tensor, " all"]
         if self.all_kept:
-            self.rows = self.numbers = torch.arange(real.numel(), device=real.device)
+            self.rows = self.numbers = torch.arange(all_places, device=real.device)
         else:
             kept = _with_some_padding(real)
             self.rows = kept.nonzero().squeeze(1)
@@ -52,11 +53,11 @@ class Places:
         """The rows at their places in the rectangle; elsewhere numbers without meaning."""
         if self.all_kept:
             return rows
-        return _Move.apply(rows, self.numbers.clamp(max=len(self.rows) - 1), self.rows)
+        return _Move.apply(rows, self.numbers.clamp(max=len(self.rows) - 1), self.rows, False)
 
     def gather(self, rectangle: Float[Tensor, "all width"]) -> Float[Tensor, "kept width"]:
         """The rows that are kept of the rectangle."""
-        return rectangle if self.all_kept else _Move.apply(rectangle, self.rows, self.numbers)
+        return rectangle if self.all_kept else _Move.apply(rectangle, self.rows, self.numbers, True)
 
 
 class LastColumns:
@@ -77,24 +78,27 @@ class LastColumns:
 
     def pick(self, rows: Float[Tensor, "kept width"]) -> Float[Tensor, "columns_kept width"]:
         """Of the rows of the whole those that are kept of the last columns."""
-        return _Move.apply(rows, self._there, self._back)
+        return _Move.apply(rows, self._there, self._back, True)
 
 
 class _Move(torch.autograd.Function):
     """Rows selected by their numbers; for the gradient, by the numbers that lead back.
 
-    A number equal to the length of what is selected from stands for a row of zeros on the way back.
+    With `some_lost`, a number equal to the length of what is selected from stands for a row of
+    zeros on the way back.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, there: Tensor, back: Tensor) -> Tensor:
-        ctx.back = back
+    def forward(ctx: Any, rows: Tensor, there: Tensor, back: Tensor, some_lost: bool) -> Tensor:
+        ctx.back, ctx.some_lost = back, some_lost
         return rows.index_select(0, there)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        padded = torch.cat([grads[0], grads[0].new_zeros(1, grads[0].shape[1])])
-        return padded.index_select(0, ctx.back), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = grads[0]
+        if ctx.some_lost:
+            grad = torch.cat([grad, grad.new_zeros(1, grad.shape[1])])
+        return grad.index_select(0, ctx.back), None, None, None
 
 
 def _with_some_padding(real: Bool[Tensor, "batch time"]) -> Bool[Tensor, " all"]:
