@@ -26,7 +26,7 @@ from ppo_lab.config import LoraSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.choice import FAN, LEVELS, choose
 from ppo_lab.models.fast import draws, layers, products
-from ppo_lab.models.fast.attention import KeysAndValues, attend, blocks_from, blocks_of
+from ppo_lab.models.fast.attention import KeysAndValues, attend, blocks_of
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.draws import draw_from
 from ppo_lab.models.fast.elementwise import ACTIVATIONS, normed, rotated, spread_angles
@@ -343,18 +343,21 @@ def test_the_last_columns_are_picked_out_of_the_rows_with_their_gradients() -> N
 def test_attention_is_softmax_of_scaled_products_with_its_gradients(
     scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one block as in several, one of which begins where the last columns do."""
+    """In one block as in several, of all queries as of the last ones alone."""
     monkeypatch.setattr("ppo_lab.models.fast.attention.SCORES", scores)
     monkeypatch.setattr("ppo_lab.models.fast.attention.COLUMNS", 2)
     torch.manual_seed(0)
     attention = torch.ones(2, 6, dtype=torch.bool)
     attention[1, :2] = False
-    blocks = blocks_of(
-        attention, new=5, heads=4, kv_heads=2, slopes=None, dtype=torch.float64,
-        rounded_to=torch.float64, last=2,
+    blocks, last = (
+        blocks_of(
+            attention, new=new, heads=4, kv_heads=2, slopes=None, dtype=torch.float64,
+            rounded_to=torch.float64,
+        )
+        for new in (5, 2)
     )  # fmt: skip
     assert [(block.first, block.end) for block in blocks] == (
-        [(0, 1), (1, 3), (3, 5)] if scores == 1 else [(0, 3), (3, 5)]
+        [(0, 2), (2, 5)] if scores == 1 else [(0, 5)]
     )
     q, k, v = (
         torch.randn(2, heads, columns, 3, dtype=torch.float64, requires_grad=True)
@@ -369,7 +372,7 @@ def test_attention_is_softmax_of_scaled_products_with_its_gradients(
     assert_close(attend(q, k, v, blocks, 0.4) * asks, plain)
     with torch.no_grad():
         assert_close(attend(q, k, v, blocks, 0.4) * asks, plain)
-    of_last = attend(q[:, :, 3:], k, v, blocks_from(blocks, 3), 0.4)
+    of_last = attend(q[:, :, 3:], k, v, last, 0.4)
     assert_close(of_last, plain[:, 3:])
     assert torch.autograd.gradcheck(lambda *x: attend(*x, blocks, 0.4) * asks, (q, k, v))
 

@@ -14,7 +14,7 @@ Source: Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.1
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -80,10 +80,8 @@ def blocks_of(
     slopes: Float[Tensor, " heads"] | None,
     dtype: torch.dtype,
     rounded_to: torch.dtype,
-    last: int = 0,
 ) -> tuple[Block, ...]:
-    """The blocks of the newest `new` positions; with `last`, one of them begins so many columns
-    before the end.
+    """The blocks of the newest `new` positions.
 
     To the scores are added ALiBi's slope times position, and where a key is padding or lies ahead a
     huge negative number; infinity would make a padding query's row NaN. ALiBi's numbers are rounded
@@ -95,24 +93,15 @@ def blocks_of(
     if slopes is not None:
         positions = (attention.cumsum(1) - 1) * attention
         alibi = (slopes[:, None] * positions[:, None, :]).to(rounded_to).to(dtype)[:, :, None, :]
-    width = max(COLUMNS, SCORES // (batch * heads * seen))
+    count = max(1, round(new / max(COLUMNS, SCORES // (batch * heads * seen))))
     found = []
-    for first, end in _spans(new, width, begin_at=new - last if last else 0):
+    for first, end in pairwise(new * i // count for i in range(count + 1)):
         keys = seen - new + end
         hidden = (ahead[first:end, :keys] | ~attention[:, None, :keys])[:, None]
         bias = torch.where(hidden, torch.finfo(dtype).min, alibi[..., :keys])
         bias = bias.expand(batch, heads, end - first, keys)
         found.append(Block(first, end, bias.reshape(batch * kv_heads, -1, keys)))
     return tuple(found)
-
-
-def blocks_from(blocks: Sequence[Block], column: int) -> tuple[Block, ...]:
-    """The blocks that begin at this column or after it, columns counted from it."""
-    return tuple(
-        replace(block, first=block.first - column, end=block.end - column)
-        for block in blocks
-        if block.first >= column
-    )
 
 
 def attend(
@@ -191,12 +180,3 @@ def _narrow_product(
     faster, since the rows of that are as long as the text.
     """
     return torch.bmm(a, b) if b.shape[2] >= NARROW else torch.bmm(b.mT, a.mT).mT
-
-
-def _spans(columns: int, width: int, *, begin_at: int) -> list[tuple[int, int]]:
-    """Even parts of `columns`, about as wide as `width`, one of which begins at `begin_at`."""
-    edges = [0]
-    for start, part in ((0, begin_at), (begin_at, columns - begin_at)):
-        count = max(1, round(part / width)) if part else 0
-        edges += [start + part * (i + 1) // count for i in range(count)]
-    return list(pairwise(edges))

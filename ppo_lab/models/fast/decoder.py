@@ -8,14 +8,15 @@ time, and everything between them is float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ppo_lab.models.fast.attention import Block, KeysAndValues, attend, blocks_from, blocks_of
+from ppo_lab.models.fast.attention import Block, KeysAndValues, attend, blocks_of
 from ppo_lab.models.fast.elementwise import ACTIVATIONS, normed, rotated, spread_angles
 from ppo_lab.models.fast.layers import Anatomy, Layer, read
 from ppo_lab.models.fast.places import LastColumns, Places
@@ -76,7 +77,7 @@ class FastDecoder:
         weight = self.decoder.get_input_embeddings().weight
         on_cpu = weight.device.type == "cpu" and weight.dtype != torch.float16
         checkpoints = self.decoder.gradient_checkpointing and self.decoder.training
-        return on_cpu and not checkpoints and not any(map(_is_hooked, self._modules))
+        return on_cpu and not checkpoints and not _hooked(self._modules)
 
     def hidden(
         self,
@@ -91,12 +92,15 @@ class FastDecoder:
         on padding. See `Trunk.hidden`. With `below`, the layers from the first adapted one on are
         passed alone.
         """
-        x, shared = self._enter(ids, attention, cache, below, last)
+        x, shared = self._enter(ids, attention, cache, below)
         new, columns = ids.shape[1], last or ids.shape[1]
-        end = None if columns == new else LastColumns(shared.places, columns)
         *lower, final = enumerate(self.anatomy.layers)
         for index, layer in lower[0 if below is None else self.first_trained() :]:
             x = _layer(layer, index, x, shared)
+        end = None
+        if columns < new:
+            end = LastColumns(shared.places, columns)
+            shared = replace(shared, blocks=self._blocks(attention, columns, x.dtype))
         x = normed(self.anatomy.norm, _layer(final[1], final[0], x, shared, end))
         if cache is not None:
             cache.seen += new
@@ -128,10 +132,9 @@ class FastDecoder:
         attention: Tensor,
         cache: KeysAndValues | None = None,
         below: Tensor | None = None,
-        last: int = 0,
     ) -> tuple[Float[Tensor, "rows hidden"], Pass]:
         """The rows that enter the first layer to be passed, and what the layers will share."""
-        new, first = ids.shape[1], self.anatomy.layers[0]
+        new = ids.shape[1]
         places = Places(attention[:, -new:], width=self.anatomy.words.weight.shape[1])
         positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -new:]
         stored = self.anatomy.words.weight.dtype
@@ -140,17 +143,20 @@ class FastDecoder:
         else:
             x = places.gather(below.flatten(0, 1))
         x = x.to(computed_in(stored) if x.device.type == "cpu" else stored)
-        blocks = blocks_of(
+        blocks = self._blocks(attention, new, x.dtype)
+        return x, Pass(places, blocks, self._angles(x, positions), cache)
+
+    def _blocks(self, attention: Tensor, new: int, dtype: torch.dtype) -> tuple[Block, ...]:
+        first = self.anatomy.layers[0]
+        return blocks_of(
             attention,
             new=new,
-            last=last,
             heads=first.heads,
             kv_heads=first.kv_heads,
             slopes=self.anatomy.slopes,
-            dtype=x.dtype,
-            rounded_to=stored,
+            dtype=dtype,
+            rounded_to=self.anatomy.words.weight.dtype,
         )
-        return x, Pass(places, blocks, self._angles(x, positions), cache)
 
     def _angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, int] | None:
         if self.anatomy.rotary is None:
@@ -192,11 +198,10 @@ def _attention(
     q, k, v = (part.transpose(1, 2) for part in _queries_keys_values(layer, x, shared))
     if shared.cache is not None:
         k, v = shared.cache.add(index, k, v)
-    places, blocks = shared.places, shared.blocks
+    places = shared.places
     if end is not None:
         places, q = end.places, q[:, :, -end.columns :]
-        blocks = blocks_from(blocks, shared.places.real.shape[1] - end.columns)
-    return places.gather(attend(q, k, v, blocks, layer.scaling).flatten(0, 1))
+    return places.gather(attend(q, k, v, shared.blocks, layer.scaling).flatten(0, 1))
 
 
 def _queries_keys_values(
@@ -219,11 +224,15 @@ def _feed_forward(
     return shared.linear(layer.down, inner)
 
 
-def _is_hooked(module: Any) -> bool:
-    """Whether something is to happen around this module that only its own call would do.
+def _hooked(modules: Sequence[Any]) -> bool:
+    """Whether something is to happen around one of them that only its own call would do.
 
     Hooks by which transformers captures outputs sleep outside of its own forward.
     """
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    ours = [hook for hook in hooks if not hook.__module__.startswith("transformers.")]
-    return bool(ours) or "_hf_hook" in module.__dict__
+    if any("_hf_hook" in module.__dict__ for module in modules):
+        return True
+    with_hooks = [m for m in modules if m._forward_hooks or m._forward_pre_hooks]
+    hooks = [
+        h for m in with_hooks for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+    ]
+    return any(not hook.__module__.startswith("transformers.") for hook in hooks)
