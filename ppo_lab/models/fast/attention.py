@@ -124,48 +124,55 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], scaling: float
     ) -> Tensor:
-        mixed, probabilities = _attended(q, k, v, blocks, scaling)
-        ctx.save_for_backward(q, k, v, *probabilities)
-        ctx.blocks, ctx.scaling = blocks, scaling
+        mixed, kept = _attended(q, k, v, blocks, scaling)
+        ctx.save_for_backward(*kept)
+        ctx.blocks, ctx.scaling, ctx.shapes = blocks, scaling, (q.shape, k.shape)
         return mixed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """dV = P^T dO, dP = dO V^T, dS = P (dP - sum(P dP)), dQ = scaling dS K, dK = ... dS^T Q."""
-        q, k, v, *probabilities = ctx.saved_tensors
-        batch, heads, new, size = q.shape
+        keys, values, *of_blocks = ctx.saved_tensors
+        of_queries, of_keys = ctx.shapes
+        batch, heads, new, size = of_queries
         for_mixed = grads[0].view(batch, new, heads, size).transpose(1, 2)
-        keys, values, scaled = k.flatten(0, 1), v.flatten(0, 1), q * ctx.scaling
-        for_q = q.new_empty(batch, new, heads, size).transpose(1, 2)
-        for_k, for_v = torch.zeros_like(keys), torch.zeros_like(values)
-        for block, p in zip(ctx.blocks, probabilities, strict=True):
-            seen = p.shape[2]
-            of_q, of_mixed = (_rows(x, block, keys) for x in (scaled, for_mixed))
+        for_q: list[Tensor] = []
+        for_k, for_v = torch.empty(0), torch.empty(0)
+        # From the last on, which sees every key.
+        for block, q, p in zip(ctx.blocks[::-1], of_blocks[-2::-2], of_blocks[::-2], strict=True):
+            seen, of_mixed = p.shape[2], _rows(for_mixed, block, keys)
             for_p = torch.bmm(of_mixed, values[:, :seen].mT)
             for_s = torch._softmax_backward_data(for_p, p, -1, p.dtype)
-            of_q_slope = _narrow_product(for_s, keys[:, :seen]).mul_(ctx.scaling)
-            for_q[:, :, block.first : block.end] = of_q_slope.reshape(batch, heads, -1, size)
-            for_k[:, :seen] += _narrow_product(for_s.mT, of_q)
-            for_v[:, :seen] += _narrow_product(p.mT, of_mixed)
-        return for_q, for_k.view_as(k), for_v.view_as(v), None, None
+            slope = _narrow_product(for_s, keys[:, :seen])
+            for_q.insert(0, slope.reshape(batch, heads, -1, size))
+            of_k, of_v = _narrow_product(for_s.mT, q), _narrow_product(p.mT, of_mixed)
+            if len(for_q) == 1:
+                for_k, for_v = of_k, of_v
+            else:
+                for_k[:, :seen] += of_k
+                for_v[:, :seen] += of_v
+        slopes = _joined(for_q, 2).mul_(ctx.scaling), for_k.mul_(ctx.scaling).view(of_keys)
+        return *slopes, for_v.view(of_keys), None, None
 
 
 def _attended(
     q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], scaling: float
 ) -> tuple[Tensor, list[Tensor]]:
-    """What the queries mix, and each block's probabilities."""
+    """What the queries mix; and keys, values and each block's queries and probabilities."""
     batch, heads, _, size = q.shape
     keys, values = k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:])
-    mixed, probabilities = [], []
+    mixed, kept = [], [keys, values]
     for block in blocks:
-        seen = block.bias.shape[2]
-        of_q, of_k = _rows(q, block, keys), keys[:, :seen].mT
-        p = torch.baddbmm(block.bias, of_q, of_k, alpha=scaling).softmax(-1)
+        seen, of_q = block.bias.shape[2], _rows(q, block, keys)
+        p = torch.baddbmm(block.bias, of_q, keys[:, :seen].mT, alpha=scaling).softmax(-1)
         out = _narrow_product(p, values[:, :seen])
         mixed.append(out.reshape(batch, heads, -1, size).transpose(1, 2))
-        probabilities.append(p)
-    whole = mixed[0] if len(mixed) == 1 else torch.cat(mixed, 1)
-    return whole.flatten(2), probabilities
+        kept += [of_q, p]
+    return _joined(mixed, 1).flatten(2), kept
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _rows(x: Tensor, block: Block, keys: Tensor) -> Float[Tensor, "batch_kv group_columns size"]:
