@@ -118,7 +118,7 @@ def rotated(
     Source: Su et al. 2021, arXiv:2104.09864, the halves paired as GPT-NeoX pairs them.
     """
     if not torch.is_grad_enabled():
-        return torch.addcmul(x * cos, _swapped(x, half), sin)
+        return _turned(x, cos, sin, half)
     return _Turn.apply(x, cos, sin, half)
 
 
@@ -137,7 +137,7 @@ class _Turn(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.half = half
-        return torch.addcmul(x * cos, _swapped(x, half), sin)
+        return _turned(x, cos, sin, half)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -145,6 +145,12 @@ class _Turn(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         turned = (grads[0] * cos).addcmul_(_swapped(grads[0], ctx.half), sin, value=-1.0)
         return turned, None, None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
+    # Products lie the other way round than angles do, and many strided passes cost more than one.
+    x = x.contiguous()
+    return torch.addcmul(x * cos, _swapped(x, half), sin)
 
 
 def _swapped(x: Tensor, half: int) -> Tensor:
