@@ -4,6 +4,7 @@ lets them be, 8-bit Adam, a compiled decoder.
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -227,12 +228,24 @@ def test_a_compiled_decoder_is_refused_beside_what_takes_its_place(
     assert "needs a C++ compiler" in line
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bloom", "gpt2", "llama"])
-def test_a_compiled_decoder_gives_the_same_gradients_by_one_graph(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("gpt2", "eager"),
+        *(
+            pytest.param(kind, "inductor", marks=pytest.mark.slow)
+            for kind in ("bloom", "gpt2", "llama")
+        ),
+    ],
+)
+def test_a_compiled_decoder_gives_the_same_gradients_by_one_graph(
+    kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured alone (eager), which takes seconds, and turned into machine code."""
     from torch._dynamo.utils import counters
 
     counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     plain, compiled = policy(kind, lora=True), policy(kind, lora=True)
     compiled.trunk.compile()
     for time in (5, 9, 7, 12):

@@ -76,7 +76,7 @@ class Trunk:
         states have no meaning.
         """
         if self._compiled is not None and cache is None and torch.is_grad_enabled():
-            return self._by_transformers(ids, attention, decoder=self._compiled)[:, -last:]
+            return self._by_transformers(ids, attention, by=self._compiled)[:, -last:]
         fast = self._fast if cache is None or isinstance(cache, KeysAndValues) else None
         if fast and (below is not None or _has_begun(cache) or fast.usable()):
             return fast.hidden(ids, attention, cache, last=last, below=below)
@@ -122,7 +122,7 @@ class Trunk:
         self._compiled = torch.compile(self.decoder, dynamic=True)
 
     def _by_transformers(
-        self, ids: Tensor, attention: Tensor, cache: Any = None, decoder: Any = None
+        self, ids: Tensor, attention: Tensor, cache: Any = None, by: Any = None
     ) -> Tensor:
         inputs: dict[str, Any] = {
             "input_ids": ids,
@@ -135,7 +135,8 @@ class Trunk:
             inputs["position_ids"] = (attention.long().cumsum(1) - 1).clamp(min=0)[
                 :, -ids.shape[1] :
             ]
-        return (decoder or self.decoder)(**inputs).last_hidden_state
+        decoder = self.decoder if by is None else by  # a compiled one has no truth value
+        return decoder(**inputs).last_hidden_state
 
     @torch.no_grad()
     def check(self) -> None:
