@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ppo_lab.bench import equality, report
+from ppo_lab.bench import equality, growth, report
 from ppo_lab.bench.__main__ import parser
 from ppo_lab.bench.floor import Floor, Rates, floor
 from ppo_lab.bench.runs import WORKERS, Contestant, Result, medians, pairwise, run
@@ -116,3 +116,9 @@ def test_a_trainer_that_is_not_known_is_refused(capsys: pytest.CaptureFixture[st
         parser().parse_args(["--vs", "trl113"])
     assert "trl112" in capsys.readouterr().err
     assert parser().parse_args(["--vs", ""]).vs == []
+
+
+def test_memory_of_the_loss_does_not_grow_with_the_vocabulary() -> None:
+    less, more = growth.loss_memory(2**13), growth.loss_memory(2**16)
+    assert 0 < more < 1.01 * less
+    assert more < 4e-6 * growth.TOKENS * 2**13, "not even the smaller one's logits"

@@ -16,14 +16,16 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from ppo_lab.bench.memory_probe import peak_of
 from ppo_lab.bench.options import OURS_HERE
 from ppo_lab.bench.report import machine
 from ppo_lab.bench.runs import run
 from ppo_lab.bench.shapes import SHAPES, Shape
+from ppo_lab.models.logprobs import Head, token_logprobs
+from ppo_lab.plan.trace import peak_bytes
 
 FACTORS = (1, 2, 4, 8)
 VOCABULARIES = (2**14, 2**15, 2**16, 2**17, 2**18)
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     }
     kept: dict[str, Any] = {"machine": machine(asked.threads), "shape": asked.shape}
     kept["time"] = {name: times(asked, grow) for name, grow in grown.items()}
-    kept["loss_memory_mb"] = {str(v): loss_memory(v, asked.threads) for v in VOCABULARIES}
+    kept["loss_memory_mb"] = {str(v): loss_memory(v) for v in VOCABULARIES}
     show(kept, console)
     if asked.json:
         asked.json.write_text(json.dumps(kept, indent=1) + "\n")
@@ -66,20 +68,17 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
-def loss_memory(vocabulary: int, threads: int) -> float:
-    """MB that log-probs of TOKENS tokens and their gradient take beyond what was there before."""
-    code = (
-        "import torch\n"
-        "from ppo_lab.models.logprobs import Head, token_logprobs\n"
-        f"torch.set_num_threads({threads})\n"
-        f"hidden = torch.randn({TOKENS}, {WIDTH}, requires_grad=True)\n"
-        f"head = Head(torch.randn({vocabulary}, {WIDTH}) * 0.02)\n"
-        f"targets = torch.randint(0, {vocabulary}, ({TOKENS},))\n"
-        "def work():\n"
-        "    logprobs, _ = token_logprobs(hidden, head, targets, temperature=1.0)\n"
-        "    logprobs.sum().backward()\n"
-    )
-    return peak_of(code)
+def loss_memory(vocabulary: int) -> float:
+    """MB that log-probs of TOKENS tokens and their gradient hold at once, head and states aside."""
+    hidden = torch.randn(TOKENS, WIDTH, requires_grad=True)
+    head = Head(torch.randn(vocabulary, WIDTH) * 0.02)
+    targets = torch.randint(0, vocabulary, (TOKENS,))
+
+    def work() -> None:
+        logprobs, _ = token_logprobs(hidden, head, targets, temperature=1.0)
+        logprobs.sum().backward()
+
+    return peak_bytes(work) / 1e6
 
 
 def show(kept: dict[str, Any], console: Console) -> None:
@@ -91,10 +90,12 @@ def show(kept: dict[str, Any], console: Console) -> None:
         row = (f"{seconds:.2f}" for seconds in found["seconds"].values())
         table.add_row(name, *row, f"{found['exponent']:.2f}")
     console.print(table)
-    memory = Table(title=f"MB that the loss of {TOKENS} tokens takes, by vocabulary")
-    for vocabulary in kept["loss_memory_mb"]:
-        memory.add_column(vocabulary, justify="right")
-    memory.add_row(*(f"{mb:.1f}" for mb in kept["loss_memory_mb"].values()))
+    memory = Table(title=f"MB that the loss of {TOKENS} tokens holds at once, by vocabulary")
+    for column in ("", *kept["loss_memory_mb"]):
+        memory.add_column(column, justify="right")
+    memory.add_row("here", *(f"{mb:.1f}" for mb in kept["loss_memory_mb"].values()))
+    logits = (4e-6 * TOKENS * int(vocabulary) for vocabulary in kept["loss_memory_mb"])
+    memory.add_row("logits alone", *(f"{mb:.1f}" for mb in logits))
     console.print(memory)
 
 
