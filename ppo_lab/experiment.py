@@ -204,20 +204,7 @@ def build(
         reward = build_reward(config.reward, device=device, processes=processes)
         policy = load_policy(config, tokenizer, device)
         start = identity(prompts.train, policy)
-    trainer = PPOTrainer(
-        ppo_config(config),
-        policy,
-        tokenizer=tokenizer,
-        critic=load_critic(config, tokenizer, device),
-        sampling=sampling(config.generation, policy, tokenizer, eos_token=config.model.eos_token),
-        reward=reward,
-        device=device,
-        processes=processes,
-    )
-    if isinstance(config.generation, VLLMGeneration):
-        context = longest_prompt(config) + config.generation.max_new_tokens
-        engine = engine_for(trainer, config.generation, trainer.sampling, context=context)
-        trainer.sampler = VLLMSampler(trainer, engine, max_gap=config.generation.max_gap)
+    trainer = make_trainer(config, policy, tokenizer, reward, device, processes)
     evaluator = Evaluator(
         trainer,
         prompts.held_out[: config.evaluation.prompts],
@@ -233,30 +220,63 @@ def build(
         shuffle=config.data.shuffle,
     )
     begun = processes.from_main(lambda: find(config.resume, folder)) if config.resume else None
-    trackers = (
-        Composite([], say=silent)
-        if not processes.is_main
-        else open_trackers(
-            config.tracking,
-            folder,
-            hidden(asdict(config)),
-            total_steps=config.ppo.steps,
-            overrides=overrides,
-            resume_step=(checkpoint.step_of(begun) if begun else -1) if config.resume else None,
-        )
-    )
+    trackers = make_trackers(config, folder, overrides, begun, is_main=processes.is_main)
     keeper = Keeper(config.checkpoint, folder, trackers.say)
     lab = Lab(config, folder, trainer, stream, evaluator, trackers, keeper, start, processes)
     seed_random_state(config.seed)  # again: libraries draw numbers while they are first imported
     if begun:
-        with processes.together():
-            state = checkpoint.read(begun)
-        try:
-            restore(lab, state)
-        except ConfigError as error:
-            raise shared(error) from None
-        processes.from_main(lambda: checkpoint.set_aside_later(folder, trainer.iterations_done))
+        go_on(lab, begun)
     return lab
+
+
+def make_trainer(
+    config: Config, policy: Any, tokenizer: Any, reward: Any, device: Any, processes: Alone
+) -> PPOTrainer:
+    """The trainer of a run, with its critic and its sampler."""
+    trainer = PPOTrainer(
+        ppo_config(config),
+        policy,
+        tokenizer=tokenizer,
+        critic=load_critic(config, tokenizer, device),
+        sampling=sampling(config.generation, policy, tokenizer, eos_token=config.model.eos_token),
+        reward=reward,
+        device=device,
+        processes=processes,
+    )
+    if isinstance(config.generation, VLLMGeneration):
+        context = longest_prompt(config) + config.generation.max_new_tokens
+        engine = engine_for(trainer, config.generation, trainer.sampling, context=context)
+        trainer.sampler = VLLMSampler(trainer, engine, max_gap=config.generation.max_gap)
+    return trainer
+
+
+def make_trackers(
+    config: Config, folder: Path, overrides: Sequence[str], begun: Path | None, *, is_main: bool
+) -> Composite:
+    """Where a run's metrics go: with several processes, those of the main one alone."""
+    if not is_main:
+        return Composite([], say=silent)
+    return open_trackers(
+        config.tracking,
+        folder,
+        hidden(asdict(config)),
+        total_steps=config.ppo.steps,
+        overrides=overrides,
+        resume_step=(checkpoint.step_of(begun) if begun else -1) if config.resume else None,
+    )
+
+
+def go_on(lab: Lab, begun: Path) -> None:
+    """Take everything up where a checkpoint left it."""
+    with lab.processes.together():
+        state = checkpoint.read(begun)
+    try:
+        restore(lab, state)
+    except ConfigError as error:
+        raise shared(error) from None
+    lab.processes.from_main(
+        lambda: checkpoint.set_aside_later(lab.folder, lab.trainer.iterations_done)
+    )
 
 
 def train(lab: Lab, preemption: Preemption) -> None:
