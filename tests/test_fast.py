@@ -284,8 +284,10 @@ def test_few_rows_times_a_vocabulary_are_a_product_of_slices(outputs: int, bias:
     layer, x = torch.nn.Linear(7, outputs, bias=bias), torch.randn(3, 7)
     with torch.no_grad():
         ours = wide_product(x, layer.weight, layer.bias)
+        other_way_round = wide_product(x, layer.weight.t().contiguous().t(), layer.bias)
     assert ours.is_contiguous()
     assert_close(ours, layer(x))
+    assert_close(other_way_round, layer(x))
 
 
 def test_half_precision_is_widened_where_the_processor_does_not_compute_in_it(

@@ -51,8 +51,9 @@ def wide_product(
     x: Float[Tensor, "rows inputs"], weight: Float[Tensor, "outputs inputs"], bias: Tensor | None
 ) -> Float[Tensor, "rows outputs"]:
     """x W^T + b, contiguous, for few rows and many outputs."""
-    sliced = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if torch.is_grad_enabled() or not sliced or len(weight) < WIDE:
+    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    wide = len(weight) >= WIDE and weight.is_contiguous()
+    if torch.is_grad_enabled() or not (plain and wide):
         return product(x, weight, bias).contiguous()
     rows, inputs = x.shape
     slices = len(weight) // SLICE
