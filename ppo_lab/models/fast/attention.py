@@ -43,6 +43,11 @@ class Block:
     end: int
     bias: Float[Tensor, "batch_kv group_columns keys"]
 
+    @property
+    def columns(self) -> slice:
+        """Its queries' columns."""
+        return slice(self.first, self.end)
+
 
 class KeysAndValues:
     """Keys and values of the positions seen so far, of every layer, in buffers made once.
@@ -126,7 +131,9 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         mixed, kept = _attended(q, k, v, blocks, scaling)
         ctx.save_for_backward(*kept)
-        ctx.blocks, ctx.scaling, ctx.shapes = blocks, scaling, (q.shape, k.shape)
+        # Not the blocks: their bias would live as long as the graph.
+        ctx.columns = [block.columns for block in blocks]
+        ctx.scaling, ctx.shapes = scaling, (q.shape, k.shape)
         return mixed
 
     @staticmethod
@@ -139,8 +146,9 @@ class _Attention(torch.autograd.Function):
         for_q: list[Tensor] = []
         for_k, for_v = torch.empty(0), torch.empty(0)
         # From the last on, which sees every key.
-        for block, q, p in zip(ctx.blocks[::-1], of_blocks[-2::-2], of_blocks[::-2], strict=True):
-            seen, of_mixed = p.shape[2], _rows(for_mixed, block, keys)
+        newest_first = zip(ctx.columns[::-1], of_blocks[-2::-2], of_blocks[::-2], strict=True)
+        for columns, q, p in newest_first:
+            seen, of_mixed = p.shape[2], _rows(for_mixed, columns, keys)
             for_p = torch.bmm(of_mixed, values[:, :seen].mT)
             for_s = torch._softmax_backward_data(for_p, p, -1, p.dtype)
             slope = _narrow_product(for_s, keys[:, :seen])
@@ -163,7 +171,7 @@ def _attended(
     keys, values = k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:])
     mixed, kept = [], [keys, values]
     for block in blocks:
-        seen, of_q = block.bias.shape[2], _rows(q, block, keys)
+        seen, of_q = block.bias.shape[2], _rows(q, block.columns, keys)
         p = torch.baddbmm(block.bias, of_q, keys[:, :seen].mT, alpha=scaling).softmax(-1)
         out = _narrow_product(p, values[:, :seen])
         mixed.append(out.reshape(batch, heads, -1, size).transpose(1, 2))
@@ -175,9 +183,9 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _rows(x: Tensor, block: Block, keys: Tensor) -> Float[Tensor, "batch_kv group_columns size"]:
-    """The block's columns of (batch, heads, new, size), heads that share keys together."""
-    return x[:, :, block.first : block.end].reshape(len(keys), -1, x.shape[3])
+def _rows(x: Tensor, columns: slice, keys: Tensor) -> Float[Tensor, "batch_kv group_columns size"]:
+    """These columns of (batch, heads, new, size), heads that share keys together."""
+    return x[:, :, columns].reshape(len(keys), -1, x.shape[3])
 
 
 def _narrow_product(
