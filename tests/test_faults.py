@@ -78,9 +78,11 @@ def test_a_signal_ends_the_iteration_leaves_a_checkpoint_and_the_run_goes_on_exa
     # A shell's jobs in the background ignore SIGINT, and what they start does too.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     in_iteration(4, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(Preempted) as stopped:
-        run(tiny(tmp_path), tmp_path / "run")
-    signal.signal(signal.SIGINT, before)
+    try:
+        with pytest.raises(Preempted) as stopped:
+            run(tiny(tmp_path), tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stopped.value.code == EXIT_CODE == 75
     assert "once more stops at once" in capfd.readouterr().err
     assert summary(tmp_path / "run")["status"] == "preempted"
