@@ -119,6 +119,8 @@ class PPOTrainer:
             self.policy.trunk.keep_below()
         self.optimizer = optimizer or _optimizer(self.policy, self.critic, self.config)
         self.lr_scheduler = lr_scheduler or _schedule(self.optimizer, self.config)
+        # Before models are shared out: partitioned weights have no size of their own.
+        self.meter = Meter(self.policy, self.critic if self.has_critic else None)
         modules = {"policy": self.policy, "critic": self.critic, **self.reference.modules}
         self.models = self.processes.wrap(modules, self.optimizer)
         self.average = self._moving_average()
@@ -132,7 +134,6 @@ class PPOTrainer:
         self.moments = RunningMoments()
         self.iterations_done = 0
         self.clock = Clock(self.device, partial(peak_flops, str(self.device), self.policy.dtype))
-        self.meter = Meter(self.policy, self.critic if self.has_critic else None)
         self.dataloader = classic.dataloader(dataset, data_collator, self.config)
         self.latest: tuple[Prompts, Tokens, Scores] | None = None
         self._noise_streams = 0
