@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import several
 import torch
-from tiny_models import policy, ragged
+from tiny_models import policy, ragged, trainer
+from torch import nn
 from torch.testing import assert_close
 
 from ppo_lab.command_line import command_problems
 from ppo_lab.config import conf_folder, register_schema
 from ppo_lab.processes import launch
-from ppo_lab.processes.alone import Alone
+from ppo_lab.processes.alone import Alone, Whole
 from ppo_lab.processes.relaunch import count_in
 from ppo_lab.rules import problems
 from ppo_lab.types import Batch, Forward, Tokens
@@ -67,6 +68,22 @@ def test_a_pass_without_samples_reaches_every_weight_and_moves_none(
     (found.logprobs.sum() + found.values.sum()).backward()
     for parameter in (p for p in model.parameters() if p.requires_grad):
         assert_close(parameter.grad, torch.zeros_like(parameter))
+
+
+class Partitioning(Alone):
+    """A process whose models have no weights of their own once they are wrapped, as with ZeRO-3."""
+
+    def wrap(self, models: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> Whole:
+        for parameter in (p for model in models.values() for p in model.parameters()):
+            parameter.data = parameter.data.new_empty(0)
+        return super().wrap(models, optimizer)
+
+
+def test_sizes_are_those_of_the_models_before_they_are_shared_out() -> None:
+    whole, partitioned = trainer(), trainer(processes=Partitioning())
+    assert sum(p.numel() for p in partitioned.policy.parameters()) == 0
+    assert partitioned.meter.policy == whole.meter.policy
+    assert whole.meter.policy.parameters > 0
 
 
 def test_a_process_is_alone_unless_a_launcher_says_otherwise(
