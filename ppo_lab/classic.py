@@ -403,7 +403,7 @@ def log_stats(
     """See `PPOTrainer.log_stats`."""
     if trainer.config.log_with == "none":
         return
-    from ppo_lab.tracking import log_classic_stats
+    from ppo_lab.wandb_mirror import log_classic_stats
 
     log_classic_stats(
         stats,

@@ -35,7 +35,7 @@ def workspace(entity: str, project: str, *, name: str) -> Any:
     """The view: headline curves, the frontier, beta and epsilon against outcomes, samples."""
     import wandb_workspaces.workspaces as ws
 
-    from ppo_lab.tracking import X_AXIS
+    from ppo_lab.wandb_mirror import X_AXIS
 
     return ws.Workspace(
         entity=entity,
@@ -67,7 +67,7 @@ def _lines(metric: str) -> Any:
     """One metric against the iteration: the mean of each group of runs with its range."""
     import wandb_workspaces.reports.v2 as wr
 
-    from ppo_lab.tracking import X_AXIS
+    from ppo_lab.wandb_mirror import X_AXIS
 
     return wr.LinePlot(
         title=metric, x=X_AXIS, y=[metric], groupby_aggfunc="mean", groupby_rangefunc="minmax"

@@ -13,19 +13,18 @@ import pytest
 
 from ppo_lab.config import TrackingSection
 from ppo_lab.record import JsonLines, read_json_lines
-from ppo_lab.tracking import (
+from ppo_lab.tracking import Composite, open_trackers
+from ppo_lab.types import Sample
+from ppo_lab.wandb_mirror import (
     FINISH_TIMEOUT,
     INIT_TIMEOUT,
     TABLE_TIMEOUT,
-    Composite,
     WandbTracker,
     log_classic_stats,
-    open_trackers,
     run_id,
     run_name,
     uploaded_config,
 )
-from ppo_lab.types import Sample
 
 CONFIG = {
     "name": "tiny-embedded",

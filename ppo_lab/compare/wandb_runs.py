@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ppo_lab.compare.runs import Run, columns, flat
-from ppo_lab.tracking import X_AXIS
+from ppo_lab.wandb_mirror import X_AXIS
 
 ALIASES = ("beta", "epsilon", "_wandb")  # said again elsewhere in the config
 OF_SUMMARY = ("status", "reason", "steps", "objective", "wall_s", "tokens_per_second")

@@ -1,0 +1,414 @@
+"""Weights & Biases as a mirror of the record: in a thread of its own, and at the end waited for
+during a bounded time alone. What goes wrong is said once, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import queue
+import secrets
+import string
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any, Literal
+
+from ppo_lab.record import Say, brief, read_json_lines, to_stderr, write_atomically
+from ppo_lab.types import Sample
+
+X_AXIS = "iteration"
+INIT_TIMEOUT = 10.0  # seconds, as all of these
+FINISH_TIMEOUT = 10.0
+TABLE_TIMEOUT = 5.0
+ARTIFACT_TIMEOUT = 120.0
+THREAD_NAME = "ppo_lab-wandb"
+
+
+def uploaded_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested config, with `beta` and `epsilon` beside it for charts and filters."""
+    ppo = config.get("ppo") or {}
+    aliases = {"beta": ppo.get("init_kl_coef"), "epsilon": ppo.get("cliprange")}
+    return {**config, **{name: value for name, value in aliases.items() if value is not None}}
+
+
+_SHORT = {
+    "ppo.init_kl_coef": "kl",
+    "ppo.cliprange": "clip",
+    "ppo.learning_rate": "lr",
+    "lora.r": "r",
+    "reward.weight": "w",
+}
+_ELSEWHERE = ("seed", "name", "resume", "device", "objective", "model", "reward", "data")
+_NOT_TOLD = ("tracking", "checkpoint", "hydra")
+
+
+def run_name(base: str, overrides: Sequence[str], *, seed: int) -> str:
+    """A name that tells runs apart at a glance: what was overridden, shortened, then the seed.
+
+    >>> run_name("tiny-embedded", ["ppo.init_kl_coef=0.1", "ppo.cliprange=0.2", "seed=3"], seed=3)
+    'tiny-embedded-kl0.1-clip0.2-s3'
+    """
+    parts = [base] if base else []
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key in _ELSEWHERE or key.startswith(_NOT_TOLD) or key.endswith("path"):
+            continue
+        short = _SHORT.get(key, key.rpartition(".")[2] if "." in key else "")
+        parts.append(f"{short}{value}")
+    return "-".join([*parts, f"s{seed}"])[:128]
+
+
+def run_id(folder: Path, chosen: str = "") -> str:
+    """The W&B id of this run: the agent's, the chosen one, the folder's, or a new one.
+
+    It is kept in the folder, as wandb_run_id, so that a resumed run continues the same curves.
+    """
+    file, kept = folder / "wandb_run_id", ""
+    with suppress(OSError):
+        kept = file.read_text().strip()
+    letters = string.ascii_lowercase + string.digits
+    new = "".join(secrets.choice(letters) for _ in range(8))
+    found = os.environ.get("WANDB_RUN_ID") or chosen or kept or new
+    if found != kept:
+        with suppress(OSError):
+            write_atomically(file, found + "\n")
+    return found
+
+
+class WandbTracker:
+    """Weights & Biases as a mirror, in a thread of its own: slow or down, it never slows training.
+
+    Offline when nobody is logged in or the server cannot be had, online otherwise, said in one
+    line; nothing is ever asked. The x axis of every metric is the PPO iteration. `finish` waits for
+    what is still to be uploaded, but for a bounded time; the rest stays on disk for `wandb sync`.
+
+    `section` is the `tracking` section of the config; `overrides`, what the command line changed,
+    name the run. With `resumed`, rows that the server lacks are sent from metrics.jsonl, and rows
+    that it has are not sent again.
+    """
+
+    def __init__(
+        self,
+        section: Any,
+        folder: Path,
+        config: Mapping[str, Any],
+        *,
+        overrides: Sequence[str] = (),
+        resumed: bool = False,
+        capture_console: bool = True,
+        say: Say = to_stderr,
+    ) -> None:
+        self.section, self.folder, self.config = section, folder.absolute(), config
+        self._say = say
+        self._name = (
+            section.name or os.environ.get("WANDB_NAME") or _default_name(config, overrides)
+        )
+        self._was_online = resumed and any((folder / "wandb").glob("run-*"))
+        self._earlier = read_json_lines(folder / "metrics.jsonl") if resumed else []
+        self._console = "auto" if capture_console else "off"
+        self._finish_timeout = ARTIFACT_TIMEOUT if section.log_model else FINISH_TIMEOUT
+        self._aside_timeout = ARTIFACT_TIMEOUT if section.log_model else TABLE_TIMEOUT
+        self._aside: threading.Thread | None = None
+        self._sent_through = self._at = -1
+        self._last_table = -math.inf
+        self._samples: tuple[list[Sample], int] | None = None
+        self._troubled = False
+        self._jobs: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
+        busy = any(thread.name == THREAD_NAME for thread in threading.enumerate())
+        self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
+        if busy:
+            self._tell("W&B: none, since an earlier run in this process still waits for it")
+        else:
+            self._thread.start()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """One row of history."""
+        row = {X_AXIS: step, **metrics}
+        self._do(lambda run: self._send(run, row))
+
+    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
+        """A table, at most every `samples_every` iterations; the last one is sent in any case."""
+        if self.section.samples_every:
+            shown = list(samples), step
+            self._do(lambda run: self._take_samples(run, shown))
+
+    def finish(self, status: str, summary: Mapping[str, Any]) -> None:
+        """The summary, the adapter where asked for, the state; back in seconds, come what may."""
+        if not self._thread.is_alive():
+            return
+        self._do(lambda run: self._end(run, status, summary))
+        self._jobs.put(None)
+        self._thread.join(INIT_TIMEOUT + 2 * self._aside_timeout + self._finish_timeout)
+        if self._thread.is_alive():
+            self._tell(
+                f"W&B: still not done, left behind; what it holds is in {self.folder / 'wandb'}"
+            )
+
+    def _do(self, job: Callable[[Any], None]) -> None:
+        if self._thread.is_alive():
+            self._jobs.put(job)
+
+    def _tell(self, text: str) -> None:
+        if not self._troubled:
+            self._say(text)
+
+    def _work(self) -> None:
+        try:
+            with _staging(self.folder / "wandb"):
+                self._mirror(self._begin())
+        except Exception as error:
+            self._tell(
+                f"W&B: none ({type(error).__name__}: {brief(error)}); metrics.jsonl is the record"
+            )
+
+    def _mirror(self, run: Any) -> None:
+        while run and (job := self._jobs.get()):
+            self._try(partial(job, run))
+
+    def _try(self, job: Callable[[], Any]) -> None:
+        try:
+            job()
+        except Exception as error:
+            self._tell(f"W&B: {type(error).__name__}: {brief(error)}; training goes on")
+            self._troubled = True
+
+    def _begin(self) -> Any:
+        mode, why = _mode(self.section.mode)
+        if mode == "disabled":
+            return self._tell(f"W&B: none, {why}")
+        import wandb
+
+        _quieten(wandb)
+        if mode == "online":
+            why = _no_credentials(wandb)
+            mode = "offline" if why else "online"
+        try:
+            run = wandb.init(mode=mode, **self._options(wandb, mode))
+        except wandb.errors.Error as error:
+            mode, why = "offline", f"since the server cannot be had ({brief(error)})"
+            wandb.teardown()  # or the id counts as in use
+            _quieten(wandb)
+            run = wandb.init(mode=mode, **self._options(wandb, mode))
+        later = f"{why}; upload: wandb sync {_short(Path(run.dir).parent)}"
+        self._tell(f"W&B: {mode}, {later if mode == 'offline' else run.url}")
+        self._prepare(run)
+        return run
+
+    def _options(self, wandb: Any, mode: str) -> dict[str, Any]:
+        section, sweep = self.section, os.environ.get("WANDB_SWEEP_ID")
+        project = section.project or os.environ.get("WANDB_PROJECT") or "ppo_lab"
+        own = {"project": project, "entity": section.entity, "id": run_id(self.folder, section.id)}
+        group = section.group or os.environ.get("WANDB_RUN_GROUP") or (sweep and f"sweep-{sweep}")
+        return {
+            **({} if sweep else {name: value or None for name, value in own.items()}),
+            "resume": "must" if mode == "online" and self._was_online else "allow",
+            "dir": str(self.folder),
+            "config": uploaded_config(self.config),
+            "allow_val_change": True,
+            "name": self._name,
+            "group": group or None,
+            "tags": list(section.tags) or None,
+            "notes": section.notes or None,
+            "settings": wandb.Settings(
+                init_timeout=INIT_TIMEOUT,
+                finish_timeout=self._finish_timeout,
+                quiet=True,
+                show_info=False,
+                console=self._console,
+                x_transaction_log_flush_interval=1.0,
+            ),
+        }
+
+    def _prepare(self, run: Any) -> None:
+        for name, ours in self.config.items():
+            # A sweep over a config group puts the option's name where the group's settings were.
+            if isinstance(ours, Mapping) and not isinstance(run.config.get(name), Mapping):
+                run.config.update({f"{name}_cfg": dict(ours)})
+        run.define_metric(X_AXIS, hidden=True)
+        run.define_metric("*", step_metric=X_AXIS)
+        if not run.offline:
+            server_has = run.summary.get(X_AXIS) if run.resumed else None
+            self._sent_through = -1 if server_has is None else int(server_has)
+            for row in self._earlier:
+                known = {name: value for name, value in row.items() if value is not None}
+                self._send(run, {X_AXIS: known.pop("step"), **known})
+
+    def _send(self, run: Any, row: dict[str, float]) -> None:
+        if row[X_AXIS] > self._sent_through:
+            run.log(row)
+            self._at = int(row[X_AXIS])
+
+    def _take_samples(self, run: Any, samples: tuple[list[Sample], int]) -> None:
+        self._samples = samples
+        if samples[1] - self._last_table >= self.section.samples_every:
+            self._send_samples(run)
+
+    def _send_samples(self, run: Any) -> None:
+        """Send the samples at hand; where an earlier table is still under way, they wait."""
+        if self._samples and self._is_free(0.0):
+            (samples, step), self._samples = self._samples, None
+            self._last_table = step
+            self._go_aside(lambda: _send_table(run, samples, step, at_least=self._at))
+
+    def _go_aside(self, job: Callable[[], Any]) -> None:
+        """Do what the client waits for the server with, so that no row stands behind it."""
+        self._aside = threading.Thread(target=lambda: self._try(job), daemon=True)
+        self._aside.start()
+
+    def _is_free(self, timeout: float) -> bool:
+        if self._aside:
+            self._aside.join(timeout)
+        return not (self._aside and self._aside.is_alive())
+
+    def _end(self, run: Any, status: str, summary: Mapping[str, Any]) -> None:
+        run.summary.update(_flat({**summary, "status": status}))
+        model = self.folder / "model"
+        if self._is_free(self._aside_timeout):
+            self._send_samples(run)
+            if self._is_free(self._aside_timeout) and self.section.log_model and model.is_dir():
+                self._go_aside(lambda: _send_model(run, model, status))
+                self._is_free(self._aside_timeout)
+        # A run that a sweep ends early is done; elsewhere a preempted run waits to be resumed.
+        stopped = status == "preempted" and not os.environ.get("WANDB_SWEEP_ID")
+        if stopped:
+            run.mark_preempting()
+        run.finish(exit_code=1 if stopped or status == "failed" else 0)
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[None]:
+    """Tables and artifacts wait for their upload in the run's folder, not in the user's home."""
+    if "WANDB_DATA_DIR" in os.environ:
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("WANDB_DATA_DIR", None)
+
+
+def _mode(wanted: str) -> tuple[Literal["online", "offline", "disabled"], str]:
+    """The mode to try, and the reason where it is not online."""
+    set_outside = os.environ.get("WANDB_MODE", "").lower() if wanted == "auto" else ""
+    if set_outside == "disabled":
+        return "disabled", "by WANDB_MODE=disabled"
+    if set_outside in ("offline", "dryrun"):
+        return "offline", f"by WANDB_MODE={set_outside}"
+    return ("offline", "as asked") if wanted == "offline" else ("online", "")
+
+
+def _quieten(wandb: Any) -> None:
+    """Turn the client's chatter off, and with it its prompts; its warnings stay."""
+    wandb.setup(settings=wandb.Settings(show_info=False))
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+
+
+def _no_credentials(wandb: Any) -> str:
+    """Why W&B would not know who this is, by the client's own rules; empty where it would."""
+    from wandb.sdk.lib import wbauth
+
+    try:
+        host = wandb.setup().settings.base_url
+        found = wbauth.authenticate_session(
+            host=host, source="ppo_lab", prompt=False, update_session=False
+        )
+    except wandb.errors.Error as error:
+        return f"since the credentials are not valid ({brief(error)})"
+    return "" if found else "since nobody is logged in"
+
+
+def log_classic_stats(
+    stats: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    scores: Sequence[float],
+    *,
+    project: str,
+    name: str = "",
+) -> None:
+    """One step of a hand-written loop, as TRL's classic `log_stats` sent it: statistics and texts.
+
+    It goes to the W&B run that is open, or to a new one called `name`. Whatever fails is said and
+    passed over.
+    """
+    import wandb
+
+    try:
+        run = wandb.run or _open_classic(wandb, project, name)
+        rows = zip(*(batch.get(name, []) for name in ("query", "response")), scores, strict=False)
+        table = wandb.Table(
+            columns=["query", "response", "reward"], data=[list(row) for row in rows]
+        )
+        rewards = {"env/reward_mean": fmean(scores), "env/reward_std": pstdev(scores)}
+        run.log({**_chartable(wandb, stats), **rewards, "game_log": table})
+    except Exception as error:
+        to_stderr(f"W&B: {type(error).__name__}: {brief(error)}; training goes on")
+
+
+def _open_classic(wandb: Any, project: str, name: str) -> Any:
+    _quieten(wandb)
+    mode = "offline" if _mode("auto")[0] != "online" or _no_credentials(wandb) else "online"
+    settings = wandb.Settings(
+        init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, quiet=True, show_info=False
+    )
+    return wandb.init(project=project, name=name or None, mode=mode, settings=settings)
+
+
+def _chartable(wandb: Any, stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers as they are, longer arrays as histograms."""
+    charts = {}
+    for name, value in stats.items():
+        flat = value.flatten().tolist() if hasattr(value, "flatten") else value
+        many = isinstance(flat, list) and len(flat) > 1
+        charts[name] = (
+            wandb.Histogram(flat) if many else flat[0] if isinstance(flat, list) else flat
+        )
+    return charts
+
+
+def _send_table(run: Any, samples: Sequence[Sample], step: int, *, at_least: int) -> None:
+    """A table under its own iteration, or that of rows sent meanwhile: x never goes back."""
+    import wandb
+
+    columns: list[Any] = ["iteration", *Sample.__dataclass_fields__]
+    rows = [[step, *(_encodable(value) for value in asdict(sample).values())] for sample in samples]
+    run.log({X_AXIS: max(step, at_least), "samples": wandb.Table(columns=columns, data=rows)})
+
+
+def _send_model(run: Any, folder: Path, status: str) -> None:
+    import wandb
+
+    artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata={"status": status})
+    artifact.add_dir(str(folder))
+    run.log_artifact(artifact)
+
+
+def _encodable(value: Any) -> Any:
+    """The value with what UTF-8 cannot hold spelt out."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Numbers and words under slashed names, without versions and revisions."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, Mapping) and name not in ("versions", "revisions"):
+            flat |= _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, str | bool | int | float):
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _default_name(config: Mapping[str, Any], overrides: Sequence[str]) -> str:
+    return run_name(str(config.get("name") or ""), overrides, seed=int(config.get("seed") or 0))
+
+
+def _short(path: Path) -> str:
+    """The path from here, where that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
