@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from ppo_lab.command_line import CommandReader, a_hydra, command_problems
+from ppo_lab.command_line import command_problems
+from ppo_lab.command_reader import CommandReader, a_hydra
 from ppo_lab.config import ConfigError, conf_folder, register_schema
 from ppo_lab.rules import problems
 

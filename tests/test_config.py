@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ppo_lab import config as schema
-from ppo_lab.command_line import CommandReader, a_hydra
+from ppo_lab.command_reader import CommandReader, a_hydra
 from ppo_lab.config import Config, ConfigError, PPOConfig, conf_folder, register_schema
 from ppo_lab.rules import illegal_values, is_legal, problems
 

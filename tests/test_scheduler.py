@@ -180,7 +180,7 @@ def test_presets_for_slurm_and_ray_are_of_keys_that_their_plugins_know() -> None
 
 
 def test_every_preset_says_what_it_is_for_and_builds_on_a_plugins_launcher() -> None:
-    from ppo_lab.command_line import PLUGINS
+    from ppo_lab.command_reader import PLUGINS
 
     files = sorted((conf_folder() / "hydra" / "launcher").glob("*.yaml"))
     assert [file.stem for file in files] == ["ray_gpu", "slurm_gpu", "slurm_node", "slurm_nodes"]
