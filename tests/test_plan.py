@@ -356,6 +356,7 @@ def test_a_sweep_is_planned_in_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_plans_hold_on_this_machine() -> None:
     assert check(CASES) == 0
 
