@@ -79,6 +79,7 @@ def load_policy(config: Config, tokenizer: Any, device: str) -> AutoModelForCaus
         model, v_head_init=head.v_head_init, v_head_init_std=head.v_head_init_std
     )
     policy.load_value_head(config.model.path)
+    policy.trunk.records_graphs = config.model.cuda_graphs
     if config.model.torch_compile:
         policy.trunk.compile()
     return policy

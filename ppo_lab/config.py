@@ -196,6 +196,10 @@ class ModelSection:
         "compile the decoder for the passes that are trained on; takes minutes once, and needs a "
         "C++ compiler",
     )
+    cuda_graphs: bool = knob(
+        True,
+        "on a GPU, launch all kernels of a token's pass at once while sampling; false = one by one",
+    )
     pad_token: str = knob("", "token that pads; empty = the tokenizer's, or else its EOS")
     eos_token: str = knob("", "token that ends a text; empty = the tokenizer's")
 

@@ -12,7 +12,8 @@ from ppo_lab.rules import device_problem, illegal_values, matches, model_folder
 from ppo_lab.stages.config import RewardModelConfig, SFTConfig, StageSection
 from ppo_lab.stages.examples import data_problems, read_rows, split_rows
 
-UNREAD = ("ppo.", "generation.", "evaluation.", "critic.", "model.torch_compile")
+UNREAD_OF_MODEL = ("model.torch_compile", "model.cuda_graphs")
+UNREAD = ("ppo.", "generation.", "evaluation.", "critic.", *UNREAD_OF_MODEL)
 
 
 def problems(config: Any, stated: Collection[str] = ()) -> list[str]:

@@ -31,7 +31,7 @@ def make_trainer(spec: dict[str, Any]) -> PPOTrainer:
         random_model(spec), peft_config=lora(spec)
     )
     if spec.get("road") == "transformers":
-        model.trunk._fast = None
+        model.trunk._fast, model.trunk.records_graphs = None, False
     if spec.get("compiled"):
         model.trunk.compile()
     return PPOTrainer(

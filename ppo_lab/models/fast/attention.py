@@ -19,6 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -93,10 +94,11 @@ def blocks_of(
     to `rounded_to`, the precision in which transformers has them.
     """
     batch, seen = attention.shape
-    ahead = torch.ones(new, seen, dtype=torch.bool).triu(seen - new + 1)
-    alibi = torch.zeros(seen, dtype=dtype)
+    ahead = attention.new_ones(new, seen).triu(seen - new + 1)
+    alibi = attention.new_zeros(seen, dtype=dtype)
     if slopes is not None:
         positions = (attention.cumsum(1) - 1) * attention
+        slopes = slopes.to(attention.device)
         alibi = (slopes[:, None] * positions[:, None, :]).to(rounded_to).to(dtype)[:, :, None, :]
     count = max(1, round(new / max(COLUMNS, SCORES // (batch * heads * seen))))
     found = []
@@ -119,6 +121,8 @@ def attend(
     """What every query mixes, the heads side by side."""
     if torch.is_grad_enabled():
         return _Attention.apply(q, k, v, blocks, scaling)
+    if q.device.type != "cpu":
+        return by_one_kernel(q, k, v, blocks, scaling)
     return _attended(q, k, v, blocks, scaling)[0]
 
 
@@ -177,6 +181,24 @@ def _attended(
         mixed.append(out.reshape(batch, heads, -1, size).transpose(1, 2))
         kept += [of_q, p]
     return _joined(mixed, 1).flatten(2), kept
+
+
+def by_one_kernel(
+    q: Float[Tensor, "batch heads new size"],
+    k: Float[Tensor, "batch kv_heads seen size"],
+    v: Float[Tensor, "batch kv_heads seen size"],
+    blocks: Sequence[Block],
+    scaling: float,
+) -> Float[Tensor, "batch new heads_size"]:
+    """`attend` by torch's kernel: on a GPU one for everything, with scores in float32."""
+    mixed = []
+    for block in blocks:
+        keys, values = (x[:, :, : block.bias.shape[2]] for x in (k, v))
+        rows = q[:, :, block.columns].reshape(*k.shape[:2], -1, q.shape[3])
+        bias = block.bias.view(*rows.shape[:3], -1)
+        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias, scale=scaling)
+        mixed.append(out.reshape(*q.shape[:2], -1, q.shape[3]).transpose(1, 2))
+    return _joined(mixed, 1).flatten(2)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

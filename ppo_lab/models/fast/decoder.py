@@ -72,12 +72,14 @@ class FastDecoder:
         anatomy = read(decoder)
         return None if anatomy is None else cls(decoder, anatomy)
 
-    def usable(self) -> bool:
-        """Whether it is on a CPU now, with nothing on that only transformers' forward does."""
+    def usable(self, *, on_gpu: bool = False) -> bool:
+        """Whether it is on a CPU now, or else on a GPU, with nothing on that only transformers'
+        forward does.
+        """
         weight = self.decoder.get_input_embeddings().weight
         on_cpu = weight.device.type == "cpu" and weight.dtype != torch.float16
         checkpoints = self.decoder.gradient_checkpointing and self.decoder.training
-        return on_cpu and not checkpoints and not _hooked(self._modules)
+        return (on_cpu or on_gpu) and not checkpoints and not hooked(self._modules)
 
     def hidden(
         self,
@@ -96,12 +98,12 @@ class FastDecoder:
         new, columns = ids.shape[1], last or ids.shape[1]
         *lower, final = enumerate(self.anatomy.layers)
         for index, layer in lower[0 if below is None else self.first_trained() :]:
-            x = _layer(layer, index, x, shared)
+            x = through(layer, index, x, shared)
         end = None
         if columns < new:
             end = LastColumns(shared.places, columns)
             shared = replace(shared, blocks=self._blocks(attention, columns, x.dtype))
-        x = normed(self.anatomy.norm, _layer(final[1], final[0], x, shared, end))
+        x = normed(self.anatomy.norm, through(final[1], final[0], x, shared, end))
         if cache is not None:
             cache.seen += new
         places = shared.places if end is None else end.places
@@ -114,7 +116,7 @@ class FastDecoder:
         """The hidden states that enter the first trained layer; without meaning on padding."""
         x, shared = self._enter(ids, attention)
         for index, layer in enumerate(self.anatomy.layers[: self.first_trained()]):
-            x = _layer(layer, index, x, shared)
+            x = through(layer, index, x, shared)
         return shared.places.spread(x).view(*ids.shape, -1)
 
     def first_trained(self) -> int:
@@ -137,14 +139,13 @@ class FastDecoder:
         new = ids.shape[1]
         places = Places(attention[:, -new:], width=self.anatomy.words.weight.shape[1])
         positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -new:]
-        stored = self.anatomy.words.weight.dtype
         if below is None:
-            x = self.anatomy.embed(places.take(ids), places.take(positions))
+            x = embedded(self.anatomy, places.take(ids), places.take(positions))
         else:
-            x = places.gather(below.flatten(0, 1))
-        x = x.to(computed_in(stored) if x.device.type == "cpu" else stored)
+            stored = self.anatomy.words.weight
+            x = places.gather(below.flatten(0, 1)).to(_passed_in(stored))
         blocks = self._blocks(attention, new, x.dtype)
-        return x, Pass(places, blocks, self._angles(x, positions), cache)
+        return x, Pass(places, blocks, angles_of(self.anatomy, x, positions), cache)
 
     def _blocks(self, attention: Tensor, new: int, dtype: torch.dtype) -> tuple[Block, ...]:
         first = self.anatomy.layers[0]
@@ -158,18 +159,27 @@ class FastDecoder:
             rounded_to=self.anatomy.words.weight.dtype,
         )
 
-    def _angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, int] | None:
-        if self.anatomy.rotary is None:
-            return None
-        cos, sin = self.anatomy.rotary(x, positions)
-        pairs, first = cos.shape[2] // 2, self.anatomy.layers[0]
-        spread = spread_angles(
-            cos[..., :pairs], sin[..., :pairs], heads=first.heads, size=first.size
-        )
-        return (*spread, pairs)
+
+def embedded(
+    anatomy: Anatomy, ids: Int[Tensor, " rows"], positions: Int[Tensor, " rows"]
+) -> Float[Tensor, "rows hidden"]:
+    """What the first layer reads, in the precision that the layers compute in."""
+    return anatomy.embed(ids, positions).to(_passed_in(anatomy.words.weight))
 
 
-def _layer(
+def angles_of(
+    anatomy: Anatomy, x: Float[Tensor, "rows hidden"], positions: Int[Tensor, "batch time"]
+) -> tuple[Tensor, Tensor, int] | None:
+    """How far rotary embeddings turn, as a `Pass` has it; x gives device and precision."""
+    if anatomy.rotary is None:
+        return None
+    cos, sin = anatomy.rotary(x, positions)
+    pairs, first = cos.shape[2] // 2, anatomy.layers[0]
+    spread = spread_angles(cos[..., :pairs], sin[..., :pairs], heads=first.heads, size=first.size)
+    return (*spread, pairs)
+
+
+def through(
     layer: Layer,
     index: int,
     x: Float[Tensor, "rows hidden"],
@@ -224,7 +234,7 @@ def _feed_forward(
     return shared.linear(layer.down, inner)
 
 
-def _hooked(modules: Sequence[Any]) -> bool:
+def hooked(modules: Sequence[Any]) -> bool:
     """Whether something is to happen around one of them that only its own call would do.
 
     Hooks by which transformers captures outputs sleep outside of its own forward.
@@ -236,3 +246,8 @@ def _hooked(modules: Sequence[Any]) -> bool:
         h for m in with_hooks for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
     ]
     return any(not hook.__module__.startswith("transformers.") for hook in hooks)
+
+
+def _passed_in(stored: Tensor) -> torch.dtype:
+    """The precision that the layers of weights like these compute in, where they are."""
+    return computed_in(stored.dtype) if stored.device.type == "cpu" else stored.dtype

@@ -143,8 +143,12 @@ class Linear(NamedTuple):
         """W x + b, and for each adapter + scaling B A x, all in the precision of x."""
         y = product(x, self.weight, self.bias)
         for a, b, scaling in self.adapters:
-            # Transposed as y is, or y would be copied into the other layout.
-            y = torch.addmm(y.t(), b, F.linear(x, a).t(), alpha=scaling).t()
+            inner = F.linear(x, a)
+            if x.device.type == "cpu":
+                # Transposed as y is, or y would be copied into the other layout.
+                y = torch.addmm(y.t(), b, inner.t(), alpha=scaling).t()
+            else:
+                y = torch.addmm(y, inner, b.t(), alpha=scaling)
         return y
 
 

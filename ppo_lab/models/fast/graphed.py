@@ -1,0 +1,219 @@
+"""Decoding on a GPU, where launching the kernels of a token costs more than their work.
+
+The pass of one token is some ten small kernels a layer. Here all that it reads and writes lies at
+addresses that stay for a whole generation: the token and its column are copied into their places,
+keys and values of columns to come are hidden by attention's bias. So the kernels that one pass
+launches are those of every later one; they are recorded once, as a CUDA graph, and from then on
+launched together. Nothing in a pass asks the GPU for a number or brings one from the host.
+
+Where recording fails, the same passes are made kernel by kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ppo_lab.models.fast.attention import Block, KeysAndValues
+from ppo_lab.models.fast.decoder import Pass, angles_of, embedded, hooked, through
+from ppo_lab.models.fast.elementwise import normed
+from ppo_lab.models.fast.layers import Anatomy, read
+from ppo_lab.models.fast.places import Everywhere
+
+log = logging.getLogger(__name__)
+
+# Rows of attention's bias start at multiples of this, as its kernels like them.
+ALIGNED = 8
+
+# Recording pays where so many tokens are still to come.
+WORTH_RECORDING = 8
+
+
+class GraphedDecoder:
+    """The recorded road of one model; holding no weights, it is always what the model is."""
+
+    def __init__(self, decoder: Any, anatomy: Anatomy, recorder: Recorder | None) -> None:
+        """Without a recorder its passes are made kernel by kernel, on any device."""
+        self.anatomy, self.recorder = anatomy, recorder
+        self._modules = list(decoder.modules())
+
+    @classmethod
+    def of(cls, decoder: Any) -> GraphedDecoder | None:
+        """That of a decoder on a GPU; None elsewhere, or where it has parts that are not
+        understood.
+        """
+        device = decoder.get_input_embeddings().weight.device
+        anatomy = read(decoder) if device.type == "cuda" else None
+        return None if anatomy is None else cls(decoder, anatomy, Recorder(device))
+
+    def usable(self) -> bool:
+        """Whether nothing is on that only transformers' forward does."""
+        return not hooked(self._modules)
+
+    def new_cache(self, positions: int) -> Graphed:
+        """A generation with room for so many positions."""
+        return Graphed(self.anatomy, positions, self.recorder)
+
+
+class Recorder:
+    """Records what a function launches on the GPU, on a stream of its own.
+
+    The last graph is kept until the next is recorded: they share a memory pool, which lives as long
+    as a graph that uses it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.last: torch.cuda.CUDAGraph | None = None
+
+    def warm(self, function: Callable[[], Any]) -> Any:
+        """What the function gives, with all prepared that recording must not meet unprepared."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            result = function()
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        return result
+
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """A function that launches what this one did, and where the results will then lie.
+
+        Raises:
+            RuntimeError: something in it cannot be recorded.
+        """
+        graph = torch.cuda.CUDAGraph()
+        pool = None if self.last is None else self.last.pool()
+
+        def recorded() -> Any:
+            # Not torch.cuda.graph(): that empties the allocator's cache, which costs more than a
+            # generation.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                return function()
+            finally:
+                graph.capture_end()
+
+        result = self.warm(recorded)
+        self.last = graph
+        return graph.replay, result
+
+
+class Standing(KeysAndValues):
+    """Keys and values in buffers that never move, written at the columns that `columns` holds.
+
+    `visible` says how many of the columns a pass reads, the first so many.
+    """
+
+    def __init__(self, positions: int, columns: Int[Tensor, " new"]) -> None:
+        super().__init__(positions)
+        self.columns, self.visible = columns, positions
+
+    def add(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of all visible columns of a layer, these (batch, heads, new, size) among them."""
+        if layer == len(self._layers):
+            batch, heads, _, size = keys.shape
+            # Zeros, since what is hidden is multiplied by zero and must be a number.
+            whole = keys.new_zeros(2, batch, heads, self.positions, size)
+            self._layers.append((whole[0], whole[1]))
+        for buffer, new in zip(self._layers[layer], (keys, values), strict=True):
+            buffer.index_copy_(2, self.columns, new)
+        all_keys, all_values = self._layers[layer]
+        return all_keys[:, :, : self.visible], all_values[:, :, : self.visible]
+
+
+class Graphed:
+    """The passes of one generation: of its prompts first, then of a token a row at a time."""
+
+    def __init__(self, anatomy: Anatomy, positions: int, recorder: Recorder | None = None) -> None:
+        """Room for so many positions, prompt included; without a recorder nothing is recorded."""
+        self.anatomy, self.recorder, self.positions = anatomy, recorder, positions
+        self._columns = -(-positions // ALIGNED) * ALIGNED
+        self._cache: Standing | None = None
+        self._launch: Callable[[], None] | None = None
+        self._warm = False
+
+    @torch.no_grad()
+    def hidden(
+        self, ids: Int[Tensor, "batch new"], attention: Bool[Tensor, "batch seen"]
+    ) -> Float[Tensor, "batch 1 hidden"]:
+        """The last hidden states of the newest column of `ids`; see `Trunk.hidden`."""
+        seen = attention.shape[1]
+        if self._cache is None:
+            return self._begin(ids, attention)
+        self._ids.copy_(ids)
+        self._column.fill_(seen - 1)
+        self._real[:, seen - 1].copy_(attention[:, -1])
+        if self._launch is not None:
+            self._launch()
+        else:
+            self._states = self._unrecorded(self.positions - seen)
+        return self._states.clone()
+
+    def _begin(self, ids: Tensor, attention: Tensor) -> Tensor:
+        """The pass of the prompts, after which everything has its place."""
+        batch, seen = attention.shape
+        self._ids = ids.new_zeros(batch, 1)
+        self._column = ids.new_zeros(1)
+        self._all_columns = torch.arange(self._columns, device=ids.device)
+        slopes = self.anatomy.slopes
+        self._slopes = slopes if slopes is None else slopes.to(ids.device)
+        self._real = attention.new_zeros(batch, self._columns)
+        self._real[:, :seen].copy_(attention)
+        self._cache = Standing(self._columns, self._all_columns[:seen])
+        self._cache.visible = seen
+        first = self._pass(ids)
+        self._cache.columns, self._cache.visible = self._column, self._columns
+        return first
+
+    def _unrecorded(self, to_come: int) -> Tensor:
+        """The states of a token whose pass is not recorded yet, or never will be."""
+        if self.recorder is None or to_come < WORTH_RECORDING:
+            return self._pass(self._ids)
+        if not self._warm:
+            self._warm = True
+            return self.recorder.warm(lambda: self._pass(self._ids))
+        try:
+            self._launch, states = self.recorder.record(lambda: self._pass(self._ids))
+        except RuntimeError as error:
+            log.warning("decoding is not recorded as a CUDA graph and goes on without: %s", error)
+            self.recorder = None
+            return self._pass(self._ids)
+        self._launch()
+        return states
+
+    def _pass(self, ids: Tensor) -> Tensor:
+        """The hidden states (batch, 1, hidden) of the last of these columns.
+
+        Reads which columns are real, and reads and writes the cache.
+        """
+        cache, anatomy = self._cache, self.anatomy
+        assert cache is not None
+        real = self._real[:, : cache.visible]
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        newest = positions.index_select(1, cache.columns)
+        x = embedded(anatomy, ids.flatten(), newest.flatten())
+        shared = Pass(
+            places=Everywhere(ids),
+            blocks=(Block(0, ids.shape[1], self._bias(real, positions * real, x.dtype)),),
+            angles=angles_of(anatomy, x, newest),
+            cache=cache,
+        )
+        for index, layer in enumerate(anatomy.layers):
+            x = through(layer, index, x, shared)
+        return normed(anatomy.norm, x).view(*ids.shape, -1)[:, -1:]
+
+    def _bias(self, real: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is added to the newest columns' scores with all; see `blocks_of`."""
+        assert self._cache is not None
+        first, columns = self.anatomy.layers[0], self._cache.columns
+        ahead = self._all_columns[: real.shape[1]] > columns[:, None]
+        bias = positions.new_zeros((), dtype=dtype)
+        if self._slopes is not None:
+            bias = (self._slopes[:, None, None] * positions[:, None, None, :]).to(dtype)
+        bias = bias.expand(len(real), first.heads, len(columns), real.shape[1])
+        bias = bias.masked_fill((ahead | ~real[:, None])[:, None], torch.finfo(dtype).min)
+        return bias.view(len(real) * first.kv_heads, -1, real.shape[1])

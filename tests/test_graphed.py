@@ -1,0 +1,296 @@
+"""Recorded decoding gives what transformers' layers give, and can be recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_fast import SHAPES, ragged_ids, tiny_model
+from tiny_models import EOS, PAD, QUERIES, policy, train_adapter
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing import assert_close
+
+from ppo_lab.config import LoraSection
+from ppo_lab.models.fast import graphed, layers
+from ppo_lab.models.fast.attention import attend, blocks_of, by_one_kernel
+from ppo_lab.models.fast.graphed import WORTH_RECORDING, Graphed, GraphedDecoder
+from ppo_lab.models.lora import wrap_lora
+from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_lab.models.trunk import Trunk
+from ppo_lab.rollout import NoiseKey, Sampling, sample
+
+ROOM = 11 + WORTH_RECORDING
+
+
+class Tape:
+    """What a CUDA graph is to kernels, this is to operations: it holds those that a function made,
+    on the very tensors that it made them on, whatever Python would do the next time.
+    """
+
+    def __init__(self) -> None:
+        self.played = 0
+
+    def warm(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+    def record(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], Any]:
+        operations = make_fx(function)()
+        result = torch.full_like(operations(), torch.nan)
+
+        def play() -> None:
+            self.played += 1
+            result.copy_(operations())
+
+        return play, result
+
+
+class BrokenTape(Tape):
+    def record(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], Any]:
+        function()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def by_parts(made: Graphed, ids: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+    """The states of the columns from the sixth on, six columns being the prompt."""
+    states = [made.hidden(ids[:, :6], attention[:, :6])]
+    states += [made.hidden(ids[:, i : i + 1], attention[:, : i + 1]) for i in range(6, 11)]
+    return torch.cat(states, 1)
+
+
+def decoder_on_tape(decoder: Any, tape: Any) -> GraphedDecoder:
+    anatomy = layers.read(decoder)
+    assert anatomy is not None
+    return GraphedDecoder(decoder, anatomy, tape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_recorded_passes_give_transformers_hidden_states(name: str, dtype: Any) -> None:
+    trunk, tape = Trunk(tiny_model(name, dtype)), Tape()
+    ids, attention = ragged_ids()
+    attention[2] = True
+    ours = by_parts(decoder_on_tape(trunk.decoder, tape).new_cache(ROOM), ids, attention)
+    with torch.no_grad():
+        theirs = trunk._by_transformers(ids, attention)[:, 5:]
+    tolerance = 2e-5 if dtype == torch.float32 else 0.1
+    assert_close(ours, theirs, atol=tolerance, rtol=tolerance, check_dtype=False)
+    assert tape.played == 4  # all tokens but the first, which warms up
+
+
+def test_a_tape_holds_what_was_done_and_not_what_python_would_do() -> None:
+    place, steps = torch.zeros(1), [1.0, 10.0]
+    play, result = Tape().record(lambda: place + steps.pop(0))
+    for value in (2.0, 3.0):
+        place.fill_(value)
+        play()
+        assert result.item() == value + 1.0
+
+
+def test_few_tokens_are_not_worth_a_recording() -> None:
+    trunk, tape = Trunk(tiny_model("llama")), Tape()
+    by_parts(decoder_on_tape(trunk.decoder, tape).new_cache(14), *ragged_ids())
+    assert tape.played == 0
+
+
+def test_a_recording_that_fails_is_said_and_changes_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trunk = Trunk(tiny_model("bloom"))
+    ids, attention = ragged_ids()
+    wanted = by_parts(decoder_on_tape(trunk.decoder, None).new_cache(ROOM), ids, attention)
+    broken = decoder_on_tape(trunk.decoder, BrokenTape()).new_cache(ROOM)
+    assert_close(by_parts(broken, ids, attention), wanted)
+    assert caplog.text.count("not permitted when stream is capturing") == 1
+
+
+def test_the_kernel_for_everything_is_attention() -> None:
+    torch.manual_seed(0)
+    attention = torch.ones(2, 6, dtype=torch.bool)
+    attention[1, :2] = False
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    blocks = blocks_of(
+        attention, new=5, heads=4, kv_heads=2, slopes=slopes, dtype=torch.float32,
+        rounded_to=torch.float32,
+    )  # fmt: skip
+    q, k, v = torch.randn(2, 4, 5, 3), torch.randn(2, 2, 6, 3), torch.randn(2, 2, 6, 3)
+    assert_close(by_one_kernel(q, k, v, blocks, 0.4), attend(q, k, v, blocks, 0.4))
+
+
+def part_of(x: torch.Tensor, index: Any) -> torch.Tensor:
+    """x[index] by slices, numbers, None and ... alone."""
+    parts = index if isinstance(index, tuple) else (index,)
+    axis, taken = 0, sum(part is not None and part is not ... for part in parts)
+    for part in parts:
+        if isinstance(part, int):
+            x = x.select(axis, part)
+            continue
+        if isinstance(part, slice):
+            x = torch.ops.aten.slice(x, axis, part.start, part.stop, part.step or 1)
+        elif part is None:
+            x = x.unsqueeze(axis)
+        else:
+            assert part is ..., "an index that a pass must not have"
+        axis += x.dim() - taken if part is ... else 1
+    return x
+
+
+def made_to(x: torch.Tensor, *targets: Any, **named: Any) -> torch.Tensor:
+    """x.to(...), which must not be another device."""
+    for target in (*targets, *named.values()):
+        if isinstance(target, torch.dtype):
+            x = x if x.dtype == target else torch.ops.aten._to_copy(x, dtype=target)
+        else:
+            assert x.device.type == torch.device(target).type == "cuda"
+    return x
+
+
+# These look for a real GPU before they ask what the tensor is.
+LOOKING = {
+    "__getitem__": part_of,
+    "to": made_to,
+    "copy_": lambda x, source: torch.ops.aten.copy_.default(x, source),
+    "__invert__": lambda x: torch.ops.aten.bitwise_not(x),
+    "contiguous": lambda x: torch.ops.aten.clone(x, memory_format=torch.contiguous_format),
+}
+
+
+def on_a_gpu_without_one(decoder: Any) -> GraphedDecoder:
+    """The decoder, its weights and slopes shapes on a GPU."""
+
+    def there(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+    for module in decoder.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(there(parameter))
+        module._buffers.update({n: there(b) for n, b in module._buffers.items() if b is not None})
+    made = decoder_on_tape(decoder, None)
+    if made.anatomy.slopes is not None:
+        made.anatomy = replace(made.anatomy, slopes=there(made.anatomy.slopes))
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_pass_asks_the_gpu_for_nothing_and_brings_nothing_from_the_host(
+    name: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On shapes alone: mixing devices, or waiting for a number of the GPU, raises."""
+    decoder = Trunk(tiny_model(name, dtype)).decoder
+    for method, does in LOOKING.items():
+        monkeypatch.setattr(FakeTensor, method, does, raising=False)
+    with FakeTensorMode():
+        made = on_a_gpu_without_one(decoder).new_cache(ROOM)
+        ids = torch.empty(3, 11, dtype=torch.long, device="cuda")
+        attention = torch.empty(3, 11, dtype=torch.bool, device="cuda")
+        states = by_parts(made, ids, attention)
+    assert states.shape == (3, 6, 48)
+    assert states.device.type == "cuda"
+
+
+def test_what_is_recorded_reads_the_adapter() -> None:
+    made = policy("llama", lora=True)
+    train_adapter(made)
+    ids, attention = ragged_ids()
+    ids, attention = ids % 64, torch.ones_like(attention)
+    decoder = made.trunk.decoder
+    ours = by_parts(decoder_on_tape(decoder, Tape()).new_cache(ROOM), ids, attention)
+    with torch.no_grad(), made.pretrained_model.disable_adapter():
+        off = by_parts(decoder_on_tape(decoder, Tape()).new_cache(ROOM), ids, attention)
+        off_by_transformers = made.trunk._by_transformers(ids, attention)[:, 5:]
+    with torch.no_grad():
+        on_by_transformers = made.trunk._by_transformers(ids, attention)[:, 5:]
+    assert_close(ours, on_by_transformers, atol=2e-5, rtol=2e-5)
+    assert_close(off, off_by_transformers, atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(ours, off)
+
+
+def drawn(made: AutoModelForCausalLMWithValueHead, **changes: Any) -> Any:
+    settings: dict[str, Any] = {"max_new_tokens": 12, "eos_ids": (EOS,), "pad_id": PAD}
+    return sample(made, QUERIES, sampling=Sampling(**settings | changes), noise=NoiseKey(0, 3))
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"top_k": 5}, {"batch_size": 3}])
+def test_responses_are_those_of_transformers_layers(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = policy("bloom", lora=True)
+    train_adapter(made)
+    made.trunk._fast = None
+    wanted = drawn(made, **changes)
+    tape = Tape()
+    monkeypatch.setattr(GraphedDecoder, "of", lambda decoder: decoder_on_tape(decoder, tape))
+    tokens, forward = drawn(made, **changes)
+    assert tape.played > 0
+    assert torch.equal(tokens.responses, wanted[0].responses)
+    assert_close(forward.logprobs, wanted[1].logprobs, atol=2e-5, rtol=2e-5)
+    assert_close(forward.values, wanted[1].values, atol=2e-5, rtol=2e-5)
+
+
+def test_a_recording_that_gives_other_states_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = policy("bloom")
+    made.trunk._fast = None
+    wanted, tape = drawn(made), Tape()
+    monkeypatch.setattr(GraphedDecoder, "of", lambda decoder: decoder_on_tape(decoder, tape))
+    monkeypatch.setattr(graphed, "normed", lambda module, x: 1.1 * module(x))
+    assert torch.equal(drawn(made)[0].responses, wanted[0].responses)
+    assert not made.trunk.records_graphs
+    played = tape.played
+    drawn(made)
+    assert tape.played == played
+
+
+def test_a_hook_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, tape, seen = policy("bloom"), Tape(), []
+    made.trunk._fast = None
+    monkeypatch.setattr(GraphedDecoder, "of", lambda decoder: decoder_on_tape(decoder, tape))
+    made.trunk.decoder.h[0].register_forward_hook(lambda *_: seen.append(1))
+    drawn(made)
+    assert seen
+    assert not tape.played
+
+
+def test_a_trunk_is_kept_where_the_fast_road_is_no_rival_of_transformers() -> None:
+    """As on a GPU, where it is taken for nothing else."""
+    made = Trunk(wrap_lora(tiny_model("bloom"), LoraSection(r=2, top_layers=1)))
+    ids, attention = ragged_ids()
+    made._fast = None
+    made.keep_below()
+    below = made.below(ids, attention)
+    with torch.no_grad():
+        ours, theirs = (
+            made.hidden(ids, attention, below=below),
+            made._by_transformers(ids, attention),
+        )
+    assert_close(ours[attention], theirs[attention], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["bloom", "gpt2", "llama"])
+def test_a_gpu_records_and_draws_what_it_draws_without(kind: str, dtype: Any) -> None:
+    made = policy(kind, lora=True)
+    train_adapter(made)
+    made = made.to("cuda")
+    made.pretrained_model.to(dtype)
+    made.trunk.records_graphs = False
+    plain = drawn(made, max_new_tokens=32, eos_ids=())
+    made.trunk.records_graphs = True
+    for _ in range(2):
+        tokens, forward = drawn(made, max_new_tokens=32, eos_ids=())
+        recorder = made.trunk._graphed.recorder
+        assert made.trunk.records_graphs
+        assert recorder.last is not None
+        if dtype == torch.float32:
+            assert torch.equal(tokens.responses, plain[0].responses)
+            assert_close(forward.logprobs, plain[1].logprobs, atol=1e-4, rtol=1e-4)
+        with torch.no_grad():
+            scored = made.score(tokens, temperature=1.0)
+        real = tokens.mask
+        gap = (forward.logprobs - scored.logprobs)[real].abs().mean()
+        assert gap < (1e-4 if dtype == torch.float32 else 0.05)
