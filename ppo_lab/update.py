@@ -244,7 +244,8 @@ class ClippedUpdates:
             value.clipped.float(),
             torch.ones_like(log_ratio),
         )
-        sums = torch.stack([core.masked_sum(x, mask) for x in per_token])
+        # All at once: on a GPU each operation costs a launch.
+        sums = torch.stack(per_token).masked_fill(~mask, 0.0).sum((1, 2))
         if not turn.critic:
             sums[[SUMS.index(name) for name in OF_VALUES]] = 0.0
         return core.masked_sum(loss, mask), sums, torch.stack([ratio.min(), ratio.max()])
