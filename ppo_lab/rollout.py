@@ -146,17 +146,15 @@ def _sample_chunk(
     eos = torch.tensor(sampling.eos_ids, dtype=torch.long, device=device)
     cache = trunk.new_cache(ids.shape[1] + sampling.max_new_tokens)
     ended = torch.zeros(len(queries), dtype=torch.bool, device=device)
-    tokens, seen, values, alive = [], [], [], []
+    early, later = (_drawing(policy, trunk, sampling, banned) for banned in (eos, None))
+    tokens, seen, alive = [], [], []
     for position in range(sampling.max_new_tokens):
-        hidden = trunk.hidden(ids, attention, cache=cache, last=1)[:, -1]
-        logits = trunk.head.logits(hidden)
-        banned = eos if position < sampling.min_new_tokens else None
-        token, *of_token = _draw_and_see(logits, uniforms[:, position], sampling, banned)
+        draws = early if position < sampling.min_new_tokens else later
+        token, *of_token = trunk.newest(ids, attention, cache, draws, uniforms[:, position])
         alive.append(~ended)
         token = token.masked_fill(ended, sampling.pad_id)
         tokens.append(token)
         seen.append(of_token)
-        values.append(policy.v_head(hidden))
         ended = (
             ended
             | torch.isin(token, eos)
@@ -167,13 +165,27 @@ def _sample_chunk(
         ids = token[:, None]
         attention = torch.cat([attention, torch.ones_like(ids, dtype=torch.bool)], 1)
     real = torch.stack(alive, 1)
-    columns = [[logprobs for logprobs, _ in seen], values, [entropy for _, entropy in seen]]
     return [
         torch.stack(tokens, 1),
         real.sum(1),
         ended,
-        *(torch.stack(column, 1).masked_fill(~real, 0.0) for column in columns),
+        *(torch.stack(c, 1).masked_fill(~real, 0.0) for c in zip(*seen, strict=True)),
     ]
+
+
+def _drawing(
+    policy: Any, trunk: Trunk, sampling: Sampling, banned: Tensor | None
+) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    """A function of hidden states and uniform numbers: tokens, their log-probabilities, the values
+    and the entropies.
+    """
+
+    def draws(hidden: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
+        logits = trunk.head.logits(hidden)
+        token, logprobs, entropy = _draw_and_see(logits, uniforms, sampling, banned)
+        return token, logprobs, policy.v_head(hidden), entropy
+
+    return draws
 
 
 def _draw_and_see(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +16,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 from ppo_lab.config import LoraSection
+from ppo_lab.models.choice import LEVELS
 from ppo_lab.models.fast import graphed, layers
 from ppo_lab.models.fast.attention import attend, blocks_of, by_one_kernel
 from ppo_lab.models.fast.graphed import WORTH_RECORDING, Graphed, GraphedDecoder
 from ppo_lab.models.lora import wrap_lora
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.models.trunk import Trunk
-from ppo_lab.rollout import NoiseKey, Sampling, sample
+from ppo_lab.rollout import NoiseKey, Sampling, _drawing, sample
 
 ROOM = 11 + WORTH_RECORDING
 
@@ -37,28 +39,33 @@ class Tape:
     def warm(self, function: Callable[[], Any]) -> Any:
         return function()
 
-    def record(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], Any]:
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         operations = make_fx(function)()
-        result = torch.full_like(operations(), torch.nan)
+        results = [torch.zeros_like(result) for result in operations()]
 
         def play() -> None:
             self.played += 1
-            result.copy_(operations())
+            for result, new in zip(results, operations(), strict=True):
+                result.copy_(new)
 
-        return play, result
+        return play, results
 
 
 class BrokenTape(Tape):
-    def record(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], Any]:
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         function()
         raise RuntimeError("operation not permitted when stream is capturing")
 
 
 def by_parts(made: Graphed, ids: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
     """The states of the columns from the sixth on, six columns being the prompt."""
-    states = [made.hidden(ids[:, :6], attention[:, :6])]
-    states += [made.hidden(ids[:, i : i + 1], attention[:, : i + 1]) for i in range(6, 11)]
-    return torch.cat(states, 1)
+    parts = [(ids[:, :6], attention[:, :6])]
+    parts += [(ids[:, i : i + 1], attention[:, : i + 1]) for i in range(6, 11)]
+    return torch.stack([made.newest(*part, alone)[0] for part in parts], 1)
+
+
+def alone(states: torch.Tensor) -> tuple[torch.Tensor]:
+    return (states,)
 
 
 def decoder_on_tape(decoder: Any, tape: Any) -> GraphedDecoder:
@@ -83,7 +90,7 @@ def test_recorded_passes_give_transformers_hidden_states(name: str, dtype: Any) 
 
 def test_a_tape_holds_what_was_done_and_not_what_python_would_do() -> None:
     place, steps = torch.zeros(1), [1.0, 10.0]
-    play, result = Tape().record(lambda: place + steps.pop(0))
+    play, (result,) = Tape().record(lambda: (place + steps.pop(0),))
     for value in (2.0, 3.0):
         place.fill_(value)
         play()
@@ -121,8 +128,11 @@ def test_the_kernel_for_everything_is_attention() -> None:
 
 
 def part_of(x: torch.Tensor, index: Any) -> torch.Tensor:
-    """x[index] by slices, numbers, None and ... alone."""
+    """x[index] by slices, numbers, None and ..., or by tensors and whole axes."""
     parts = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(part, torch.Tensor) for part in parts):
+        tensors = [part if isinstance(part, torch.Tensor) else None for part in parts]
+        return torch.ops.aten.index.Tensor(x, tensors)
     axis, taken = 0, sum(part is not None and part is not ... for part in parts)
     for part in parts:
         if isinstance(part, int):
@@ -158,39 +168,67 @@ LOOKING = {
 }
 
 
-def on_a_gpu_without_one(decoder: Any) -> GraphedDecoder:
-    """The decoder, its weights and slopes shapes on a GPU."""
-
-    def there(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
-
-    for module in decoder.modules():
+def move_to_a_gpu_without_one(model: torch.nn.Module) -> None:
+    for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = torch.nn.Parameter(there(parameter))
-        module._buffers.update({n: there(b) for n, b in module._buffers.items() if b is not None})
+                module._parameters[name] = torch.nn.Parameter(on_gpu(parameter))
+        module._buffers.update({n: on_gpu(b) for n, b in module._buffers.items() if b is not None})
+
+
+def on_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A shape on a GPU."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+
+@contextmanager
+def a_gpu_without_one() -> Iterator[None]:
+    """Shapes on a GPU: mixing devices, or waiting for a number of the GPU, raises."""
+    with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
+        for method, does in LOOKING.items():
+            patch.setattr(FakeTensor, method, does, raising=False)
+        yield
+
+
+def parts_there(decoder: Any, then: Any, *given: torch.Tensor) -> list[Any]:
+    """What `then` makes of the states of prompts and of two tokens, all of it shapes on a GPU."""
     made = decoder_on_tape(decoder, None)
     if made.anatomy.slopes is not None:
-        made.anatomy = replace(made.anatomy, slopes=there(made.anatomy.slopes))
-    return made
+        made.anatomy = replace(made.anatomy, slopes=on_gpu(made.anatomy.slopes))
+    cache = made.new_cache(ROOM)
+    ids = torch.empty(3, 9, dtype=torch.long, device="cuda")
+    real = torch.empty(3, 11, dtype=torch.bool, device="cuda")
+    prompts = cache.newest(ids, real[:, :9], then, *given)
+    return [prompts, *(cache.newest(ids[:, :1], real[:, :n], then, *given) for n in (10, 11))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pass_asks_the_gpu_for_nothing_and_brings_nothing_from_the_host(
-    name: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: Any
 ) -> None:
-    """On shapes alone: mixing devices, or waiting for a number of the GPU, raises."""
     decoder = Trunk(tiny_model(name, dtype)).decoder
-    for method, does in LOOKING.items():
-        monkeypatch.setattr(FakeTensor, method, does, raising=False)
-    with FakeTensorMode():
-        made = on_a_gpu_without_one(decoder).new_cache(ROOM)
-        ids = torch.empty(3, 11, dtype=torch.long, device="cuda")
-        attention = torch.empty(3, 11, dtype=torch.bool, device="cuda")
-        states = by_parts(made, ids, attention)
-    assert states.shape == (3, 6, 48)
-    assert states.device.type == "cuda"
+    with a_gpu_without_one():
+        move_to_a_gpu_without_one(decoder)
+        for (states,) in parts_there(decoder, alone):
+            assert states.shape == (3, 48)
+            assert states.device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"temperature": 0.0}, {"temperature": 0.5}, {"top_k": 5, "top_p": 0.9}]
+)
+@pytest.mark.parametrize("banning", [False, True])
+def test_nor_does_drawing_a_token(changes: dict[str, Any], banning: bool) -> None:
+    made, sampling = policy("bloom", lora=True), Sampling(4, (EOS,), PAD, **changes)
+    with a_gpu_without_one():
+        move_to_a_gpu_without_one(made)
+        banned = torch.empty(1, dtype=torch.long, device="cuda") if banning else None
+        uniforms = torch.empty(3, LEVELS, dtype=torch.float64, device="cuda")
+        draws = _drawing(made, made.trunk, sampling, banned)
+        for results in parts_there(made.trunk.decoder, draws, uniforms):
+            assert [result.device.type for result in results] == ["cuda"] * 4
+            assert [result.shape for result in results] == [(3,)] * 4
 
 
 def test_what_is_recorded_reads_the_adapter() -> None:
@@ -211,11 +249,14 @@ def test_what_is_recorded_reads_the_adapter() -> None:
 
 
 def drawn(made: AutoModelForCausalLMWithValueHead, **changes: Any) -> Any:
-    settings: dict[str, Any] = {"max_new_tokens": 12, "eos_ids": (EOS,), "pad_id": PAD}
+    settings: dict[str, Any] = {"max_new_tokens": 16, "eos_ids": (EOS,), "pad_id": PAD}
     return sample(made, QUERIES, sampling=Sampling(**settings | changes), noise=NoiseKey(0, 3))
 
 
-@pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"top_k": 5}, {"batch_size": 3}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"temperature": 0.0}, {"top_k": 5}, {"batch_size": 3}, {"min_new_tokens": 4}],
+)
 def test_responses_are_those_of_transformers_layers(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,13 @@ from torch import Tensor
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.fast.attention import KeysAndValues
 from ppo_lab.models.fast.decoder import FastDecoder
-from ppo_lab.models.fast.graphed import WORTH_RECORDING, Graphed, GraphedDecoder
+from ppo_lab.models.fast.graphed import (
+    WORTH_RECORDING,
+    Graphed,
+    GraphedDecoder,
+    Results,
+    Then,
+)
 from ppo_lab.models.logprobs import Head
 
 log = logging.getLogger(__name__)
@@ -82,13 +88,25 @@ class Trunk:
         """
         if self._compiled is not None and cache is None and torch.is_grad_enabled():
             return self._by_transformers(ids, attention, by=self._compiled)[:, -last:]
-        if isinstance(cache, Graphed):
-            assert last == 1, "a recorded pass gives the newest states alone"
-            return cache.hidden(ids, attention)
         fast = self._fast if cache is None or isinstance(cache, KeysAndValues) else None
         if fast and (below is not None or _has_begun(cache) or fast.usable()):
             return fast.hidden(ids, attention, cache, last=last, below=below)
         return self._by_transformers(ids, attention, cache)[:, -last:]
+
+    def newest(
+        self,
+        ids: Int[Tensor, "batch new"],
+        attention: Bool[Tensor, "batch seen"],
+        cache: Any,
+        then: Then,
+        *given: Tensor,
+    ) -> Results:
+        """What `then(states, *given)` makes of the hidden states (batch, hidden) of the newest
+        column of `ids`, as `hidden` gives them: where passes are recorded, recorded with them.
+        """
+        if isinstance(cache, Graphed):
+            return cache.newest(ids, attention, then, *given)
+        return then(self.hidden(ids, attention, cache=cache, last=1)[:, -1], *given)
 
     def keep_below(self) -> None:
         """From now on take the states below the first adapted layer from where they are kept.
@@ -202,12 +220,19 @@ class Trunk:
         ids, attention = proof.ids, proof.attention
         cache = graphed.new_cache(ids.shape[1] + WORTH_RECORDING)
         try:
-            states = [cache.hidden(ids[:, :4], attention[:, :4])]
-            states += [cache.hidden(ids[:, [i]], attention[:, : i + 1]) for i in range(4, 9)]
-            return proof.holds(torch.cat(states, 1), list(range(3, 9)))
+            states = [cache.newest(ids[:, :4], attention[:, :4], _alone)]
+            states += [
+                cache.newest(ids[:, [i]], attention[:, : i + 1], _alone) for i in range(4, 9)
+            ]
+            ours = torch.stack([newest for (newest,) in states], 1)
+            return proof.holds(ours, list(range(3, 9)))
         except RuntimeError as error:
             log.warning("decoding goes transformers' way, for its recorded passes fail: %s", error)
             return False
+
+
+def _alone(states: Tensor) -> Results:
+    return (states,)
 
 
 class _Proof:

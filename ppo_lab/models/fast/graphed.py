@@ -1,12 +1,13 @@
 """Decoding on a GPU, where launching the kernels of a token costs more than their work.
 
-The pass of one token is some ten small kernels a layer. Here all that it reads and writes lies at
-addresses that stay for a whole generation: the token and its column are copied into their places,
-keys and values of columns to come are hidden by attention's bias. So the kernels that one pass
-launches are those of every later one; they are recorded once, as a CUDA graph, and from then on
-launched together. Nothing in a pass asks the GPU for a number or brings one from the host.
+The pass of one token is some ten small kernels a layer, and drawing the next one is some forty.
+Here all that they read and write lies at addresses that stay for a whole generation: the token and
+its column are copied into their places, keys and values of columns to come are hidden by
+attention's bias. So the kernels of one token are those of every later one; they are recorded once,
+as a CUDA graph, and from then on launched together. Nothing among them asks the GPU for a number or
+brings one from the host.
 
-Where recording fails, the same passes are made kernel by kernel.
+Where recording fails, the same is done kernel by kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ppo_lab.models.fast.attention import Block, KeysAndValues
@@ -26,6 +27,9 @@ from ppo_lab.models.fast.layers import Anatomy, read
 from ppo_lab.models.fast.places import Everywhere
 
 log = logging.getLogger(__name__)
+
+Results = tuple[Tensor, ...]
+Then = Callable[..., Results]
 
 # Rows of attention's bias start at multiples of this, as its kernels like them.
 ALIGNED = 8
@@ -125,36 +129,74 @@ class Standing(KeysAndValues):
         return all_keys[:, :, : self.visible], all_values[:, :, : self.visible]
 
 
+class Recorded:
+    """A function that is called again and again on tensors that lie where they lay: the first call
+    prepares, the second is recorded, and from then on everything is launched at once.
+    """
+
+    def __init__(self, recorder: Recorder | None) -> None:
+        self.recorder = recorder
+        self._function: Callable[[], Results] | None = None
+        self._launch: Callable[[], None] | None = None
+        self._results: Results = ()
+
+    def __call__(self, function: Callable[[], Results], *, worth_it: bool) -> Results:
+        """What the function gives, in tensors that the next call writes over."""
+        if self.recorder is None or not (worth_it or self._launch):
+            return function()
+        if function is not self._function:
+            self._function, self._launch = function, None
+            return self.recorder.warm(function)
+        if self._launch is None:
+            try:
+                self._launch, self._results = self.recorder.record(function)
+            except RuntimeError as error:
+                log.warning("sampling is not recorded as a CUDA graph, and goes on: %s", error)
+                self.recorder = None
+                return function()
+        self._launch()
+        return self._results
+
+
 class Graphed:
     """The passes of one generation: of its prompts first, then of a token a row at a time."""
 
     def __init__(self, anatomy: Anatomy, positions: int, recorder: Recorder | None = None) -> None:
         """Room for so many positions, prompt included; without a recorder nothing is recorded."""
-        self.anatomy, self.recorder, self.positions = anatomy, recorder, positions
+        self.anatomy, self.positions = anatomy, positions
         self._columns = -(-positions // ALIGNED) * ALIGNED
+        self._recorded = Recorded(recorder)
+        self._then: Then | None = None
         self._cache: Standing | None = None
-        self._launch: Callable[[], None] | None = None
-        self._warm = False
 
     @torch.no_grad()
-    def hidden(
-        self, ids: Int[Tensor, "batch new"], attention: Bool[Tensor, "batch seen"]
-    ) -> Float[Tensor, "batch 1 hidden"]:
-        """The last hidden states of the newest column of `ids`; see `Trunk.hidden`."""
+    def newest(
+        self,
+        ids: Int[Tensor, "batch new"],
+        attention: Bool[Tensor, "batch seen"],
+        then: Then,
+        *given: Tensor,
+    ) -> Results:
+        """What `then(states, *given)` makes of the hidden states (batch, hidden) of the newest
+        column; see `Trunk.newest`. It is recorded with the pass, so that what it does must depend
+        on numbers in its tensors alone.
+        """
         seen = attention.shape[1]
         if self._cache is None:
-            return self._begin(ids, attention)
+            return then(self._begin(ids, attention), *given)
+        if then is not self._then:
+            self._given = [x.clone() for x in given]
+            self._then, self._step = then, lambda: then(self._pass(self._ids), *self._given)
         self._ids.copy_(ids)
         self._column.fill_(seen - 1)
         self._real[:, seen - 1].copy_(attention[:, -1])
-        if self._launch is not None:
-            self._launch()
-        else:
-            self._states = self._unrecorded(self.positions - seen)
-        return self._states.clone()
+        for place, new in zip(self._given, given, strict=True):
+            place.copy_(new)
+        results = self._recorded(self._step, worth_it=self.positions - seen >= WORTH_RECORDING)
+        return tuple(x.clone() for x in results)
 
     def _begin(self, ids: Tensor, attention: Tensor) -> Tensor:
-        """The pass of the prompts, after which everything has its place."""
+        """The states of the prompts' last column, after whose pass everything has its place."""
         batch, seen = attention.shape
         self._ids = ids.new_zeros(batch, 1)
         self._column = ids.new_zeros(1)
@@ -169,24 +211,8 @@ class Graphed:
         self._cache.columns, self._cache.visible = self._column, self._columns
         return first
 
-    def _unrecorded(self, to_come: int) -> Tensor:
-        """The states of a token whose pass is not recorded yet, or never will be."""
-        if self.recorder is None or to_come < WORTH_RECORDING:
-            return self._pass(self._ids)
-        if not self._warm:
-            self._warm = True
-            return self.recorder.warm(lambda: self._pass(self._ids))
-        try:
-            self._launch, states = self.recorder.record(lambda: self._pass(self._ids))
-        except RuntimeError as error:
-            log.warning("decoding is not recorded as a CUDA graph and goes on without: %s", error)
-            self.recorder = None
-            return self._pass(self._ids)
-        self._launch()
-        return states
-
     def _pass(self, ids: Tensor) -> Tensor:
-        """The hidden states (batch, 1, hidden) of the last of these columns.
+        """The hidden states (batch, hidden) of the last of these columns.
 
         Reads which columns are real, and reads and writes the cache.
         """
@@ -204,7 +230,7 @@ class Graphed:
         )
         for index, layer in enumerate(anatomy.layers):
             x = through(layer, index, x, shared)
-        return normed(anatomy.norm, x).view(*ids.shape, -1)[:, -1:]
+        return normed(anatomy.norm, x).view(*ids.shape, -1)[:, -1]
 
     def _bias(self, real: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """What is added to the newest columns' scores with all; see `blocks_of`."""
