@@ -239,6 +239,20 @@ def test_a_plan_for_another_device_needs_neither_weights_nor_network(tmp_path: P
     assert eight < 0.26 * whole.memory.standing["Adam's moments"]
 
 
+def test_a_recorded_token_is_launched_in_less_time_where_the_layers_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(tmp_path)
+    plain = replace(config, model=replace(config.model, cuda_graphs=False))
+
+    def seconds(c: Any) -> float:
+        return plan_of(c, Target(DEVICES["h200"])).phases["generate"].seconds
+
+    assert seconds(config) < 0.5 * seconds(plain)
+    monkeypatch.setattr("ppo_lab.models.fast.layers.READERS", {})
+    assert seconds(config) == seconds(plain)
+
+
 def test_checkpointed_activations_are_fewer_and_cost_time(tmp_path: Path) -> None:
     config = tiny(tmp_path, evaluation=EvaluationSection())
     thrifty = replace(config, ppo=replace(config.ppo, gradient_checkpointing=True))

@@ -55,6 +55,11 @@ from ppo_lab.trainer import PASS_TOKENS
 REACHED_FLOPS = 0.6
 REACHED_BYTES = 0.8
 LAUNCH_S = 9e-6
+# Launches of a sampled token beside its pass: of its draw, and of what is kept of it. What a launch
+# in a CUDA graph takes of one by Python, and how many passes a generation makes to record one.
+DRAWN, KEPT = 40, 20
+IN_A_GRAPH = 0.12
+TO_RECORD = 3
 
 # A phase that takes so many times as long as its FLOPs and bytes would is bound by what is between.
 OVERHEAD = 2.5
@@ -333,8 +338,12 @@ def _launches(subject: Subject, found: Traced) -> tuple[float, ...]:
     load, layers = subject.workload, subject.of.layers
     forward, backward = found.forward.at(layers), found.backward.at(layers)
     passes = load.epochs * len(load.passes())
+    token = found.token.at(layers) if subject.config.model.cuda_graphs else 0.0
+    drawing = load.longest * (forward + DRAWN + KEPT)
+    if token:
+        drawing = load.longest * (IN_A_GRAPH * (token + DRAWN) + KEPT) + TO_RECORD * token
     return (
-        len(load.chunks()) * load.longest * forward,
+        len(load.chunks()) * drawing,
         0.0,
         len(load.reading(PASS_TOKENS)) * forward,
         passes * (forward + backward * subject.of.reached_share),

@@ -186,7 +186,7 @@ class Rehearsal:
 
 
 class _Stopwatch:
-    """A trunk that notes when it is asked for hidden states."""
+    """A trunk that notes when it is asked for the newest hidden states."""
 
     def __init__(self, trunk: Any) -> None:
         self._trunk = trunk
@@ -195,10 +195,10 @@ class _Stopwatch:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._trunk, name)
 
-    def hidden(self, *args: Any, **kwargs: Any) -> Any:
+    def newest(self, *args: Any, **kwargs: Any) -> Any:
         """What the trunk gives."""
         self._asked.append(now())
-        return self._trunk.hidden(*args, **kwargs)
+        return self._trunk.newest(*args, **kwargs)
 
     def laps(self) -> list[float]:
         """Seconds from each asking to the next, and from the last until now."""

@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig
 
 from ppo_lab.config import Config
 from ppo_lab.models import logprobs
+from ppo_lab.models.fast.graphed import GraphedDecoder
+from ppo_lab.models.fast.layers import read
 from ppo_lab.models.policy import enable_checkpointing
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.plan.architecture import blueprint
@@ -25,11 +27,14 @@ CHUNK = 32768
 
 @dataclass(frozen=True)
 class Traced:
-    """What a pass holds, and how many operations it launches forward and backward, by depth."""
+    """What a pass holds, and how many operations it launches forward and backward, by depth; and
+    those of a token's pass that can be recorded, none where the layers are not known one by one.
+    """
 
     held: Held
     forward: ByDepth
     backward: ByDepth
+    token: ByDepth
 
 
 class _Seen(NamedTuple):
@@ -39,6 +44,7 @@ class _Seen(NamedTuple):
     reading: int
     forward: int
     backward: int
+    token: int
 
 
 def traced(
@@ -97,8 +103,22 @@ def _trace(
         model.eval()
         with torch.no_grad(), tracked() as passing:
             trunk.hidden(*_rectangle(reading))
+        token = _launches_of_a_token(trunk)
     backward = live.launches - forward
-    return _Seen(kept, max(0, peak - kept), churned, passing.peak(), forward, backward)
+    return _Seen(kept, max(0, peak - kept), churned, passing.peak(), forward, backward, token)
+
+
+@torch.no_grad()
+def _launches_of_a_token(trunk: Trunk) -> int:
+    anatomy = read(trunk.decoder)
+    if anatomy is None:
+        return 0
+    cache = GraphedDecoder(trunk.decoder, anatomy, None).new_cache(9)
+    ids, attention = _rectangle([Row(prompt=8, response=1)])
+    cache.newest(ids, attention, lambda states: (states,))
+    with tracked() as live:
+        cache.newest(ids[:, :1], attention.new_ones(1, 9), lambda states: (states,))
+    return live.launches
 
 
 def _rectangle(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:

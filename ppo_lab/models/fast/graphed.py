@@ -1,6 +1,6 @@
 """Decoding on a GPU, where launching the kernels of a token costs more than their work.
 
-The pass of one token is some ten small kernels a layer, and drawing the next one is some forty.
+The pass of one token is some fifteen small kernels a layer, and drawing the next is some forty.
 Here all that they read and write lies at addresses that stay for a whole generation: the token and
 its column are copied into their places, keys and values of columns to come are hidden by
 attention's bias. So the kernels of one token are those of every later one; they are recorded once,
@@ -34,8 +34,8 @@ Then = Callable[..., Results]
 # Rows of attention's bias start at multiples of this, as its kernels like them.
 ALIGNED = 8
 
-# Recording pays where so many tokens are still to come.
-WORTH_RECORDING = 8
+# Recording, which takes about as long as a pass, pays where so many tokens are still to come.
+WORTH_RECORDING = 4
 
 
 class GraphedDecoder:
