@@ -13,7 +13,7 @@ Where recording fails, the same is done kernel by kernel.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         self.last: torch.cuda.CUDAGraph | None = None
+        self.works = True
 
     def warm(self, function: Callable[[], Any]) -> Any:
         """What the function gives, with all prepared that recording must not meet unprepared."""
@@ -106,29 +107,6 @@ class Recorder:
         return graph.replay, result
 
 
-class Standing(KeysAndValues):
-    """Keys and values in buffers that never move, written at the columns that `columns` holds.
-
-    `visible` says how many of the columns a pass reads, the first so many.
-    """
-
-    def __init__(self, positions: int, columns: Int[Tensor, " new"]) -> None:
-        super().__init__(positions)
-        self.columns, self.visible = columns, positions
-
-    def add(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of all visible columns of a layer, these (batch, heads, new, size) among them."""
-        if layer == len(self._layers):
-            batch, heads, _, size = keys.shape
-            # Zeros, since what is hidden is multiplied by zero and must be a number.
-            whole = keys.new_zeros(2, batch, heads, self.positions, size)
-            self._layers.append((whole[0], whole[1]))
-        for buffer, new in zip(self._layers[layer], (keys, values), strict=True):
-            buffer.index_copy_(2, self.columns, new)
-        all_keys, all_values = self._layers[layer]
-        return all_keys[:, :, : self.visible], all_values[:, :, : self.visible]
-
-
 class Recorded:
     """A function that is called again and again on tensors that lie where they lay: the first call
     prepares, the second is recorded, and from then on everything is launched at once.
@@ -142,20 +120,101 @@ class Recorded:
 
     def __call__(self, function: Callable[[], Results], *, worth_it: bool) -> Results:
         """What the function gives, in tensors that the next call writes over."""
-        if self.recorder is None or not (worth_it or self._launch):
+        recorder = self.recorder
+        if recorder is None or not recorder.works or not (worth_it or self._launch):
             return function()
         if function is not self._function:
             self._function, self._launch = function, None
-            return self.recorder.warm(function)
+            return recorder.warm(function)
         if self._launch is None:
             try:
-                self._launch, self._results = self.recorder.record(function)
+                self._launch, self._results = recorder.record(function)
             except RuntimeError as error:
                 log.warning("sampling is not recorded as a CUDA graph, and goes on: %s", error)
-                self.recorder = None
+                recorder.works = False
                 return function()
         self._launch()
         return self._results
+
+
+class Standing(KeysAndValues):
+    """All that the passes of a generation read and write, in buffers that never move.
+
+    A pass reads `real` columns among the first `visible`, and writes keys and values at `columns`.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        ids: Int[Tensor, "batch seen"],
+        attention: Bool[Tensor, "batch seen"],
+        positions: int,
+    ) -> None:
+        """Room for so many positions, of which the prompts take the first."""
+        super().__init__(-(-positions // ALIGNED) * ALIGNED)
+        batch, seen = attention.shape
+        self.anatomy = anatomy
+        self.slopes = None if anatomy.slopes is None else anatomy.slopes.to(ids.device)
+        self.all_columns = torch.arange(self.positions, device=ids.device)
+        self.real = attention.new_zeros(batch, self.positions)
+        self.real[:, :seen].copy_(attention)
+        self.columns, self.visible = self.all_columns[:seen], seen
+        self.ids = ids
+        self.given: list[Tensor] = []
+
+    def decode(self) -> None:
+        """From now on passes are of one token a row, in the column that `place` names."""
+        self.ids = self.ids.new_zeros(len(self.ids), 1)
+        self.columns, self.visible = self.columns.new_zeros(1), self.positions
+
+    def place(self, ids: Tensor, attention: Tensor, given: Sequence[Tensor]) -> None:
+        """Put the next tokens, and what is given with them, where the next pass reads them."""
+        column = attention.shape[1] - 1
+        self.ids.copy_(ids)
+        self.columns.fill_(column)
+        self.real[:, column].copy_(attention[:, -1])
+        self.given = self.given or [x.clone() for x in given]
+        for there, new in zip(self.given, given, strict=True):
+            there.copy_(new)
+
+    def add(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of all visible columns of a layer, these (batch, heads, new, size) among them."""
+        if layer == len(self._layers):
+            batch, heads, _, size = keys.shape
+            # Zeros, since what is hidden is multiplied by zero and must be a number.
+            whole = keys.new_zeros(2, batch, heads, self.positions, size)
+            self._layers.append((whole[0], whole[1]))
+        for buffer, new in zip(self._layers[layer], (keys, values), strict=True):
+            buffer.index_copy_(2, self.columns, new)
+        all_keys, all_values = self._layers[layer]
+        return all_keys[:, :, : self.visible], all_values[:, :, : self.visible]
+
+    def states(self) -> Float[Tensor, "batch hidden"]:
+        """The hidden states of the last of the columns that `ids` stand in."""
+        real = self.real[:, : self.visible]
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        newest = positions.index_select(1, self.columns)
+        x = embedded(self.anatomy, self.ids.flatten(), newest.flatten())
+        shared = Pass(
+            places=Everywhere(self.ids),
+            blocks=(Block(0, len(self.columns), self._bias(real, positions * real, x.dtype)),),
+            angles=angles_of(self.anatomy, x, newest),
+            cache=self,
+        )
+        for index, layer in enumerate(self.anatomy.layers):
+            x = through(layer, index, x, shared)
+        return normed(self.anatomy.norm, x).view(*self.ids.shape, -1)[:, -1]
+
+    def _bias(self, real: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is added to the newest columns' scores with all; see `blocks_of`."""
+        first = self.anatomy.layers[0]
+        ahead = self.all_columns[: self.visible] > self.columns[:, None]
+        bias = positions.new_zeros((), dtype=dtype)
+        if self.slopes is not None:
+            bias = (self.slopes[:, None, None] * positions[:, None, None, :]).to(dtype)
+        bias = bias.expand(len(real), first.heads, len(self.columns), self.visible)
+        bias = bias.masked_fill((ahead | ~real[:, None])[:, None], torch.finfo(dtype).min)
+        return bias.view(len(real) * first.kv_heads, -1, self.visible)
 
 
 class Graphed:
@@ -164,10 +223,9 @@ class Graphed:
     def __init__(self, anatomy: Anatomy, positions: int, recorder: Recorder | None = None) -> None:
         """Room for so many positions, prompt included; without a recorder nothing is recorded."""
         self.anatomy, self.positions = anatomy, positions
-        self._columns = -(-positions // ALIGNED) * ALIGNED
         self._recorded = Recorded(recorder)
+        self._standing: Standing | None = None
         self._then: Then | None = None
-        self._cache: Standing | None = None
 
     @torch.no_grad()
     def newest(
@@ -179,67 +237,18 @@ class Graphed:
     ) -> Results:
         """What `then(states, *given)` makes of the hidden states (batch, hidden) of the newest
         column; see `Trunk.newest`. It is recorded with the pass, so that what it does must depend
-        on numbers in its tensors alone.
+        on the numbers in its tensors alone.
         """
-        seen = attention.shape[1]
-        if self._cache is None:
-            return then(self._begin(ids, attention), *given)
+        if self._standing is None:
+            self._standing = Standing(self.anatomy, ids, attention, self.positions)
+            states = self._standing.states()
+            self._standing.decode()
+            return then(states, *given)
+        standing = self._standing
+        standing.place(ids, attention, given)
         if then is not self._then:
-            self._given = [x.clone() for x in given]
-            self._then, self._step = then, lambda: then(self._pass(self._ids), *self._given)
-        self._ids.copy_(ids)
-        self._column.fill_(seen - 1)
-        self._real[:, seen - 1].copy_(attention[:, -1])
-        for place, new in zip(self._given, given, strict=True):
-            place.copy_(new)
-        results = self._recorded(self._step, worth_it=self.positions - seen >= WORTH_RECORDING)
+            # Of the buffers, not of this: a cycle would keep them until the collector comes by.
+            self._then, self._step = then, lambda: then(standing.states(), *standing.given)
+        worth_it = self.positions - attention.shape[1] >= WORTH_RECORDING
+        results = self._recorded(self._step, worth_it=worth_it)
         return tuple(x.clone() for x in results)
-
-    def _begin(self, ids: Tensor, attention: Tensor) -> Tensor:
-        """The states of the prompts' last column, after whose pass everything has its place."""
-        batch, seen = attention.shape
-        self._ids = ids.new_zeros(batch, 1)
-        self._column = ids.new_zeros(1)
-        self._all_columns = torch.arange(self._columns, device=ids.device)
-        slopes = self.anatomy.slopes
-        self._slopes = slopes if slopes is None else slopes.to(ids.device)
-        self._real = attention.new_zeros(batch, self._columns)
-        self._real[:, :seen].copy_(attention)
-        self._cache = Standing(self._columns, self._all_columns[:seen])
-        self._cache.visible = seen
-        first = self._pass(ids)
-        self._cache.columns, self._cache.visible = self._column, self._columns
-        return first
-
-    def _pass(self, ids: Tensor) -> Tensor:
-        """The hidden states (batch, hidden) of the last of these columns.
-
-        Reads which columns are real, and reads and writes the cache.
-        """
-        cache, anatomy = self._cache, self.anatomy
-        assert cache is not None
-        real = self._real[:, : cache.visible]
-        positions = (real.cumsum(1) - 1).clamp(min=0)
-        newest = positions.index_select(1, cache.columns)
-        x = embedded(anatomy, ids.flatten(), newest.flatten())
-        shared = Pass(
-            places=Everywhere(ids),
-            blocks=(Block(0, ids.shape[1], self._bias(real, positions * real, x.dtype)),),
-            angles=angles_of(anatomy, x, newest),
-            cache=cache,
-        )
-        for index, layer in enumerate(anatomy.layers):
-            x = through(layer, index, x, shared)
-        return normed(anatomy.norm, x).view(*ids.shape, -1)[:, -1]
-
-    def _bias(self, real: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """What is added to the newest columns' scores with all; see `blocks_of`."""
-        assert self._cache is not None
-        first, columns = self.anatomy.layers[0], self._cache.columns
-        ahead = self._all_columns[: real.shape[1]] > columns[:, None]
-        bias = positions.new_zeros((), dtype=dtype)
-        if self._slopes is not None:
-            bias = (self._slopes[:, None, None] * positions[:, None, None, :]).to(dtype)
-        bias = bias.expand(len(real), first.heads, len(columns), real.shape[1])
-        bias = bias.masked_fill((ahead | ~real[:, None])[:, None], torch.finfo(dtype).min)
-        return bias.view(len(real) * first.kv_heads, -1, real.shape[1])
