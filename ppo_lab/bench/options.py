@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -58,6 +59,10 @@ def options(shape: Shape) -> dict[str, Option]:
             "model.torch_compile=true, once it is compiled", {"compiled": True}
         ),
     }
+    if torch.cuda.is_available():
+        found["cuda_graphs"] = Option(
+            "model.cuda_graphs=true, as by default", {}, {"cuda_graphs": False}
+        )
     if find_spec("bitsandbytes"):
         found["adam=8bit"] = Option("ppo.adam=8bit", {"ppo": {"adam": "8bit"}})
     return found

@@ -31,7 +31,8 @@ def make_trainer(spec: dict[str, Any]) -> PPOTrainer:
         random_model(spec), peft_config=lora(spec)
     )
     if spec.get("road") == "transformers":
-        model.trunk._fast, model.trunk.records_graphs = None, False
+        model.trunk._fast = None
+    model.trunk.records_graphs = spec.get("cuda_graphs", True)
     if spec.get("compiled"):
         model.trunk.compile()
     return PPOTrainer(
