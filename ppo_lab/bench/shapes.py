@@ -144,5 +144,19 @@ class Shape:
 SHAPES = {
     "small": Shape("small", 256, 4, 4, 8192, measured=3),
     "560m": Shape("560m", 1024, 24, 16, 250880, warm_up=0),
+    "560m-gpu": Shape(
+        "560m-gpu",
+        1024,
+        24,
+        16,
+        250880,
+        batch=64,
+        mini_batch=16,
+        shortest_prompt=64,
+        longest_prompt=64,
+        new_tokens=128,
+        warm_up=2,
+        measured=5,
+    ),
     "tiny": Shape("tiny", 64, 2, 2, 512, batch=8, new_tokens=8),
 }
