@@ -79,6 +79,7 @@ def load_policy(config: Config, tokenizer: Any, device: str) -> AutoModelForCaus
         model, v_head_init=head.v_head_init, v_head_init_std=head.v_head_init_std
     )
     policy.load_value_head(config.model.path)
+    policy.trunk.fast_layers = config.model.fast_layers
     policy.trunk.records_graphs = config.model.cuda_graphs
     if config.model.torch_compile:
         policy.trunk.compile()
@@ -104,7 +105,9 @@ def load_critic(config: Config, tokenizer: Any, device: str) -> Critic | None:
     rows = model.get_input_embeddings().num_embeddings
     check_shared_vocabulary(start.path, theirs, tokenizer, rows)
     index = label_index(model.config, start.label, key="critic.label")
-    return Critic(model, index=index, scale=config.reward.weight or 1.0)
+    critic = Critic(model, index=index, scale=config.reward.weight or 1.0)
+    critic.trunk.fast_layers = config.model.fast_layers
+    return critic
 
 
 def critic_start(critic: ModelCritic, reward: RewardSection) -> ModelReward:

@@ -196,6 +196,11 @@ class ModelSection:
         "compile the decoder for the passes that are trained on; takes minutes once, and needs a "
         "C++ compiler",
     )
+    fast_layers: bool = knob(
+        True,
+        "pass architectures that are known layer by layer through layers made for PPO, which must "
+        "first prove equal; false = transformers' own",
+    )
     cuda_graphs: bool = knob(
         True,
         "on a GPU, launch all kernels of a sampled token at once; false = one by one",

@@ -191,6 +191,10 @@ RULES = [
     (["ppo.warmup_steps=40"], "below ppo.steps=40"),
     (["ppo.cache_trunk=true"], "with lora=r16 lora.top_layers=N"),
     (
+        ["ppo.cache_trunk=true", "lora.top_layers=1", "model.fast_layers=false"],
+        "which transformers does not",
+    ),
+    (
         ["ppo.cache_trunk=true", "lora.top_layers=1", "ppo.gradient_checkpointing=true"],
         "computes again what ppo.cache_trunk=true keeps",
     ),

@@ -17,12 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
-from ppo_lab.config import LoraSection
 from ppo_lab.models.choice import LEVELS
+from ppo_lab.models.fast import decoder as decoder_module
 from ppo_lab.models.fast import graphed, layers
-from ppo_lab.models.fast.attention import attend, blocks_of, by_one_kernel
+from ppo_lab.models.fast.attention import KeysAndValues, attend, bias_of, blocks_of
+from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.graphed import WORTH_RECORDING, Graphed, GraphedDecoder
-from ppo_lab.models.lora import wrap_lora
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.rollout import NoiseKey, Sampling, _drawing, sample
@@ -137,17 +137,29 @@ def test_a_recording_that_fails_is_said_and_changes_nothing(
     assert caplog.text.count("not permitted when stream is capturing") == 1
 
 
-def test_the_kernel_for_everything_is_attention() -> None:
+@pytest.mark.parametrize("new", [5, 1])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_kernel_for_everything_is_attention(kv_heads: int, new: int) -> None:
     torch.manual_seed(0)
     attention = torch.ones(2, 6, dtype=torch.bool)
     attention[1, :2] = False
-    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625]) if kv_heads == 4 else None
     blocks = blocks_of(
-        attention, new=5, heads=4, kv_heads=2, slopes=slopes, dtype=torch.float32,
+        attention, new=new, heads=4, kv_heads=kv_heads, slopes=slopes, dtype=torch.float32,
         rounded_to=torch.float32,
     )  # fmt: skip
-    q, k, v = torch.randn(2, 4, 5, 3), torch.randn(2, 2, 6, 3), torch.randn(2, 2, 6, 3)
-    assert_close(by_one_kernel(q, k, v, blocks, 0.4), attend(q, k, v, blocks, 0.4))
+    bias = bias_of(attention, torch.arange(6)[-new:], slopes=slopes, dtype=torch.float32)
+    q = torch.randn(2, 4, new, 3, requires_grad=True)
+    k, v = (torch.randn(2, kv_heads, 6, 3, requires_grad=True) for _ in range(2))
+    asks = attention[:, -new:, None].float()  # padding asks nothing
+    ours, theirs = (attend(q, k, v, how, 0.4) * asks for how in (bias, blocks))
+    assert_close(ours, theirs)
+    for one, other in zip(*(_slopes(y, (q, k, v)) for y in (ours, theirs)), strict=True):
+        assert_close(one, other)
+
+
+def _slopes(y: torch.Tensor, of: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(y.square().sum(), of)
 
 
 def part_of(x: torch.Tensor, index: Any) -> torch.Tensor:
@@ -319,19 +331,66 @@ def test_a_hook_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not tape.played
 
 
-def test_a_trunk_is_kept_where_the_fast_road_is_no_rival_of_transformers() -> None:
-    """As on a GPU, where it is taken for nothing else."""
-    made = Trunk(wrap_lora(tiny_model("bloom"), LoraSection(r=2, top_layers=1)))
+@pytest.mark.parametrize("name", SHAPES)
+def test_with_padding_passed_along_states_and_gradients_are_transformers(name: str) -> None:
+    """As on a GPU."""
+    trunk = Trunk(tiny_model(name))
+    whole = FastDecoder(trunk.decoder, layers.read(trunk.decoder), whole=True)  # type: ignore[arg-type]
+    assert trunk._learns_equally(whole)
     ids, attention = ragged_ids()
-    made._fast = None
-    made.keep_below()
-    below = made.below(ids, attention)
+    ours, theirs = whole.hidden(ids, attention, last=4), trunk._by_transformers(ids, attention)
+    seen = attention[:, -4:]
+    assert_close(ours[seen], theirs[:, -4:][seen], atol=2e-5, rtol=2e-5)
+
+
+def test_a_road_with_other_gradients_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = policy("bloom", lora=True)
+    train_adapter(made)
+    anatomy = layers.read(made.trunk.decoder)
+    assert anatomy is not None
+    whole = FastDecoder(made.trunk.decoder, anatomy, whole=True)
+    assert made.trunk._learns_equally(whole)
+    monkeypatch.setattr(decoder_module, "attend", lambda q, *more: attend(q.detach(), *more))
+    assert not made.trunk._learns_equally(whole)
+
+
+def test_a_device_that_the_road_was_not_proved_on_asks_for_a_proof(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what fails in it is said, and leaves transformers' way."""
+    trunk = Trunk(tiny_model("bloom"))
+    monkeypatch.setattr(Trunk, "_device", "cuda")
+    assert trunk._fast_here() is not None
+    trunk._proved_on = "elsewhere"
+    monkeypatch.setattr(decoder_module, "attend", lambda *_: torch.zeros(1).expand(2, 3))
+    assert trunk._fast_here() is None
+    assert "layers are passed transformers' way" in caplog.text
+
+
+def test_layers_may_be_left_to_transformers() -> None:
+    trunk = Trunk(tiny_model("bloom"))
+    ids, attention = ragged_ids()
+    trunk.fast_layers = False
     with torch.no_grad():
-        ours, theirs = (
-            made.hidden(ids, attention, below=below),
-            made._by_transformers(ids, attention),
-        )
-    assert_close(ours[attention], theirs[attention], atol=2e-5, rtol=2e-5)
+        assert torch.equal(trunk.hidden(ids, attention), trunk._by_transformers(ids, attention))
+    assert not isinstance(trunk.new_cache(8), KeysAndValues)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_pass_of_whole_batches_waits_for_nothing_either(name: str) -> None:
+    """Without gradients, since autograd itself asks for a GPU."""
+    decoder = Trunk(tiny_model(name, torch.bfloat16)).decoder
+    with a_gpu_without_one(), torch.no_grad():
+        move_to_a_gpu_without_one(decoder)
+        anatomy = layers.read(decoder)
+        assert anatomy is not None
+        if anatomy.slopes is not None:
+            anatomy = replace(anatomy, slopes=on_gpu(anatomy.slopes))
+        ids = torch.empty(3, 11, dtype=torch.long, device="cuda")
+        real = torch.empty(3, 11, dtype=torch.bool, device="cuda")
+        states = FastDecoder(decoder, anatomy).hidden(ids, real, last=4)
+    assert states.shape == (3, 4, 48)
+    assert states.device.type == "cuda"
 
 
 @pytest.mark.gpu
@@ -358,3 +417,27 @@ def test_a_gpu_records_and_draws_what_it_draws_without(kind: str, dtype: Any) ->
         real = tokens.mask
         gap = (forward.logprobs - scored.logprobs)[real].abs().mean()
         assert gap < (1e-4 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["bloom", "gpt2", "llama"])
+def test_a_gpu_gives_transformers_gradients(kind: str, dtype: Any) -> None:
+    made = policy(kind, lora=True)
+    train_adapter(made)
+    made = made.to("cuda")
+    made.pretrained_model.to(dtype)
+    tokens, _ = drawn(made, max_new_tokens=32)
+
+    def gradients(fast: bool) -> dict[str, torch.Tensor]:
+        made.zero_grad()
+        made.trunk.fast_layers = fast
+        seen = made.score(tokens, temperature=1.0)
+        (seen.logprobs.square().sum() + seen.values.sum()).backward()
+        return {n: p.grad.float() for n, p in made.named_parameters() if p.grad is not None}
+
+    ours = gradients(True)
+    assert made.trunk._fast_here() is not None
+    share = 1e-3 if dtype == torch.float32 else 0.1
+    for name, theirs in gradients(False).items():
+        assert (ours[name] - theirs).norm() <= share * theirs.norm() + 1e-6, name

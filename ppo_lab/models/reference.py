@@ -49,6 +49,8 @@ class Reference:
                 else "off"
             )
 
+        self._trunk.fast_layers = policy.trunk.fast_layers
+
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The models of its own by name: none where it shares the policy's trunk."""

@@ -26,6 +26,7 @@ from ppo_lab.models.fast.graphed import (
     Results,
     Then,
 )
+from ppo_lab.models.fast.proof import Proof
 from ppo_lab.models.logprobs import Head
 
 log = logging.getLogger(__name__)
@@ -48,16 +49,22 @@ class Trunk:
         parameters = inspect.signature(self.decoder.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self.keeps_below = False
+        self.fast_layers = True  # where they are known and prove equal
         self.records_graphs = True  # on a GPU, until they prove not to work
         self._graphed: GraphedDecoder | None = None
         self._compiled: Any = None
-        fast = FastDecoder.of(self.decoder)
-        self._fast = fast if fast and fast.usable() and self._proves_equal(fast) else None
+        self._proved_on = self._device
+        self._fast = self._proved()
 
     @property
     def hidden_size(self) -> int:
         """The width of the hidden states."""
         return self.model.get_output_embeddings().weight.shape[1]
+
+    @property
+    def _device(self) -> str:
+        """The kind of device that the weights are on."""
+        return self.decoder.get_input_embeddings().weight.device.type
 
     @property
     def head(self) -> Head:
@@ -88,9 +95,11 @@ class Trunk:
         """
         if self._compiled is not None and cache is None and torch.is_grad_enabled():
             return self._by_transformers(ids, attention, by=self._compiled)[:, -last:]
-        fast = self._fast if cache is None or isinstance(cache, KeysAndValues) else None
-        if fast and (below is not None or _has_begun(cache) or fast.usable()):
-            return fast.hidden(ids, attention, cache, last=last, below=below)
+        if below is not None or _has_begun(cache):
+            assert self._fast is not None, "what has begun on the fast road stays there"
+            return self._fast.hidden(ids, attention, cache, last=last, below=below)
+        if (cache is None or isinstance(cache, KeysAndValues)) and (fast := self._fast_here()):
+            return fast.hidden(ids, attention, cache, last=last)
         return self._by_transformers(ids, attention, cache)[:, -last:]
 
     def newest(
@@ -114,15 +123,12 @@ class Trunk:
         Raises:
             ConfigError: there is nothing frozen below, or the architecture is not known in parts.
         """
-        name = type(self.model).__name__
-        fast = self._fast or FastDecoder.of(self.decoder)
-        if self._fast is None and fast and fast.usable(on_gpu=True) and self._proves_equal(fast):
-            self._fast = fast  # on a GPU taken for this alone
-        if self._fast is None:
+        name, fast = type(self.model).__name__, self._fast_here()
+        if fast is None:
             raise ConfigError(
                 f"ppo.cache_trunk=true: the layers of {name} are not known one by one; leave it out"
             )
-        if self._fast.first_trained() == 0:
+        if fast.first_trained() == 0:
             raise ConfigError(
                 f"ppo.cache_trunk=true: the first layer of {name} is trained, so that nothing is "
                 "computed twice; adapt the upper layers alone with lora.top_layers=N"
@@ -136,7 +142,7 @@ class Trunk:
 
     def new_cache(self, positions: int) -> Any:
         """An empty cache for `hidden`, with room for so many positions."""
-        if self._fast and self._fast.usable():
+        if self._device == "cpu" and self._fast_here():
             return KeysAndValues(positions)
         if (graphed := self._recorded()) is not None:
             return graphed.new_cache(positions)
@@ -196,27 +202,60 @@ class Trunk:
     def _recorded(self) -> GraphedDecoder | None:
         """The decoder whose passes are recorded, where there is one that may be taken now."""
         graphed = self._graphed or GraphedDecoder.of(self.decoder)
-        if not self.records_graphs or graphed is None or not graphed.usable():
+        wanted = self.records_graphs and self.fast_layers
+        if not wanted or graphed is None or not graphed.usable():
             return None
         if self._graphed is None:
             self.records_graphs = self._decodes_equally(graphed)
             self._graphed = graphed if self.records_graphs else None
         return self._graphed
 
+    def _proof(self) -> Proof:
+        words = self.decoder.get_input_embeddings().weight
+        return Proof(self._by_transformers, self.decoder.parameters(), words)
+
+    def _fast_here(self) -> FastDecoder | None:
+        """The fast road, where it may be taken now and has proved itself on this kind of device."""
+        if self._device != self._proved_on:
+            self._proved_on = self._device
+            self._fast = self._proved()
+        may = self.fast_layers and self._fast and self._fast.usable()
+        return self._fast if may else None
+
+    def _proved(self) -> FastDecoder | None:
+        """The fast road of the decoder where it is, if there is one that proves equal."""
+        fast = FastDecoder.of(self.decoder)
+        if fast is None or not fast.usable():
+            return None
+        if self._device == "cpu":
+            return fast if self._proves_equal(fast) else None
+        try:
+            return fast if self._learns_equally(fast) else None
+        except RuntimeError as error:
+            log.warning("layers are passed transformers' way, for the fast ones fail: %s", error)
+            return None
+
     @torch.no_grad()
     def _proves_equal(self, fast: FastDecoder) -> bool:
         """Whether the fast road gives transformers' hidden states, padding and cache included."""
-        proof = _Proof(self)
+        proof = self._proof()
         ids, attention, cache = proof.ids, proof.attention, KeysAndValues(9)
         first = fast.hidden(ids[:, :6], attention[:, :6], cache)
         by_parts = torch.cat([first, fast.hidden(ids[:, 6:], attention, cache, last=2)], 1)
         parts = [0, 1, 2, 3, 4, 5, 7, 8]
         return proof.holds(fast.hidden(ids, attention)) and proof.holds(by_parts, parts)
 
+    @torch.enable_grad()
+    def _learns_equally(self, fast: FastDecoder) -> bool:
+        """Whether the fast road gives transformers' hidden states, and their gradients."""
+        proof = self._proof()
+        ours = fast.hidden(proof.ids, proof.attention)
+        return proof.holds(ours) and proof.pulls_alike(ours)
+
     @torch.no_grad()
     def _decodes_equally(self, graphed: GraphedDecoder) -> bool:
         """Whether recorded passes give transformers' hidden states; what fails does not."""
-        proof = _Proof(self)
+        proof = self._proof()
         ids, attention = proof.ids, proof.attention
         cache = graphed.new_cache(ids.shape[1] + WORTH_RECORDING)
         try:
@@ -233,30 +272,6 @@ class Trunk:
 
 def _alone(states: Tensor) -> Results:
     return (states,)
-
-
-class _Proof:
-    """A few tokens, with padding, and transformers' hidden states of them."""
-
-    def __init__(self, trunk: Trunk) -> None:
-        words = trunk.decoder.get_input_embeddings().weight
-        self.ids = (torch.arange(2 * 9, device=words.device).view(2, 9) * 7) % len(words)
-        self.attention = torch.ones_like(self.ids, dtype=torch.bool)
-        self.attention[1, :3] = False
-        self.theirs = trunk._by_transformers(self.ids, self.attention)
-
-    def holds(self, ours: Tensor, columns: list[int] | slice = slice(None)) -> bool:
-        """Whether these states, of these columns, are theirs but for rounding."""
-        exact = self.theirs.dtype == torch.float32 and _multiplies_exactly(self.theirs.device)
-        real = self.attention[:, columns]
-        scale = self.theirs[self.attention].abs().max().clamp(min=1e-6)
-        error = (ours - self.theirs[:, columns])[real].abs().max() / scale
-        return bool(error <= (1e-4 if exact else 5e-2))
-
-
-def _multiplies_exactly(device: torch.device) -> bool:
-    """Whether products of float32 are made in float32, and not in TF32."""
-    return device.type == "cpu" or torch.get_float32_matmul_precision() == "highest"
 
 
 def _has_begun(cache: Any) -> bool:

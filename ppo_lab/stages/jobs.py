@@ -12,7 +12,7 @@ from ppo_lab.rules import device_problem, illegal_values, matches, model_folder
 from ppo_lab.stages.config import RewardModelConfig, SFTConfig, StageSection
 from ppo_lab.stages.examples import data_problems, read_rows, split_rows
 
-UNREAD_OF_MODEL = ("model.torch_compile", "model.cuda_graphs")
+UNREAD_OF_MODEL = ("model.torch_compile", "model.fast_layers", "model.cuda_graphs")
 UNREAD = ("ppo.", "generation.", "evaluation.", "critic.", *UNREAD_OF_MODEL)
 
 

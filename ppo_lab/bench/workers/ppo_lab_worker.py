@@ -30,8 +30,7 @@ def make_trainer(spec: dict[str, Any]) -> PPOTrainer:
     model = AutoModelForCausalLMWithValueHead.from_pretrained(
         random_model(spec), peft_config=lora(spec)
     )
-    if spec.get("road") == "transformers":
-        model.trunk._fast = None
+    model.trunk.fast_layers = spec.get("road") != "transformers"
     model.trunk.records_graphs = spec.get("cuda_graphs", True)
     if spec.get("compiled"):
         model.trunk.compile()

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ppo_lab.models.fast.products import Linear
@@ -94,11 +94,10 @@ def blocks_of(
     to `rounded_to`, the precision in which transformers has them.
     """
     batch, seen = attention.shape
-    ahead = attention.new_ones(new, seen).triu(seen - new + 1)
-    alibi = attention.new_zeros(seen, dtype=dtype)
+    ahead = torch.ones(new, seen, dtype=torch.bool).triu(seen - new + 1)
+    alibi = torch.zeros(seen, dtype=dtype)
     if slopes is not None:
         positions = (attention.cumsum(1) - 1) * attention
-        slopes = slopes.to(attention.device)
         alibi = (slopes[:, None] * positions[:, None, :]).to(rounded_to).to(dtype)[:, :, None, :]
     count = max(1, round(new / max(COLUMNS, SCORES // (batch * heads * seen))))
     found = []
@@ -115,14 +114,14 @@ def attend(
     q: Float[Tensor, "batch heads new size"],
     k: Float[Tensor, "batch kv_heads seen size"],
     v: Float[Tensor, "batch kv_heads seen size"],
-    blocks: Sequence[Block],
+    blocks: Sequence[Block] | Tensor,
     scaling: float,
 ) -> Float[Tensor, "batch new heads_size"]:
-    """What every query mixes, the heads side by side."""
+    """What every query mixes, the heads side by side; of a bias for all, by one kernel."""
+    if isinstance(blocks, Tensor):
+        return by_one_kernel(q, k, v, blocks, scaling)
     if torch.is_grad_enabled():
         return _Attention.apply(q, k, v, blocks, scaling)
-    if q.device.type != "cpu":
-        return by_one_kernel(q, k, v, blocks, scaling)
     return _attended(q, k, v, blocks, scaling)[0]
 
 
@@ -183,22 +182,40 @@ def _attended(
     return _joined(mixed, 1).flatten(2), kept
 
 
+def bias_of(
+    real: Bool[Tensor, "batch keys"],
+    columns: Int[Tensor, " new"],
+    *,
+    slopes: Float[Tensor, " heads"] | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "batch heads_or_one new keys"]:
+    """What is added to the scores of the queries in these columns, as in `blocks_of`, at once."""
+    ahead = torch.arange(real.shape[1], device=real.device) > columns[:, None]
+    hidden = (ahead | ~real[:, None])[:, None]
+    if slopes is None:
+        return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+    positions = ((real.cumsum(1) - 1) * real)[:, None, None, :]
+    alibi = (slopes[:, None, None] * positions).to(dtype)
+    shape = (len(real), len(slopes), len(columns), real.shape[1])
+    return alibi.expand(shape).masked_fill(hidden, torch.finfo(dtype).min)
+
+
 def by_one_kernel(
     q: Float[Tensor, "batch heads new size"],
     k: Float[Tensor, "batch kv_heads seen size"],
     v: Float[Tensor, "batch kv_heads seen size"],
-    blocks: Sequence[Block],
+    bias: Float[Tensor, "batch heads_or_one new seen"],
     scaling: float,
 ) -> Float[Tensor, "batch new heads_size"]:
     """`attend` by torch's kernel: on a GPU one for everything, with scores in float32."""
-    mixed = []
-    for block in blocks:
-        keys, values = (x[:, :, : block.bias.shape[2]] for x in (k, v))
-        rows = q[:, :, block.columns].reshape(*k.shape[:2], -1, q.shape[3])
-        bias = block.bias.view(*rows.shape[:3], -1)
-        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias, scale=scaling)
-        mixed.append(out.reshape(*q.shape[:2], -1, q.shape[3]).transpose(1, 2))
-    return _joined(mixed, 1).flatten(2)
+    batch, heads, new, size = q.shape
+    kv_heads, group = k.shape[1], heads // k.shape[1]
+    if group > 1 and new == 1:
+        q = q.reshape(batch, kv_heads, group, size)  # as many queries of one head
+    elif group > 1:
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling)
+    return mixed.reshape(batch, heads, new, size).transpose(1, 2).flatten(2)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -1,9 +1,12 @@
-"""A decoder on a CPU: the same function as transformers', without what a CPU is slow at.
+"""A decoder by the fewest operations: the same function as transformers', without what is slow.
 
-Real tokens alone pass through products and norms; attention alone sees rectangles. Of the last
-layer only what is asked for is computed. Keys and values of earlier positions lie in one buffer.
-Where a processor does not compute in the weights' half precision, they are widened a tile at a
-time, and everything between them is float32.
+On a CPU real tokens alone pass through products and norms; attention alone sees rectangles. Of the
+last layer only what is asked for is computed. Keys and values of earlier positions lie in one
+buffer. Where a processor does not compute in the weights' half precision, they are widened a tile
+at a time, and everything between them is float32.
+
+On a GPU padding passes too, since to leave it out the host would have to wait for its number; what
+is spared are launches and elementwise passes over memory.
 """
 
 from __future__ import annotations
@@ -16,11 +19,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ppo_lab.models.fast.attention import Block, KeysAndValues, attend, blocks_of
+from ppo_lab.models.fast.attention import Block, KeysAndValues, attend, bias_of, blocks_of
 from ppo_lab.models.fast.elementwise import ACTIVATIONS, normed, rotated, spread_angles
 from ppo_lab.models.fast.layers import Anatomy, Layer, read
-from ppo_lab.models.fast.places import LastColumns, Places
+from ppo_lab.models.fast.places import Everywhere, LastColumns, Places
 from ppo_lab.models.fast.products import Linear, computed_in
+
+# transformers' attention kernels that this road takes the place of; others were asked for.
+KERNELS = ("eager", "sdpa")
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Pass:
     """
 
     places: Places
-    blocks: tuple[Block, ...]
+    blocks: tuple[Block, ...] | Tensor
     angles: tuple[Tensor, Tensor, int] | None
     cache: KeysAndValues | None
 
@@ -62,8 +68,10 @@ class Pass:
 class FastDecoder:
     """The decoder of one model; holding no weights, it is always what the model is."""
 
-    def __init__(self, decoder: Any, anatomy: Anatomy) -> None:
+    def __init__(self, decoder: Any, anatomy: Anatomy, *, whole: bool | None = None) -> None:
+        """`whole`: padding passes with the rest; by default on a GPU."""
         self.decoder, self.anatomy = decoder, anatomy
+        self._whole = whole
         self._modules = list(decoder.modules())
 
     @classmethod
@@ -72,14 +80,15 @@ class FastDecoder:
         anatomy = read(decoder)
         return None if anatomy is None else cls(decoder, anatomy)
 
-    def usable(self, *, on_gpu: bool = False) -> bool:
-        """Whether it is on a CPU now, or else on a GPU, with nothing on that only transformers'
-        forward does.
-        """
-        weight = self.decoder.get_input_embeddings().weight
-        on_cpu = weight.device.type == "cpu" and weight.dtype != torch.float16
+    def usable(self) -> bool:
+        """Whether it is where it may be, with nothing on that only transformers' forward does."""
+        weight, config = self.decoder.get_input_embeddings().weight, self.decoder.config
+        here = weight.device.type == "cuda" or (
+            weight.device.type == "cpu" and weight.dtype != torch.float16
+        )
         checkpoints = self.decoder.gradient_checkpointing and self.decoder.training
-        return (on_cpu or on_gpu) and not checkpoints and not hooked(self._modules)
+        kernel = getattr(config, "_attn_implementation", None) or "eager"
+        return here and not checkpoints and kernel in KERNELS and not hooked(self._modules)
 
     def hidden(
         self,
@@ -100,14 +109,14 @@ class FastDecoder:
         for index, layer in lower[0 if below is None else self.first_trained() :]:
             x = through(layer, index, x, shared)
         end = None
-        if columns < new:
+        if columns < new and not self._passes_whole(x):
             end = LastColumns(shared.places, columns)
             shared = replace(shared, blocks=self._blocks(attention, columns, x.dtype))
         x = normed(self.anatomy.norm, through(final[1], final[0], x, shared, end))
         if cache is not None:
             cache.seen += new
         places = shared.places if end is None else end.places
-        return places.spread(x).view(len(ids), columns, -1)
+        return places.spread(x).view(len(ids), -1, x.shape[1])[:, -columns:]
 
     @torch.no_grad()
     def below(
@@ -137,7 +146,8 @@ class FastDecoder:
     ) -> tuple[Float[Tensor, "rows hidden"], Pass]:
         """The rows that enter the first layer to be passed, and what the layers will share."""
         new = ids.shape[1]
-        places = Places(attention[:, -new:], width=self.anatomy.words.weight.shape[1])
+        real, width = attention[:, -new:], self.anatomy.words.weight.shape[1]
+        places = Everywhere(real) if self._passes_whole(real) else Places(real, width=width)
         positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -new:]
         if below is None:
             x = embedded(self.anatomy, places.take(ids), places.take(positions))
@@ -147,14 +157,24 @@ class FastDecoder:
         blocks = self._blocks(attention, new, x.dtype)
         return x, Pass(places, blocks, angles_of(self.anatomy, x, positions), cache)
 
-    def _blocks(self, attention: Tensor, new: int, dtype: torch.dtype) -> tuple[Block, ...]:
-        first = self.anatomy.layers[0]
+    def _passes_whole(self, x: Tensor) -> bool:
+        return x.device.type != "cpu" if self._whole is None else self._whole
+
+    def _blocks(
+        self, attention: Tensor, new: int, dtype: torch.dtype
+    ) -> tuple[Block, ...] | Tensor:
+        first, slopes = self.anatomy.layers[0], self.anatomy.slopes
+        if self._passes_whole(attention):
+            seen, device = attention.shape[1], attention.device
+            columns = torch.arange(seen - new, seen, device=device)
+            slopes = None if slopes is None else slopes.to(device)
+            return bias_of(attention, columns, slopes=slopes, dtype=dtype)
         return blocks_of(
             attention,
             new=new,
             heads=first.heads,
             kv_heads=first.kv_heads,
-            slopes=self.anatomy.slopes,
+            slopes=slopes,
             dtype=dtype,
             rounded_to=self.anatomy.words.weight.dtype,
         )

@@ -74,7 +74,7 @@ def normed(module: Any, x: Float[Tensor, "rows width"]) -> Float[Tensor, "rows w
     if isinstance(module, torch.nn.LayerNorm):
         bias = None if module.bias is None else module.bias.to(x.dtype)
         return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or x.device.type != "cpu":
         return F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
     return _RootMeanSquare.apply(x, weight, module.variance_epsilon)
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ppo_lab.models.fast.attention import Block, KeysAndValues
+from ppo_lab.models.fast.attention import KeysAndValues, bias_of
 from ppo_lab.models.fast.decoder import Pass, angles_of, embedded, hooked, through
 from ppo_lab.models.fast.elementwise import normed
 from ppo_lab.models.fast.layers import Anatomy, read
@@ -155,10 +155,9 @@ class Standing(KeysAndValues):
         batch, seen = attention.shape
         self.anatomy = anatomy
         self.slopes = None if anatomy.slopes is None else anatomy.slopes.to(ids.device)
-        self.all_columns = torch.arange(self.positions, device=ids.device)
         self.real = attention.new_zeros(batch, self.positions)
         self.real[:, :seen].copy_(attention)
-        self.columns, self.visible = self.all_columns[:seen], seen
+        self.columns, self.visible = torch.arange(seen, device=ids.device), seen
         self.ids = ids
         self.given: list[Tensor] = []
 
@@ -197,24 +196,13 @@ class Standing(KeysAndValues):
         x = embedded(self.anatomy, self.ids.flatten(), newest.flatten())
         shared = Pass(
             places=Everywhere(self.ids),
-            blocks=(Block(0, len(self.columns), self._bias(real, positions * real, x.dtype)),),
+            blocks=bias_of(real, self.columns, slopes=self.slopes, dtype=x.dtype),
             angles=angles_of(self.anatomy, x, newest),
             cache=self,
         )
         for index, layer in enumerate(self.anatomy.layers):
             x = through(layer, index, x, shared)
         return normed(self.anatomy.norm, x).view(*self.ids.shape, -1)[:, -1]
-
-    def _bias(self, real: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """What is added to the newest columns' scores with all; see `blocks_of`."""
-        first = self.anatomy.layers[0]
-        ahead = self.all_columns[: self.visible] > self.columns[:, None]
-        bias = positions.new_zeros((), dtype=dtype)
-        if self.slopes is not None:
-            bias = (self.slopes[:, None, None] * positions[:, None, None, :]).to(dtype)
-        bias = bias.expand(len(real), first.heads, len(self.columns), self.visible)
-        bias = bias.masked_fill((ahead | ~real[:, None])[:, None], torch.finfo(dtype).min)
-        return bias.view(len(real) * first.kv_heads, -1, self.visible)
 
 
 class Graphed:

@@ -80,9 +80,8 @@ class LastColumns:
         numbers = whole.numbers[kept // columns * time + kept % columns + time - columns]
         # Padding that is kept here alone takes any row; that row's gradient does not come from it.
         self._there = numbers.clamp(max=len(whole.rows) - 1)
-        back = kept.new_full((len(whole.rows) + 1,), len(kept))
-        own = torch.arange(len(kept), device=kept.device)
-        self._back = back.index_copy_(0, numbers, own)[:-1]
+        back = torch.full((len(whole.rows) + 1,), len(kept))
+        self._back = back.index_copy_(0, numbers, torch.arange(len(kept)))[:-1]
 
     def pick(self, rows: Float[Tensor, "kept width"]) -> Float[Tensor, "columns_kept width"]:
         """Of the rows of the whole those that are kept of the last columns."""
