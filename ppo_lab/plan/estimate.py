@@ -338,7 +338,8 @@ def _launches(subject: Subject, found: Traced) -> tuple[float, ...]:
     load, layers = subject.workload, subject.of.layers
     forward, backward = found.forward.at(layers), found.backward.at(layers)
     passes = load.epochs * len(load.passes())
-    token = found.token.at(layers) if subject.config.model.cuda_graphs else 0.0
+    model = subject.config.model
+    token = found.token.at(layers) if model.cuda_graphs and model.fast_layers else 0.0
     drawing = load.longest * (forward + DRAWN + KEPT)
     if token:
         drawing = load.longest * (IN_A_GRAPH * (token + DRAWN) + KEPT) + TO_RECORD * token

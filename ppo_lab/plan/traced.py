@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from ppo_lab.config import Config
 from ppo_lab.models import logprobs
+from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.graphed import GraphedDecoder
 from ppo_lab.models.fast.layers import read
 from ppo_lab.models.policy import enable_checkpointing
@@ -55,7 +56,7 @@ def traced(
     training: Sequence[Row],
     reading: Sequence[Row],
 ) -> Traced:
-    """What the passes over these rows hold with transformers' own kernels."""
+    """What the passes over these rows hold, by the layers that a GPU would take."""
     one, two = (
         _trace(
             blueprint(
@@ -68,6 +69,7 @@ def traced(
             training,
             reading,
             checkpointing=config.ppo.gradient_checkpointing,
+            fast=config.model.fast_layers and not config.ppo.gradient_checkpointing,
         )
         for layers in (1, 2)
     )
@@ -84,25 +86,27 @@ def published_head_bytes(head: HeadShape, tokens: int, *, gradients: bool) -> fl
 
 
 def _trace(
-    model: Any, training: Sequence[Row], reading: Sequence[Row], *, checkpointing: bool
+    model: Any, training: Sequence[Row], reading: Sequence[Row], *, checkpointing: bool, fast: bool
 ) -> _Seen:
     if checkpointing:
         enable_checkpointing(model)
         if hasattr(model, "peft_config"):
             model.enable_input_require_grads()
     trunk = Trunk(model)
+    anatomy = read(trunk.decoder)
+    passed = FastDecoder(trunk.decoder, anatomy).hidden if anatomy and fast else trunk.hidden
     with torch.device("meta"):
         model.train()
         tracker = tracked()
         with tracker as live:
-            hidden = trunk.hidden(*_rectangle(training))
+            hidden = passed(*_rectangle(training))
             kept, churned, forward = live.now, live.made - live.now, live.launches
             hidden.backward(torch.ones_like(hidden))
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         peak = live.peak(without=tracker.names(gradients))
         model.eval()
         with torch.no_grad(), tracked() as passing:
-            trunk.hidden(*_rectangle(reading))
+            passed(*_rectangle(reading))
         token = _launches_of_a_token(trunk)
     backward = live.launches - forward
     return _Seen(kept, max(0, peak - kept), churned, passing.peak(), forward, backward, token)
