@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from statistics import median
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -47,22 +48,24 @@ def show(kept: dict[str, Any], console: Console) -> None:
     """The record as tables."""
     shape = kept["shape"]
     tokens = shape["batch"] * shape["new_tokens"]
-    table = Table(title=f"one PPO iteration, {shape['name']}: medians, wall seconds (CPU seconds)")
-    for column in ("trainer", *PHASES, "total", "tokens/s", "peak GB", "times its floor"):
-        left = column == "trainer"
-        table.add_column(column, justify="left" if left else "right", no_wrap=left)
+    title = f"one PPO iteration, {shape['name']}: medians, wall seconds (CPU seconds)"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("trainer", no_wrap=True)
+    for column in (*PHASES, "total", "tokens/s", "peak GB", "/ floor"):
+        table.add_column(column, justify="right", min_width=len(column))
     for name, m in kept["medians"].items():
         least = kept["floor"][name.split()[-1]]["total"]
         table.add_row(
             name,
-            *(f"{m['wall'][p]:.2f} ({m['cpu'][p]:.2f})" for p in PHASES),
-            f"{m['wall_s']:.2f} ({m['cpu_s']:.2f})",
+            *(f"{m['wall'][p]:.2f} ({m['cpu'][p]:.1f})" for p in PHASES),
+            f"{m['wall_s']:.2f} ({m['cpu_s']:.1f})",
             f"{tokens / m['wall_s']:.1f}",
             f"{m['peak_gb']:.2f}",
             f"{m['wall_s'] / least:.1f}",
         )
     console.print(table)
-    console.print(_ratios(kept["ratios"]))
+    if kept["ratios"]:
+        console.print(_ratios(kept["ratios"]))
     for precision, least in kept["floor"].items():
         rates = kept["rates"][precision]
         console.print(
@@ -156,13 +159,24 @@ def _ratio(results: list[Result], ours: str, theirs: str, why: str) -> dict[str,
 
 
 def _ratios(ratios: list[dict[str, Any]]) -> Table:
-    table = Table(title="theirs / ours in interleaved pairs: median (range)")
-    for column in ("ours", "theirs", "", "wall", "CPU", "memory"):
-        table.add_column(column)
+    """A row a pair, with every reason to look at it."""
+    table = Table(
+        title="theirs / ours in interleaved pairs: median (range)",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("ours", "theirs"):
+        table.add_column(column, no_wrap=True)
+    for column in ("wall", "CPU", "memory"):
+        table.add_column(column, min_width=len("(1.23-1.45)"))
+    table.add_column("compared as")
+    pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for ratio in ratios:
+        pairs.setdefault((ratio["ours"], ratio["theirs"]), []).append(ratio)
+    for pair, found in pairs.items():
         shown = (
-            "{:.2f} ({:.2f}-{:.2f})".format(ratio[kind]["median"], *ratio[kind]["range"])
+            "{:.2f} ({:.2f}-{:.2f})".format(found[0][kind]["median"], *found[0][kind]["range"])
             for kind in ("wall", "cpu", "memory")
         )
-        table.add_row(ratio["ours"], ratio["theirs"], ratio["why"], *shown)
+        table.add_row(*pair, *shown, "; ".join(ratio["why"] for ratio in found))
     return table
