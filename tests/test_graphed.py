@@ -28,6 +28,8 @@ from ppo_lab.models.trunk import Trunk
 from ppo_lab.rollout import NoiseKey, Sampling, _drawing, sample
 
 ROOM = 11 + WORTH_RECORDING
+CASES = [*((name, torch.float32) for name in SHAPES)]
+CASES += [(name, torch.bfloat16) for name in ("bloom", "llama")]
 
 
 class Tape:
@@ -83,8 +85,7 @@ def decoder_on_tape(decoder: Any, tape: Any) -> GraphedDecoder:
     return GraphedDecoder(decoder, anatomy, tape)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_recorded_passes_give_transformers_hidden_states(name: str, dtype: Any) -> None:
     trunk, tape = Trunk(tiny_model(name, dtype)), Tape()
     ids, attention = ragged_ids()
@@ -237,8 +238,7 @@ def parts_there(decoder: Any, then: Any, *given: torch.Tensor) -> list[Any]:
     return [prompts, *(cache.newest(ids[:, :1], real[:, :n], then, *given) for n in (10, 11))]
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_a_pass_asks_the_gpu_for_nothing_and_brings_nothing_from_the_host(
     name: str, dtype: Any
 ) -> None:
@@ -290,7 +290,7 @@ def drawn(made: AutoModelForCausalLMWithValueHead, **changes: Any) -> Any:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"temperature": 0.0}, {"top_k": 5}, {"batch_size": 3}, {"min_new_tokens": 4}],
+    [{}, {"temperature": 0.0, "batch_size": 3}, {"top_k": 5, "min_new_tokens": 4}],
 )
 def test_responses_are_those_of_transformers_layers(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
