@@ -22,7 +22,7 @@ from ppo_lab.models.fast import decoder as decoder_module
 from ppo_lab.models.fast import graphed, layers
 from ppo_lab.models.fast.attention import KeysAndValues, attend, bias_of, blocks_of
 from ppo_lab.models.fast.decoder import FastDecoder
-from ppo_lab.models.fast.graphed import WORTH_RECORDING, Graphed, GraphedDecoder
+from ppo_lab.models.fast.graphed import WORTH_RECORDING, Graphed
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.rollout import NoiseKey, Sampling, _drawing, sample
@@ -79,10 +79,20 @@ def alone(states: torch.Tensor) -> tuple[torch.Tensor]:
     return (states,)
 
 
-def decoder_on_tape(decoder: Any, tape: Any) -> GraphedDecoder:
+def anatomy_of(decoder: Any) -> layers.Anatomy:
     anatomy = layers.read(decoder)
     assert anatomy is not None
-    return GraphedDecoder(decoder, anatomy, tape)
+    return anatomy
+
+
+def generation(decoder: Any, tape: Any, room: int = ROOM) -> Graphed:
+    return Graphed(anatomy_of(decoder), room, tape)
+
+
+def take_the_way_of_a_gpu(patch: pytest.MonkeyPatch, tape: Tape) -> None:
+    """As trunks do on a GPU, on a CPU."""
+    patch.setattr(Trunk, "_device", "cuda")
+    patch.setattr("ppo_lab.models.trunk.Recorder", lambda _: tape)
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
@@ -90,7 +100,7 @@ def test_recorded_passes_give_transformers_hidden_states(name: str, dtype: Any) 
     trunk, tape = Trunk(tiny_model(name, dtype)), Tape()
     ids, attention = ragged_ids()
     attention[2] = True
-    ours = by_parts(decoder_on_tape(trunk.decoder, tape).new_cache(ROOM), ids, attention)
+    ours = by_parts(generation(trunk.decoder, tape), ids, attention)
     with torch.no_grad():
         theirs = trunk._by_transformers(ids, attention)[:, 5:]
     tolerance = 2e-5 if dtype == torch.float32 else 0.1
@@ -109,7 +119,7 @@ def test_a_tape_holds_what_was_done_and_not_what_python_would_do() -> None:
 
 def test_a_generation_lets_go_of_its_keys_and_values_at_once() -> None:
     trunk = Trunk(tiny_model("llama"))
-    made = decoder_on_tape(trunk.decoder, Once()).new_cache(ROOM)
+    made = generation(trunk.decoder, Once())
     by_parts(made, *ragged_ids())
     held = weakref.ref(made._standing._layers[0][0])  # type: ignore[union-attr]
     gc.disable()
@@ -122,7 +132,7 @@ def test_a_generation_lets_go_of_its_keys_and_values_at_once() -> None:
 
 def test_few_tokens_are_not_worth_a_recording() -> None:
     trunk, tape = Trunk(tiny_model("llama")), Tape()
-    by_parts(decoder_on_tape(trunk.decoder, tape).new_cache(11), *ragged_ids())
+    by_parts(generation(trunk.decoder, tape, 11), *ragged_ids())
     assert tape.played == 0
 
 
@@ -131,10 +141,10 @@ def test_a_recording_that_fails_is_said_and_changes_nothing(
 ) -> None:
     trunk = Trunk(tiny_model("bloom"))
     ids, attention = ragged_ids()
-    wanted = by_parts(decoder_on_tape(trunk.decoder, None).new_cache(ROOM), ids, attention)
-    broken = decoder_on_tape(trunk.decoder, BrokenTape())
+    wanted = by_parts(generation(trunk.decoder, None), ids, attention)
+    broken = BrokenTape()
     for _ in range(2):
-        assert_close(by_parts(broken.new_cache(ROOM), ids, attention), wanted)
+        assert_close(by_parts(generation(trunk.decoder, broken), ids, attention), wanted)
     assert caplog.text.count("not permitted when stream is capturing") == 1
 
 
@@ -226,12 +236,14 @@ def a_gpu_without_one() -> Iterator[None]:
         yield
 
 
+def anatomy_there(decoder: Any) -> layers.Anatomy:
+    found = anatomy_of(decoder)
+    return found if found.slopes is None else replace(found, slopes=on_gpu(found.slopes))
+
+
 def parts_there(decoder: Any, then: Any, *given: torch.Tensor) -> list[Any]:
     """What `then` makes of the states of prompts and of two tokens, all of it shapes on a GPU."""
-    made = decoder_on_tape(decoder, None)
-    if made.anatomy.slopes is not None:
-        made.anatomy = replace(made.anatomy, slopes=on_gpu(made.anatomy.slopes))
-    cache = made.new_cache(ROOM)
+    cache = Graphed(anatomy_there(decoder), ROOM)
     ids = torch.empty(3, 9, dtype=torch.long, device="cuda")
     real = torch.empty(3, 11, dtype=torch.bool, device="cuda")
     prompts = cache.newest(ids, real[:, :9], then, *given)
@@ -272,9 +284,9 @@ def test_what_is_recorded_reads_the_adapter() -> None:
     ids, attention = ragged_ids()
     ids, attention = ids % 64, torch.ones_like(attention)
     decoder = made.trunk.decoder
-    ours = by_parts(decoder_on_tape(decoder, Tape()).new_cache(ROOM), ids, attention)
+    ours = by_parts(generation(decoder, Tape()), ids, attention)
     with torch.no_grad(), made.pretrained_model.disable_adapter():
-        off = by_parts(decoder_on_tape(decoder, Tape()).new_cache(ROOM), ids, attention)
+        off = by_parts(generation(decoder, Tape()), ids, attention)
         off_by_transformers = made.trunk._by_transformers(ids, attention)[:, 5:]
     with torch.no_grad():
         on_by_transformers = made.trunk._by_transformers(ids, attention)[:, 5:]
@@ -288,6 +300,13 @@ def drawn(made: AutoModelForCausalLMWithValueHead, **changes: Any) -> Any:
     return sample(made, QUERIES, sampling=Sampling(**settings | changes), noise=NoiseKey(0, 3))
 
 
+def by_transformers(made: AutoModelForCausalLMWithValueHead, **changes: Any) -> Any:
+    made.trunk.fast_layers = False
+    found = drawn(made, **changes)
+    made.trunk.fast_layers = True
+    return found
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"temperature": 0.0, "batch_size": 3}, {"top_k": 5, "min_new_tokens": 4}],
@@ -297,10 +316,8 @@ def test_responses_are_those_of_transformers_layers(
 ) -> None:
     made = policy("bloom", lora=True)
     train_adapter(made)
-    made.trunk._fast = None
-    wanted = drawn(made, **changes)
-    tape = Tape()
-    monkeypatch.setattr(GraphedDecoder, "of", lambda decoder: decoder_on_tape(decoder, tape))
+    wanted, tape = by_transformers(made, **changes), Tape()
+    take_the_way_of_a_gpu(monkeypatch, tape)
     tokens, forward = drawn(made, **changes)
     assert tape.played > 0
     assert torch.equal(tokens.responses, wanted[0].responses)
@@ -310,9 +327,8 @@ def test_responses_are_those_of_transformers_layers(
 
 def test_a_recording_that_gives_other_states_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     made = policy("bloom")
-    made.trunk._fast = None
-    wanted, tape = drawn(made), Tape()
-    monkeypatch.setattr(GraphedDecoder, "of", lambda decoder: decoder_on_tape(decoder, tape))
+    wanted, tape = by_transformers(made), Tape()
+    take_the_way_of_a_gpu(monkeypatch, tape)
     monkeypatch.setattr(graphed, "normed", lambda module, x: 1.1 * module(x))
     assert torch.equal(drawn(made)[0].responses, wanted[0].responses)
     assert not made.trunk.records_graphs
@@ -323,8 +339,7 @@ def test_a_recording_that_gives_other_states_is_not_taken(monkeypatch: pytest.Mo
 
 def test_a_hook_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     made, tape, seen = policy("bloom"), Tape(), []
-    made.trunk._fast = None
-    monkeypatch.setattr(GraphedDecoder, "of", lambda decoder: decoder_on_tape(decoder, tape))
+    take_the_way_of_a_gpu(monkeypatch, tape)
     made.trunk.decoder.h[0].register_forward_hook(lambda *_: seen.append(1))
     drawn(made)
     assert seen
@@ -335,8 +350,8 @@ def test_a_hook_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_with_padding_passed_along_states_and_gradients_are_transformers(name: str) -> None:
     """As on a GPU."""
     trunk = Trunk(tiny_model(name))
-    whole = FastDecoder(trunk.decoder, layers.read(trunk.decoder), whole=True)  # type: ignore[arg-type]
-    assert trunk._learns_equally(whole)
+    whole = FastDecoder(trunk.decoder, anatomy_of(trunk.decoder), whole=True)
+    assert trunk._proof().of_learning(whole)
     ids, attention = ragged_ids()
     ours, theirs = whole.hidden(ids, attention, last=4), trunk._by_transformers(ids, attention)
     seen = attention[:, -4:]
@@ -346,12 +361,10 @@ def test_with_padding_passed_along_states_and_gradients_are_transformers(name: s
 def test_a_road_with_other_gradients_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     made = policy("bloom", lora=True)
     train_adapter(made)
-    anatomy = layers.read(made.trunk.decoder)
-    assert anatomy is not None
-    whole = FastDecoder(made.trunk.decoder, anatomy, whole=True)
-    assert made.trunk._learns_equally(whole)
+    whole = FastDecoder(made.trunk.decoder, anatomy_of(made.trunk.decoder), whole=True)
+    assert made.trunk._proof().of_learning(whole)
     monkeypatch.setattr(decoder_module, "attend", lambda q, *more: attend(q.detach(), *more))
-    assert not made.trunk._learns_equally(whole)
+    assert not made.trunk._proof().of_learning(whole)
 
 
 def test_a_device_that_the_road_was_not_proved_on_asks_for_a_proof(
@@ -382,33 +395,34 @@ def test_a_pass_of_whole_batches_waits_for_nothing_either(name: str) -> None:
     decoder = Trunk(tiny_model(name, torch.bfloat16)).decoder
     with a_gpu_without_one(), torch.no_grad():
         move_to_a_gpu_without_one(decoder)
-        anatomy = layers.read(decoder)
-        assert anatomy is not None
-        if anatomy.slopes is not None:
-            anatomy = replace(anatomy, slopes=on_gpu(anatomy.slopes))
         ids = torch.empty(3, 11, dtype=torch.long, device="cuda")
         real = torch.empty(3, 11, dtype=torch.bool, device="cuda")
-        states = FastDecoder(decoder, anatomy).hidden(ids, real, last=4)
+        states = FastDecoder(decoder, anatomy_there(decoder)).hidden(ids, real, last=4)
     assert states.shape == (3, 4, 48)
     assert states.device.type == "cuda"
+
+
+def trained_on_a_gpu(kind: str, dtype: torch.dtype) -> AutoModelForCausalLMWithValueHead:
+    made = policy(kind, lora=True)
+    train_adapter(made)
+    made = made.to("cuda")
+    made.pretrained_model.to(dtype)
+    return made
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["bloom", "gpt2", "llama"])
 def test_a_gpu_records_and_draws_what_it_draws_without(kind: str, dtype: Any) -> None:
-    made = policy(kind, lora=True)
-    train_adapter(made)
-    made = made.to("cuda")
-    made.pretrained_model.to(dtype)
+    made = trained_on_a_gpu(kind, dtype)
     made.trunk.records_graphs = False
     plain = drawn(made, max_new_tokens=32, eos_ids=())
     made.trunk.records_graphs = True
     for _ in range(2):
         tokens, forward = drawn(made, max_new_tokens=32, eos_ids=())
-        recorder = made.trunk._graphed.recorder
         assert made.trunk.records_graphs
-        assert recorder.last is not None
+        assert made.trunk._recorder.works
+        assert made.trunk._recorder.last is not None
         if dtype == torch.float32:
             assert torch.equal(tokens.responses, plain[0].responses)
             assert_close(forward.logprobs, plain[1].logprobs, atol=1e-4, rtol=1e-4)
@@ -423,10 +437,7 @@ def test_a_gpu_records_and_draws_what_it_draws_without(kind: str, dtype: Any) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["bloom", "gpt2", "llama"])
 def test_a_gpu_gives_transformers_gradients(kind: str, dtype: Any) -> None:
-    made = policy(kind, lora=True)
-    train_adapter(made)
-    made = made.to("cuda")
-    made.pretrained_model.to(dtype)
+    made = trained_on_a_gpu(kind, dtype)
     tokens, _ = drawn(made, max_new_tokens=32)
 
     def gradients(fast: bool) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,29 @@ def test_only_the_experiment_and_the_entries_know_the_trainer_and_the_trackers()
     knowing = {room(f) for f in seen if "ppo_lab.trainer" in seen[f] and trackers & seen[f]}
     # The classic verbs name the trainer in their annotations.
     assert knowing <= {"experiment", "__main__", "classic"}
+
+
+def names(file: Path) -> tuple[set[str], set[str]]:
+    """The names that a file reads, and those that it defines or imports anywhere."""
+    read, defined = set(), {*dir(builtins), "__file__"}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Name):
+            (read if isinstance(node.ctx, ast.Load) else defined).add(node.id)
+        elif isinstance(node, ast.alias):
+            defined.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.arg):
+            defined.add(node.arg)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            defined.add(node.name)
+    return read, defined
+
+
+def test_no_name_is_read_that_is_not_defined() -> None:
+    """Linter and types do not look, since they take jaxtyping's shapes for names."""
+    found = {file: names(file) for file in modules()}
+    assert {f: read - defined for f, (read, defined) in found.items() if read - defined} == {}
 
 
 def test_no_module_is_a_drawer_for_odds_and_ends() -> None:

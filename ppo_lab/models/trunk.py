@@ -19,14 +19,8 @@ from torch import Tensor
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.fast.attention import KeysAndValues
 from ppo_lab.models.fast.decoder import FastDecoder
-from ppo_lab.models.fast.graphed import (
-    WORTH_RECORDING,
-    Graphed,
-    GraphedDecoder,
-    Results,
-    Then,
-)
-from ppo_lab.models.fast.proof import Proof
+from ppo_lab.models.fast.graphed import Graphed, Recorder, Results, Then
+from ppo_lab.models.fast.proof import ROOM, Proof
 from ppo_lab.models.logprobs import Head
 
 log = logging.getLogger(__name__)
@@ -51,7 +45,7 @@ class Trunk:
         self.keeps_below = False
         self.fast_layers = True  # where they are known and prove equal
         self.records_graphs = True  # on a GPU, until they prove not to work
-        self._graphed: GraphedDecoder | None = None
+        self._recorder: Recorder | None = None
         self._compiled: Any = None
         self._proved_on = self._device
         self._fast = self._proved()
@@ -142,10 +136,11 @@ class Trunk:
 
     def new_cache(self, positions: int) -> Any:
         """An empty cache for `hidden`, with room for so many positions."""
-        if self._device == "cpu" and self._fast_here():
+        fast = self._fast_here()
+        if fast and self._device == "cpu":
             return KeysAndValues(positions)
-        if (graphed := self._recorded()) is not None:
-            return graphed.new_cache(positions)
+        if fast and self._may_record(fast):
+            return Graphed(fast.anatomy, positions, self._recorder)
         from transformers import DynamicCache
 
         return DynamicCache(config=self.model.config)
@@ -199,21 +194,6 @@ class Trunk:
                 "architecture cannot be trained here"
             )
 
-    def _recorded(self) -> GraphedDecoder | None:
-        """The decoder whose passes are recorded, where there is one that may be taken now."""
-        graphed = self._graphed or GraphedDecoder.of(self.decoder)
-        wanted = self.records_graphs and self.fast_layers
-        if not wanted or graphed is None or not graphed.usable():
-            return None
-        if self._graphed is None:
-            self.records_graphs = self._decodes_equally(graphed)
-            self._graphed = graphed if self.records_graphs else None
-        return self._graphed
-
-    def _proof(self) -> Proof:
-        words = self.decoder.get_input_embeddings().weight
-        return Proof(self._by_transformers, self.decoder.parameters(), words)
-
     def _fast_here(self) -> FastDecoder | None:
         """The fast road, where it may be taken now and has proved itself on this kind of device."""
         if self._device != self._proved_on:
@@ -228,50 +208,28 @@ class Trunk:
         if fast is None or not fast.usable():
             return None
         if self._device == "cpu":
-            return fast if self._proves_equal(fast) else None
+            return fast if self._proof().of_passes(fast) else None
         try:
-            return fast if self._learns_equally(fast) else None
+            return fast if self._proof().of_learning(fast) else None
         except RuntimeError as error:
             log.warning("layers are passed transformers' way, for the fast ones fail: %s", error)
             return None
 
-    @torch.no_grad()
-    def _proves_equal(self, fast: FastDecoder) -> bool:
-        """Whether the fast road gives transformers' hidden states, padding and cache included."""
-        proof = self._proof()
-        ids, attention, cache = proof.ids, proof.attention, KeysAndValues(9)
-        first = fast.hidden(ids[:, :6], attention[:, :6], cache)
-        by_parts = torch.cat([first, fast.hidden(ids[:, 6:], attention, cache, last=2)], 1)
-        parts = [0, 1, 2, 3, 4, 5, 7, 8]
-        return proof.holds(fast.hidden(ids, attention)) and proof.holds(by_parts, parts)
+    def _may_record(self, fast: FastDecoder) -> bool:
+        """Whether a token's pass may be recorded: it is asked for, and has proved equal."""
+        if self.records_graphs and self._recorder is None:
+            self._recorder = Recorder(self.head.weight.device)
+            try:
+                made = Graphed(fast.anatomy, ROOM, self._recorder)
+                self.records_graphs = self._proof().of_decoding(made)
+            except RuntimeError as error:
+                log.warning("decoding goes transformers' way, for recorded passes fail: %s", error)
+                self.records_graphs = False
+        return self.records_graphs
 
-    @torch.enable_grad()
-    def _learns_equally(self, fast: FastDecoder) -> bool:
-        """Whether the fast road gives transformers' hidden states, and their gradients."""
-        proof = self._proof()
-        ours = fast.hidden(proof.ids, proof.attention)
-        return proof.holds(ours) and proof.pulls_alike(ours)
-
-    @torch.no_grad()
-    def _decodes_equally(self, graphed: GraphedDecoder) -> bool:
-        """Whether recorded passes give transformers' hidden states; what fails does not."""
-        proof = self._proof()
-        ids, attention = proof.ids, proof.attention
-        cache = graphed.new_cache(ids.shape[1] + WORTH_RECORDING)
-        try:
-            states = [cache.newest(ids[:, :4], attention[:, :4], _alone)]
-            states += [
-                cache.newest(ids[:, [i]], attention[:, : i + 1], _alone) for i in range(4, 9)
-            ]
-            ours = torch.stack([newest for (newest,) in states], 1)
-            return proof.holds(ours, list(range(3, 9)))
-        except RuntimeError as error:
-            log.warning("decoding goes transformers' way, for its recorded passes fail: %s", error)
-            return False
-
-
-def _alone(states: Tensor) -> Results:
-    return (states,)
+    def _proof(self) -> Proof:
+        words = self.decoder.get_input_embeddings().weight
+        return Proof(self._by_transformers, self.decoder.parameters(), words)
 
 
 def _has_begun(cache: Any) -> bool:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from ppo_lab.config import Config
 from ppo_lab.models import logprobs
 from ppo_lab.models.fast.decoder import FastDecoder
-from ppo_lab.models.fast.graphed import GraphedDecoder
+from ppo_lab.models.fast.graphed import Graphed
 from ppo_lab.models.fast.layers import read
 from ppo_lab.models.policy import enable_checkpointing
 from ppo_lab.models.trunk import Trunk
@@ -117,7 +117,7 @@ def _launches_of_a_token(trunk: Trunk) -> int:
     anatomy = read(trunk.decoder)
     if anatomy is None:
         return 0
-    cache = GraphedDecoder(trunk.decoder, anatomy, None).new_cache(9)
+    cache = Graphed(anatomy, 9)
     ids, attention = _rectangle([Row(prompt=8, response=1)])
     cache.newest(ids, attention, lambda states: (states,))
     with tracked() as live:

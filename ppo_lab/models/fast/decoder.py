@@ -88,7 +88,7 @@ class FastDecoder:
         )
         checkpoints = self.decoder.gradient_checkpointing and self.decoder.training
         kernel = getattr(config, "_attn_implementation", None) or "eager"
-        return here and not checkpoints and kernel in KERNELS and not hooked(self._modules)
+        return here and not checkpoints and kernel in KERNELS and not _hooked(self._modules)
 
     def hidden(
         self,
@@ -254,7 +254,7 @@ def _feed_forward(
     return shared.linear(layer.down, inner)
 
 
-def hooked(modules: Sequence[Any]) -> bool:
+def _hooked(modules: Sequence[Any]) -> bool:
     """Whether something is to happen around one of them that only its own call would do.
 
     Hooks by which transformers captures outputs sleep outside of its own forward.

@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ppo_lab.models.fast.attention import KeysAndValues, bias_of
-from ppo_lab.models.fast.decoder import Pass, angles_of, embedded, hooked, through
+from ppo_lab.models.fast.decoder import Pass, angles_of, embedded, through
 from ppo_lab.models.fast.elementwise import normed
-from ppo_lab.models.fast.layers import Anatomy, read
+from ppo_lab.models.fast.layers import Anatomy
 from ppo_lab.models.fast.places import Everywhere
 
 log = logging.getLogger(__name__)
@@ -36,32 +36,6 @@ ALIGNED = 8
 
 # Recording, which takes about as long as a pass, pays where so many tokens are still to come.
 WORTH_RECORDING = 4
-
-
-class GraphedDecoder:
-    """The recorded road of one model; holding no weights, it is always what the model is."""
-
-    def __init__(self, decoder: Any, anatomy: Anatomy, recorder: Recorder | None) -> None:
-        """Without a recorder its passes are made kernel by kernel, on any device."""
-        self.anatomy, self.recorder = anatomy, recorder
-        self._modules = list(decoder.modules())
-
-    @classmethod
-    def of(cls, decoder: Any) -> GraphedDecoder | None:
-        """That of a decoder on a GPU; None elsewhere, or where it has parts that are not
-        understood.
-        """
-        device = decoder.get_input_embeddings().weight.device
-        anatomy = read(decoder) if device.type == "cuda" else None
-        return None if anatomy is None else cls(decoder, anatomy, Recorder(device))
-
-    def usable(self) -> bool:
-        """Whether nothing is on that only transformers' forward does."""
-        return not hooked(self._modules)
-
-    def new_cache(self, positions: int) -> Graphed:
-        """A generation with room for so many positions."""
-        return Graphed(self.anatomy, positions, self.recorder)
 
 
 class Recorder:

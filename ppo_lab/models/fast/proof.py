@@ -1,4 +1,4 @@
-"""The proof that a fast road owes before it is taken: on a few tokens, with padding, the hidden
+"""The proofs that a fast road owes before it is taken: on a few tokens, with padding, the hidden
 states of transformers' own layers, and the gradients that they give.
 """
 
@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ppo_lab.models.fast.attention import KeysAndValues
+from ppo_lab.models.fast.decoder import FastDecoder
+from ppo_lab.models.fast.graphed import WORTH_RECORDING, Graphed
+
 TOKENS = 9  # of each of two texts; the second begins with padding
+ROOM = TOKENS + WORTH_RECORDING
 
 # Gradients of larger weights are not looked at: an embedding's alone would take gigabytes.
 LARGEST = 2**24
@@ -29,20 +34,42 @@ class Proof:
         self.ids = (torch.arange(2 * TOKENS, device=words.device).view(2, -1) * 7) % len(words)
         self.attention = torch.ones_like(self.ids, dtype=torch.bool)
         self.attention[1, :3] = False
-        self.theirs = by_transformers(self.ids, self.attention)
+        with torch.enable_grad():
+            self.theirs = by_transformers(self.ids, self.attention)
         trained = [p for p in parameters if p.requires_grad and p.numel() <= LARGEST]
         self.trained = [*trained[:2], *trained[2:][-2:]]
         in_full = words.device.type == "cpu" or torch.get_float32_matmul_precision() == "highest"
         self.exact = self.theirs.dtype == torch.float32 and in_full
 
-    def holds(self, ours: Tensor, columns: list[int] | slice = slice(None)) -> bool:
+    @torch.no_grad()
+    def of_passes(self, fast: FastDecoder) -> bool:
+        """Whether they give transformers' hidden states, at once and continued from a cache."""
+        ids, attention, cache = self.ids, self.attention, KeysAndValues(TOKENS)
+        first = fast.hidden(ids[:, :6], attention[:, :6], cache)
+        by_parts = torch.cat([first, fast.hidden(ids[:, 6:], attention, cache, last=2)], 1)
+        columns = [0, 1, 2, 3, 4, 5, TOKENS - 2, TOKENS - 1]
+        return self._holds(fast.hidden(ids, attention)) and self._holds(by_parts, columns)
+
+    @torch.enable_grad()
+    def of_learning(self, fast: FastDecoder) -> bool:
+        """Whether passes give transformers' hidden states and gradients."""
+        ours = fast.hidden(self.ids, self.attention)
+        return self._holds(ours) and self._pulls_alike(ours)
+
+    def of_decoding(self, made: Graphed) -> bool:
+        """Whether a generation with room for `ROOM` positions gives transformers' hidden states."""
+        parts = [(0, 4), *((i, i + 1) for i in range(4, TOKENS))]
+        found = [made.newest(self.ids[:, a:b], self.attention[:, :b], _alone)[0] for a, b in parts]
+        return self._holds(torch.stack(found, 1), list(range(3, TOKENS)))
+
+    def _holds(self, ours: Tensor, columns: list[int] | slice = slice(None)) -> bool:
         """Whether these states, of these columns, are theirs but for rounding."""
         real, theirs = self.attention[:, columns], self.theirs.detach()
         scale = theirs[self.attention].abs().max().clamp(min=1e-6)
         error = (ours.detach() - theirs[:, columns])[real].abs().max() / scale
         return bool(error <= (1e-4 if self.exact else 5e-2))
 
-    def pulls_alike(self, ours: Tensor) -> bool:
+    def _pulls_alike(self, ours: Tensor) -> bool:
         """Whether these states give the first and the last trained weights their gradients."""
         share = 1e-3 if self.exact else 0.1
         pairs = zip(self._gradients(ours), self._gradients(self.theirs), strict=True)
@@ -55,3 +82,7 @@ class Proof:
         found = torch.autograd.grad(loss, self.trained, allow_unused=True)
         pairs = zip(found, self.trained, strict=True)
         return [(torch.zeros_like(p) if g is None else g).float() for g, p in pairs]
+
+
+def _alone(states: Tensor) -> tuple[Tensor, ...]:
+    return (states,)
