@@ -23,13 +23,14 @@ from ppo_lab.plan import work
 from ppo_lab.plan.architecture import Architecture, architecture_of, blueprint
 from ppo_lab.plan.check import CASES, Held, check
 from ppo_lab.plan.devices import DEVICES, named
-from ppo_lab.plan.estimate import Target, plan_of
+from ppo_lab.plan.estimate import plan_of
 from ppo_lab.plan.heads import HeadShape, logprob_bytes
 from ppo_lab.plan.meter import Meter
 from ppo_lab.plan.parallel import fitting, ways
 from ppo_lab.plan.rehearsal import ByDepth, Miniature, Rehearsal
 from ppo_lab.plan.report import Planned, show
 from ppo_lab.plan.request import read
+from ppo_lab.plan.subject import Target
 from ppo_lab.plan.trace import peak_bytes, tracked
 from ppo_lab.plan.work import Amount
 from ppo_lab.plan.workload import Row, Workload

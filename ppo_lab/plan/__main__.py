@@ -83,8 +83,9 @@ def figures(words: list[str]) -> None:
 
 def _plan(request: Request, config: Any) -> tuple[Any, Any]:
     """A run's plan, and the ways to share it out."""
-    from ppo_lab.plan.estimate import Target, plan_of
+    from ppo_lab.plan.estimate import plan_of
     from ppo_lab.plan.parallel import ways
+    from ppo_lab.plan.subject import Target
 
     target = Target(DEVICES.get(request.device), request.devices)
     alone = plan_of(config, target, response_tokens=request.response_tokens)

@@ -9,7 +9,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ppo_lab.plan.estimate import Phase, Plan
+from ppo_lab.plan.counted import Phase
+from ppo_lab.plan.estimate import Plan
 from ppo_lab.plan.parallel import Way, fitting
 from ppo_lab.summary import duration, number
 
