@@ -73,7 +73,9 @@ class PPOSection:
     )
     init_kl_coef: float = knob(0.2, "beta: coefficient of the KL penalty", at_least=0)
     kl_penalty: str = knob(
-        "kl", "estimate of the KL in the reward", choices=("kl", "abs", "mse", "k3", "full")
+        "kl",
+        "estimate of the KL in the reward; of them `kl` alone has the gradient of the KL",
+        choices=("kl", "abs", "mse", "k3", "full"),
     )
     adap_kl_ctrl: bool = knob(False, "adapt beta so that KL tends to `target`")
     target: float = knob(6.0, "KL that an adaptive beta aims at, nats per sequence", above=0)

@@ -85,7 +85,18 @@ def kl_estimate(
         k3    exp(-d) - 1 + d     (k3: unbiased and never negative)
         full  sum_v pi(v) (log pi(v) - log pi_ref(v)), given as `full_kl`
 
-    Source: Schulman 2020, "Approximating KL divergence"; the names are TRL's.
+    A good estimate need not be a good penalty. In the reward it is a number, which moves the policy
+    by E[estimate grad log pi], and that is, for the token itself,
+
+        kl    grad KL(pi || pi_ref), as is meant
+        k3    grad KL(pi || pi_ref) - grad KL(pi_ref || pi): next to pi_ref they cancel
+        full  0: the number is the same whichever token is drawn; only later tokens' are felt
+
+    and of abs, mse and k3 it may point away from pi_ref: at pi = (0.75, 0.25) and
+    pi_ref = (0.6, 0.4) the less likely token, which lost, has the larger estimate of each.
+
+    Source: Schulman 2020, "Approximating KL divergence"; the names are TRL's. As penalties: Liu et
+    al. 2025, arXiv:2510.01555; Shah et al. 2025, arXiv:2512.21852.
     """
     assert kl_penalty in KL_PENALTIES, f"kl_penalty is one of {KL_PENALTIES}, not {kl_penalty!r}"
     if kl_penalty == "full":

@@ -35,7 +35,12 @@ from ppo_lab.continuation import (
 )
 from ppo_lab.errors import ConfigError
 from ppo_lab.evaluation import Evaluation, Evaluator, latest_samples
-from ppo_lab.guards import check_ceiling, explain, warn_of_remote_code
+from ppo_lab.guards import (
+    check_ceiling,
+    explain,
+    warn_of_remote_code,
+    warn_of_weak_penalty,
+)
 from ppo_lab.memory import check_fits
 from ppo_lab.models.loading import keep_quiet, load_tokenizer
 from ppo_lab.outcome import objective, summarise
@@ -193,6 +198,7 @@ def build(
     tell_of_other_gpus(device, say)
     with processes.together():
         warn_of_remote_code(config.model, say)
+        warn_of_weak_penalty(config.ppo, say)
         check_fits(config, device, processes=processes.here)
         tokenizer = load_tokenizer(config.model)
         prompts = load_prompts(

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ppo_lab.config import ModelSection
+from ppo_lab.config import ModelSection, PPOSection
 from ppo_lab.record import Say
 from ppo_lab.update import TrainingDiverged
 
@@ -52,6 +52,15 @@ def warn_of_remote_code(section: ModelSection, say: Say) -> None:
             f"model.trust_remote_code=true: Python files that come with {section.path} run on this "
             f"machine with your rights, files and keys (revision: {pinned}); read them, and pin "
             "model.revision to the commit that you read"
+        )
+
+
+def warn_of_weak_penalty(section: PPOSection, say: Say) -> None:
+    """Say that a KL penalty is asked for which need not lead back to the reference."""
+    if section.kl_penalty != "kl" and section.init_kl_coef > 0:
+        say(
+            f"ppo.kl_penalty={section.kl_penalty}: in the reward only `kl` has the gradient of the "
+            "KL; by the others the policy may drift from the reference whatever the beta. Watch kl"
         )
 
 

@@ -205,6 +205,41 @@ def test_k1_and_k3_average_to_the_exact_kl_over_a_small_vocabulary(seed: int) ->
         assert_close((logp.exp() * estimate).sum(), exact)
 
 
+def pushed(logits: Tensor, ref_logits: Tensor, kl_penalty: str) -> Tensor:
+    """E[estimate grad log pi] of one decision, over every token: how the penalty moves logits."""
+    logits = logits.clone().requires_grad_()
+    logp, ref = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    tokens = torch.ones(len(logits), 1, dtype=torch.bool)
+    exact = core.full_kl(logits[None], ref_logits[None]).expand(len(logits), 1)
+    estimate = core.kl_estimate(
+        logp[:, None], ref[:, None], tokens, kl_penalty=kl_penalty, full_kl=exact
+    )
+    (logp.exp() * estimate[:, 0]).detach().dot(logp).backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
+@PROPERTY
+@given(seeds)
+def test_in_the_reward_k1_alone_has_the_gradient_of_the_kl(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    logits, ref = torch.randn(2, 5, generator=g, dtype=torch.float64)
+    free = logits.clone().requires_grad_()
+    (forward,) = torch.autograd.grad(core.full_kl(free[None], ref[None]).sum(), free)
+    (backward,) = torch.autograd.grad(core.full_kl(ref[None], free[None]).sum(), free)
+    assert_close(pushed(logits, ref, "kl"), forward)
+    assert_close(pushed(logits, ref, "k3"), forward - backward)
+    assert_close(pushed(logits, ref, "full"), torch.zeros_like(ref))
+
+
+def test_the_other_penalties_may_push_away_from_the_reference() -> None:
+    """At (0.75, 0.25) against (0.6, 0.4) what is subtracted should lower the first."""
+    logits, ref = torch.tensor([[0.75, 0.25], [0.6, 0.4]], dtype=torch.float64).log()
+    assert pushed(logits, ref, "kl")[0] > 0
+    for kl_penalty in ("abs", "mse", "k3"):
+        assert pushed(logits, ref, kl_penalty)[0] < 0
+
+
 # --- rewards
 
 

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from tiny_runs import command, metrics, outcome, start, tiny
 
 from ppo_lab import checkpoint, secrecy
-from ppo_lab.config import ModelSection
+from ppo_lab.config import ModelSection, PPOSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import build, run
-from ppo_lab.guards import warn_of_remote_code
+from ppo_lab.guards import warn_of_remote_code, warn_of_weak_penalty
 from ppo_lab.memory import Passes, check_fits
 from ppo_lab.rewards.scoring import RewardError
 from ppo_lab.signals import EXIT_CODE, Preempted
@@ -406,6 +406,15 @@ def test_code_of_a_model_is_announced_before_it_runs() -> None:
     assert said == []
     warn_of_remote_code(ModelSection(path="some/model", trust_remote_code=True), said.append)
     assert "run on this machine with your rights" in said[0]
+
+
+def test_a_penalty_that_need_not_lead_back_is_announced() -> None:
+    said: list[str] = []
+    warn_of_weak_penalty(PPOSection(), said.append)
+    warn_of_weak_penalty(PPOSection(kl_penalty="k3", init_kl_coef=0.0), said.append)
+    assert said == []
+    warn_of_weak_penalty(PPOSection(kl_penalty="full"), said.append)
+    assert "ppo.kl_penalty=full" in said[0]
 
 
 # ---- Slow: real processes, really killed
