@@ -22,7 +22,7 @@ from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
 from ppo_lab.bench.venvs import REQUIREMENTS, environments_folder
 
 # Benchmarks with a command line of their own.
-OTHERS = ("growth", "learning", "options")
+OTHERS = ("features", "growth", "learning", "options")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

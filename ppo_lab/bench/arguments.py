@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 
 def list_of(known: Collection[str]) -> Callable[[str], list[str]]:
@@ -22,3 +23,19 @@ def list_of(known: Collection[str]) -> Callable[[str], list[str]]:
 def cores() -> int:
     """The processor's cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def model_folder(text: str) -> Path:
+    """A folder that holds a model."""
+    path = Path(text).expanduser().absolute()
+    if not (path / "config.json").is_file():
+        raise argparse.ArgumentTypeError(f"{text}: no folder with a config.json")
+    return path
+
+
+def existing_file(text: str) -> Path:
+    """A file that there is."""
+    path = Path(text).expanduser().absolute()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text}: no such file")
+    return path

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ppo_lab.bench.arguments import cores, list_of
+from ppo_lab.bench.arguments import cores, existing_file, list_of, model_folder
 from ppo_lab.bench.learning.runs import CONTESTANTS, OURS, Record, cells, train_and_judge
 from ppo_lab.bench.learning.task import Task
 from ppo_lab.bench.venvs import environments_folder, python_of
@@ -62,9 +62,13 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m ppo_lab.bench learning", description=__doc__, epilog=listed
     )
-    p.add_argument("--model", type=_folder, required=True, help="folder of the model to start from")
-    p.add_argument("--reward-model", type=_folder, required=True, help="folder of its reward model")
-    p.add_argument("--prompts", type=_file, required=True, help="JSON lines with `prompt`")
+    p.add_argument(
+        "--model", type=model_folder, required=True, help="folder of the model to start from"
+    )
+    p.add_argument(
+        "--reward-model", type=model_folder, required=True, help="folder of its reward model"
+    )
+    p.add_argument("--prompts", type=existing_file, required=True, help="JSON lines with `prompt`")
     p.add_argument(
         "--contestants",
         type=list_of(CONTESTANTS),
@@ -89,20 +93,6 @@ def parser() -> argparse.ArgumentParser:
         help="where environments lie or are made",
     )
     return p
-
-
-def _folder(text: str) -> Path:
-    path = Path(text).expanduser().absolute()
-    if not (path / "config.json").is_file():
-        raise argparse.ArgumentTypeError(f"{text}: no folder with a config.json")
-    return path
-
-
-def _file(text: str) -> Path:
-    path = Path(text).expanduser().absolute()
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"{text}: no such file")
-    return path
 
 
 def _numbers(kind: type) -> Callable[[str], list]:

@@ -63,8 +63,13 @@ CONTESTANTS = {
         Contestant("ppo_lab", "experiment=stories, 0.6 of the iterations", share=SHARE),
         Contestant(
             "ppo_lab-head",
-            "the same with critic=head, learning in every epoch",
-            overrides=("critic=head", "critic.epochs=0"),
+            "the same with critic=head, learning in every epoch, and a longer lambda",
+            overrides=(
+                "critic=head",
+                "critic.epochs=0",
+                "critic.learning_rate=0.003",
+                "ppo.lam=0.95",
+            ),
             share=SHARE,
         ),
         Contestant(

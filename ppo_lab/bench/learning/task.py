@@ -30,7 +30,7 @@ class Task:
 
     def split(self, folder: Path) -> tuple[Path, Path]:
         """Two files of distinct prompts in `folder`: to train on, and for the judge alone."""
-        texts = list(dict.fromkeys(_prompts(Path(self.prompts))))
+        texts = prompts_in(Path(self.prompts))
         random.Random(0).shuffle(texts)
         parts = {"judged": texts[: self.held_out], "train": texts[self.held_out :]}
         if not parts["train"]:
@@ -62,5 +62,7 @@ class Task:
         return digest.hexdigest()[:16]
 
 
-def _prompts(file: Path) -> list[str]:
-    return [json.loads(line)["prompt"] for line in file.read_text().splitlines() if line.strip()]
+def prompts_in(file: Path) -> list[str]:
+    """The distinct prompts of a file of JSON lines, in its order."""
+    lines = [line for line in file.read_text().splitlines() if line.strip()]
+    return list(dict.fromkeys(json.loads(line)["prompt"] for line in lines))
