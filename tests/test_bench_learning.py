@@ -30,6 +30,7 @@ from ppo_lab.bench.learning.runs import (
     judge,
     overrides,
     run,
+    variant,
 )
 from ppo_lab.bench.learning.task import Task
 from ppo_lab.models.byte_tokenizer import byte_tokenizer
@@ -208,6 +209,29 @@ def test_every_contestant_has_its_worker_or_is_a_run_of_ours(task: Task, tmp_pat
     for contestant in CONTESTANTS.values():
         if contestant.is_ours:
             assert refused(*overrides(spec), *contestant.overrides) == []
+
+
+def test_a_variant_is_ours_with_more_overrides(task: Task, tmp_path: Path) -> None:
+    found = variant("critic=head  ppo.lam=1")
+    train, _ = task.split(tmp_path)
+    spec = task.spec(prompts=train, beta=0.3, seed=1, threads=1) | {"output": str(tmp_path / "o")}
+    plain = CONTESTANTS["ppo_lab"].command(Path("python"), spec)
+    assert found.command(Path("python"), spec) == [*plain, "critic=head", "ppo.lam=1"]
+    assert found.name == "ppo_lab critic=head ppo.lam=1"
+    assert found.folder == "ppo_lab_critic_head_ppo.lam_1"
+
+
+def test_a_wrong_variant_is_refused_before_anything_is_trained(
+    task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", task.model, "--reward-model", task.reward_model, "--prompts", task.prompts]
+    kept = ["--folder", str(tmp_path / "runs"), "--json", str(tmp_path / "kept.json")]
+    wrong = ["--variant", "ppo.lam=2 ppo.vf_coeff=1", "--variant", "ppo.lam=1"]
+    assert main(["learning", *given, *kept, "--contestants", "none", *wrong]) == 1
+    said = capsys.readouterr().out
+    assert "ppo.lam=2" in said
+    assert "did you mean ppo.vf_coef" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_benchmark_s_command_line_refuses_what_is_not_there(

@@ -9,9 +9,20 @@ from pathlib import Path
 from rich.console import Console
 
 from ppo_lab.bench.arguments import cores, existing_file, list_of, model_folder
-from ppo_lab.bench.learning.runs import CONTESTANTS, OURS, Record, cells, train_and_judge
+from ppo_lab.bench.learning.runs import (
+    CONTESTANTS,
+    OURS,
+    Record,
+    cells,
+    overrides,
+    train_and_judge,
+    variant,
+)
 from ppo_lab.bench.learning.task import Task
 from ppo_lab.bench.venvs import environments_folder, python_of
+from ppo_lab.command_line import command_problems
+from ppo_lab.config import register_schema
+from ppo_lab.rules import problems
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,10 +53,13 @@ def compare(asked: argparse.Namespace, console: Console, say: Callable[[str], No
         iterations=asked.iterations,
     )
     record = Record(asked.json, task, machine(asked.threads))
-    environments = {name: CONTESTANTS[name].environment or OURS for name in asked.contestants}
-    pythons = {n: python_of(env, asked.venvs, say) for n, env in environments.items()}
+    check_variants(asked.variant, task)
+    chosen = [*(CONTESTANTS[name] for name in asked.contestants), *map(variant, asked.variant)]
+    contestants = {c.name: c for c in chosen}
+    pythons = {c.name: python_of(c.environment or OURS, asked.venvs, say) for c in chosen}
     train_and_judge(
-        cells(asked.contestants, asked.betas, asked.seeds),
+        cells(contestants, asked.betas, asked.seeds),
+        contestants,
         task,
         pythons,
         record,
@@ -54,6 +68,23 @@ def compare(asked: argparse.Namespace, console: Console, say: Callable[[str], No
         say=say,
     )
     show(record.kept, console, ours=OURS)
+
+
+def check_variants(variants: Sequence[str], task: Task) -> None:
+    """Nothing, where each variant is a run that may be.
+
+    Raises:
+        RuntimeError: with all that is wrong.
+    """
+    register_schema()
+    spec = task.spec(prompts=Path(task.prompts), beta=0.1, seed=0, threads=1) | {"output": "o"}
+    wrong = [
+        problem
+        for words in variants
+        for problem in command_problems([*overrides(spec), *words.split()], check=problems)
+    ]
+    if wrong:
+        raise RuntimeError("\n".join(dict.fromkeys(wrong)))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,6 +105,13 @@ def parser() -> argparse.ArgumentParser:
         type=list_of(CONTESTANTS),
         default=list(CONTESTANTS),
         help="comma-separated; all by default",
+    )
+    p.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="OVERRIDES",
+        help='ours with more overrides, as "ppo.lam=1 critic=head"; may be given several times',
     )
     p.add_argument("--betas", type=_numbers(float), default=[0.05, 0.3, 1.0])
     p.add_argument("--seeds", type=_numbers(int), default=[0, 1, 2])

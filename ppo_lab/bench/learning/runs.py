@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -49,6 +50,11 @@ class Contestant:
         steps = f"ppo.steps={round(self.share * spec['iterations'])}"
         return [str(python), "-m", "ppo_lab", *overrides(spec), steps, *self.overrides]
 
+    @property
+    def folder(self) -> str:
+        """Its name as part of a folder's."""
+        return re.sub(r"[^\w.-]+", "_", self.name)
+
     def model(self, output: Path) -> Path:
         """Where the trained model lies."""
         return output / "model" if self.is_ours else output
@@ -83,6 +89,12 @@ CONTESTANTS = {
         Contestant("rloo", "TRL 1.16 RLOO, 4 samples a prompt"),
     )
 }
+
+
+def variant(words: str) -> Contestant:
+    """`experiment=stories` with these overrides, given as on a command line, and named by them."""
+    given = tuple(words.split())
+    return Contestant(f"{OURS} {' '.join(given)}", "a variant", overrides=given, share=SHARE)
 
 
 def overrides(spec: dict[str, Any]) -> list[str]:
@@ -158,15 +170,16 @@ class Record:
             write_atomically(self.file, json.dumps(self.kept, indent=1) + "\n")
 
 
-def cells(contestants: list[str], betas: list[float], seeds: list[int]) -> Iterator[Cell]:
+def cells(contestants: Iterable[str], betas: list[float], seeds: list[int]) -> Iterator[Cell]:
     """A B C A B C ...: in turn, so that whatever else the machine does meanwhile hits all alike."""
     return (Cell(name, beta, seed) for seed, beta, name in product(seeds, betas, contestants))
 
 
 def train_and_judge(
     todo: Iterator[Cell],
+    contestants: Mapping[str, Contestant],
     task: Task,
-    pythons: dict[str, Path],
+    pythons: Mapping[str, Path],
     record: Record,
     *,
     folder: Path,
@@ -182,8 +195,8 @@ def train_and_judge(
     for cell in todo:
         if record.has(cell):
             continue
-        contestant = CONTESTANTS[cell.contestant]
-        output = folder / f"{cell.contestant}-beta{cell.beta:g}-seed{cell.seed}"
+        contestant = contestants[cell.contestant]
+        output = folder / f"{contestant.folder}-beta{cell.beta:g}-seed{cell.seed}"
         spec = task.spec(prompts=prompts, beta=cell.beta, seed=cell.seed, threads=threads)
         command = contestant.command(pythons[cell.contestant], spec | {"output": str(output)})
         _, cost = run(command, name=cell.contestant, threads=threads)
