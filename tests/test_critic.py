@@ -50,6 +50,7 @@ KINDS = {
     "gpt2": (transformers.GPT2Config, {"n_embd": 16, "n_layer": 2, "n_head": 2}),
     "llama": (transformers.LlamaConfig, WIDE),
     "qwen2": (transformers.Qwen2Config, WIDE),
+    "qwen3": (transformers.Qwen3Config, WIDE),
     "gpt_neox": (transformers.GPTNeoXConfig, WIDE),
 }
 

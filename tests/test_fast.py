@@ -19,6 +19,8 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
 )
 
 from ppo_lab.bench.equality import tiny_policy
@@ -67,6 +69,8 @@ SHAPES: dict[str, PreTrainedConfig] = {
     "llama, stretched": LlamaConfig(**LLAMA_LIKE, rope_parameters=YARN),
     "qwen2": Qwen2Config(**LLAMA_LIKE),
     "mistral": MistralConfig(**LLAMA_LIKE, sliding_window=None),
+    "qwen3": Qwen3Config(**LLAMA_LIKE, head_dim=16),
+    "smollm3": SmolLM3Config(**LLAMA_LIKE, pad_token_id=0, no_rope_layers=[1, 0, 1]),
 }
 
 
@@ -138,7 +142,7 @@ def test_every_weight_gets_the_gradient_that_transformers_gives_it(name: str, la
         assert_close(ours[key], wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()) + 1e-8)
 
 
-@pytest.mark.parametrize("name", ["bloom", "gpt2", "gpt-neox", "llama"])
+@pytest.mark.parametrize("name", ["bloom", "gpt2", "gpt-neox", "llama", "qwen3", "smollm3"])
 def test_a_cache_of_its_own_continues_where_the_prompt_ended(name: str) -> None:
     trunk = Trunk(tiny_model(name))
     ids, attention = ragged_ids()
@@ -155,7 +159,7 @@ def test_a_cache_of_its_own_continues_where_the_prompt_ended(name: str) -> None:
     assert_close(torch.cat(parts, 1)[attention], whole[attention], atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("architecture", ["bloom", "gpt2", "gpt-neox", "llama"])
+@pytest.mark.parametrize("architecture", ["bloom", "gpt2", "gpt-neox", "llama", "qwen3"])
 @pytest.mark.parametrize("adapter", ["on", "off"])
 def test_gradients_of_the_adapter_are_those_of_peft(adapter: str, architecture: str) -> None:
     def gradients(fast: bool) -> dict[str, torch.Tensor]:

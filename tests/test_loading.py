@@ -63,6 +63,7 @@ def tiny_config(kind: str, **changes):
         "gpt_neox": (transformers.GPTNeoXConfig, llama | {"hidden_dropout": 0.4}),
         "llama": (transformers.LlamaConfig, llama | {"num_key_value_heads": 1}),
         "qwen2": (transformers.Qwen2Config, llama | {"num_key_value_heads": 1}),
+        "qwen3": (transformers.Qwen3Config, llama | {"num_key_value_heads": 1, "head_dim": 16}),
     }
     maker, settings = makers[kind]
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -109,7 +110,7 @@ def test_dtype_is_as_asked_and_auto_is_float32_without_a_gpu(folder):
     assert choose_dtype("auto", CPU) == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["bloom", "gpt2", "gpt_neox", "llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["bloom", "gpt2", "gpt_neox", "llama", "qwen2", "qwen3"])
 def test_two_train_mode_forwards_are_equal_once_dropout_is_off(kind):  # ledger N-09
     model = tiny_model(kind, attn_implementation="eager").train()
     assert not torch.equal(model(IDS).logits, model(IDS).logits), "the test could not fail"
@@ -215,6 +216,7 @@ PARAMETERS = {
     "cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr": 1_011_781_632,
     "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen3-0.6B-Base": 596_049_920,
 }
 
 

@@ -37,6 +37,7 @@ _PACKAGED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m",
     "Qwen/Qwen2.5-0.5B": "qwen2.5-0.5b",
     "Qwen/Qwen2.5-0.5B-Instruct": "qwen2.5-0.5b",
+    "Qwen/Qwen3-0.6B-Base": "qwen3-0.6b",
 }
 
 

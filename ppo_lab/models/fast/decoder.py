@@ -243,7 +243,9 @@ def _queries_keys_values(
         q, k, v = layer.split(products[0])
     else:
         q, k, v = (product.unflatten(2, (-1, layer.size)) for product in products)
-    return shared.turned(q), shared.turned(k), v
+    if layer.head_norms is not None:
+        q, k = (normed(norm, x) for norm, x in zip(layer.head_norms, (q, k), strict=True))
+    return (shared.turned(q), shared.turned(k), v) if layer.turns else (q, k, v)
 
 
 def _feed_forward(

@@ -68,7 +68,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def normed(module: Any, x: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
+def normed(module: Any, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
     """What a norm of the model gives: a layer norm's, or else a root-mean-square norm's."""
     weight = module.weight.to(x.dtype)
     if isinstance(module, torch.nn.LayerNorm):
@@ -97,8 +97,10 @@ class _RootMeanSquare(torch.autograd.Function):
         unit, weight, scale = ctx.saved_tensors
         grad, wide, factor = grads[0].float(), unit.float(), weight.float()
         product = grad * wide
-        for_weight = product.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        inner = (product @ factor)[:, None].div_(-unit.shape[-1])
+        for_weight = None
+        if ctx.needs_input_grad[1]:
+            for_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        inner = (product @ factor)[..., None].div_(-unit.shape[-1])
         slope = (grad * factor).addcmul_(wide, inner).mul_(scale)
         return slope.to(unit.dtype), for_weight, None
 

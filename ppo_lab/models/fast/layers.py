@@ -33,7 +33,8 @@ class Layer:
     ordered `by_head` (heads, three, size) or else (three, heads, size). `gate` is None where the
     feed-forward part has none. `size` is a head's width, `scaling` multiplies attention's scores.
     `parallel`: both parts read the layer's input. `after_norm`: the residual is the normed input
-    (BLOOM's option).
+    (BLOOM's option). `head_norms` are those of each query and each key. `turns`: rotary embeddings,
+    where there are some, turn them here.
     """
 
     norm: Any
@@ -51,6 +52,8 @@ class Layer:
     by_head: bool = False
     parallel: bool = False
     after_norm: bool = False
+    head_norms: tuple[Any, Any] | None = None
+    turns: bool = True
 
     @property
     def linears(self) -> tuple[Any, ...]:
@@ -210,13 +213,18 @@ def _gpt_neox(decoder: Any) -> Anatomy | None:
 
 
 def _llama(decoder: Any) -> Anatomy | None:
-    """Llama and those built like it. Source: Touvron et al. 2023, arXiv:2302.13971."""
+    """Llama and those built like it: Qwen3 with a norm of each head (Yang et al. 2025,
+    arXiv:2505.09388), SmolLM3 with layers that turn nothing.
+
+    Source: Touvron et al. 2023, arXiv:2302.13971.
+    """
     config = decoder.config
     if not _turns_plainly(decoder) or _slides(config):
         return None
 
     def layer(block: Any) -> Layer:
         attention, mlp = block.self_attn, block.mlp
+        with_norms = hasattr(attention, "q_norm")
         return Layer(
             norm=block.input_layernorm,
             projections=(attention.q_proj, attention.k_proj, attention.v_proj),
@@ -230,6 +238,8 @@ def _llama(decoder: Any) -> Anatomy | None:
             kv_heads=config.num_key_value_heads,
             size=attention.head_dim,
             scaling=attention.scaling,
+            head_norms=(attention.q_norm, attention.k_norm) if with_norms else None,
+            turns=bool(getattr(attention, "use_rope", True)),
         )
 
     return Anatomy(
@@ -248,6 +258,8 @@ READERS: dict[str, Callable[[Any], Anatomy | None]] = {
     "LlamaModel": _llama,
     "MistralModel": _llama,
     "Qwen2Model": _llama,
+    "Qwen3Model": _llama,
+    "SmolLM3Model": _llama,
 }
 
 
