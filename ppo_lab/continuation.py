@@ -23,7 +23,13 @@ from ppo_lab.evaluation import Evaluation
 from ppo_lab.record import Say, read_json_lines, to_stderr
 from ppo_lab.types import Prompts, Sample
 
-SUMMARISED = ("kl", "mean_reward", "clip_fraction", "tokens_per_second")
+SUMMARISED = (
+    "kl",
+    "mean_reward",
+    "clip_fraction",
+    "tokens_per_second",
+    "ppo/val/explained_variance",
+)
 FINGERPRINTED = 64  # first elements of each weight
 PIECES = (
     "trainer",

@@ -41,6 +41,7 @@ def summarise(lab: Any) -> dict[str, Any]:
             "kl": fmean(m["kl"] for m in tail),
             "mean_reward": fmean(m["mean_reward"] for m in tail),
             "clip_fraction": fmean(m["clip_fraction"] for m in lab.history),
+            "explained_variance": fmean(m["ppo/val/explained_variance"] for m in tail),
         }
         summary["tokens_per_second"] = fmean(m["tokens_per_second"] for m in lab.history)
         summary["objective"] = objective(lab)

@@ -21,6 +21,9 @@ from ppo_lab.types import Sample
 
 WIDE = 110
 
+# A critic that explains less of the returns' variance is of no use, if so after some iterations.
+BLIND, SEEN_BY_THEN = 0.1, 20
+
 
 def visible(text: str, *, limit: int = 300) -> str:
     """Text on one line that no terminal obeys: control characters spelt out, shortened."""
@@ -59,7 +62,7 @@ def duration(seconds: float) -> str:
 def verdict(
     summary: Mapping[str, Any], gold_history: Sequence[float] = ()
 ) -> list[tuple[str, str]]:
-    """What the numbers say, each remark with a style: score, gold score, epsilon.
+    """What the numbers say, each remark with a style: score, gold score, epsilon, critic.
 
     Gold counts as fallen below its own peak when it lost more than a tenth of what it had gained
     up to there.
@@ -70,11 +73,18 @@ def verdict(
         return [(f"the run was {status} after {steps or 0} iterations{reason}", "bold red")]
     first, last = _evaluations(summary)
     remarks = [*_about_score(first, last), *_about_gold(first, last, gold_history)]
-    clipped = (summary.get("train") or {}).get("clip_fraction")
+    remarks += _about_settings(summary.get("train") or {}, steps or 0)
+    return remarks
+
+
+def _about_settings(train: Mapping[str, Any], steps: int) -> Iterator[tuple[str, str]]:
+    clipped, explained = train.get("clip_fraction"), train.get("explained_variance")
     if clipped is not None and clipped < 0.01:
         text = f"clip_fraction averages {percent(clipped)}: epsilon (ppo.cliprange) never binds"
-        remarks.append((text, "yellow"))
-    return remarks
+        yield text, "yellow"
+    if explained is not None and explained < BLIND and steps >= SEEN_BY_THEN:
+        text = f"the critic explains {percent(max(0.0, explained))} of the returns' variance"
+        yield f"{text}: lean on it less (ppo.lam nearer to 1), or try critic=reward_model", "yellow"
 
 
 def _about_score(first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -208,6 +208,14 @@ def test_an_epsilon_that_never_binds_is_said():
     assert "never binds" not in remarks(run(train__clip_fraction=0.011))
 
 
+def test_a_critic_that_sees_nothing_is_said_once_it_should_see():
+    assert "critic explains 6.0 % of" in remarks(run(train__explained_variance=0.06))
+    assert "critic explains 0.0 % of" in remarks(run(train__explained_variance=-0.3))
+    assert "critic" not in remarks(run(train__explained_variance=0.11))
+    assert "critic" not in remarks(run(train__explained_variance=0.06, steps=19))
+    assert "critic" not in remarks(run())
+
+
 @pytest.mark.parametrize("status", ["failed", "preempted"])
 def test_a_run_that_did_not_finish_has_no_verdict(status):
     text = remarks(run(status=status, reason="loss is NaN"))
