@@ -17,6 +17,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -69,6 +70,8 @@ SHAPES: dict[str, PreTrainedConfig] = {
     "llama, stretched": LlamaConfig(**LLAMA_LIKE, rope_parameters=YARN),
     "qwen2": Qwen2Config(**LLAMA_LIKE),
     "mistral": MistralConfig(**LLAMA_LIKE, sliding_window=None),
+    "mistral, within its window": MistralConfig(**LLAMA_LIKE, sliding_window=16),
+    "phi3": Phi3Config(**LLAMA_LIKE, pad_token_id=0),
     "qwen3": Qwen3Config(**LLAMA_LIKE, head_dim=16),
     "smollm3": SmolLM3Config(**LLAMA_LIKE, pad_token_id=0, no_rope_layers=[1, 0, 1]),
 }
@@ -142,7 +145,7 @@ def test_every_weight_gets_the_gradient_that_transformers_gives_it(name: str, la
         assert_close(ours[key], wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()) + 1e-8)
 
 
-@pytest.mark.parametrize("name", ["bloom", "gpt2", "gpt-neox", "llama", "qwen3", "smollm3"])
+@pytest.mark.parametrize("name", ["bloom", "gpt2", "gpt-neox", "llama", "phi3", "qwen3", "smollm3"])
 def test_a_cache_of_its_own_continues_where_the_prompt_ended(name: str) -> None:
     trunk = Trunk(tiny_model(name))
     ids, attention = ragged_ids()
@@ -159,11 +162,16 @@ def test_a_cache_of_its_own_continues_where_the_prompt_ended(name: str) -> None:
     assert_close(torch.cat(parts, 1)[attention], whole[attention], atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("architecture", ["bloom", "gpt2", "gpt-neox", "llama", "qwen3"])
+@pytest.mark.parametrize("architecture", ["bloom", "gpt2", "gpt-neox", "llama", "phi3", "qwen3"])
 @pytest.mark.parametrize("adapter", ["on", "off"])
 def test_gradients_of_the_adapter_are_those_of_peft(adapter: str, architecture: str) -> None:
     def gradients(fast: bool) -> dict[str, torch.Tensor]:
-        settings = LoraConfig(r=4, task_type="CAUSAL_LM", fan_in_fan_out=architecture == "gpt2")
+        settings = LoraConfig(
+            r=4,
+            task_type="CAUSAL_LM",
+            fan_in_fan_out=architecture == "gpt2",
+            target_modules=["qkv_proj", "gate_up_proj"] if architecture == "phi3" else None,
+        )
         model = get_peft_model(tiny_model(architecture), settings)
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
@@ -200,6 +208,24 @@ def test_what_is_not_read_goes_transformers_way() -> None:
         tiny_bloom(slow_but_exact=True),
     ):
         assert Trunk(model)._fast is None
+
+
+def test_more_positions_than_a_window_holds_go_transformers_way() -> None:
+    trunk = Trunk(tiny_model("mistral, within its window"))  # of 16
+    ids = torch.arange(2 * 19).view(2, 19) * 5 % 97
+    attention = torch.ones_like(ids, dtype=torch.bool)
+    attention[1, :4] = False
+    assert trunk._fast is not None
+    with torch.no_grad():
+        for columns in (16, 19):
+            given = ids[:, :columns], attention[:, :columns]
+            ours, theirs = trunk.hidden(*given)[:, -1], trunk._by_transformers(*given)[:, -1]
+            assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+            fast = trunk._fast.hidden(*given)[:, -1]
+            assert torch.equal(ours, fast) == (columns == 16)
+            assert torch.allclose(fast, theirs, atol=1e-3) == (columns == 16)
+    assert isinstance(trunk.new_cache(16), KeysAndValues)
+    assert not isinstance(trunk.new_cache(17), KeysAndValues)
 
 
 def test_a_hook_on_a_layer_is_honoured() -> None:

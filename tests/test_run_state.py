@@ -323,7 +323,7 @@ def test_a_thousand_runs_are_listed_compared_and_gone_on_with_in_seconds(tmp_pat
     found = measured(tmp_path, 1000)  # of the processor: the clock's depend on who else works
     assert found["listing, the index gone"].cpu < 2
     assert found["listing, by the index"].cpu < 2
-    assert found["compare"].cpu < 20
+    assert found["compare"].cpu < 60
     assert found["resume=true, nothing is missing"].cpu < 10
     assert found["resume=true, one run is missing"].cpu < 30
     assert "Launching 1 jobs" in found["resume=true, one run is missing"].said

@@ -92,7 +92,8 @@ class Trunk:
         if below is not None or _has_begun(cache):
             assert self._fast is not None, "what has begun on the fast road stays there"
             return self._fast.hidden(ids, attention, cache, last=last, below=below)
-        if (cache is None or isinstance(cache, KeysAndValues)) and (fast := self._fast_here()):
+        fast = self._fast_here(attention.shape[1])
+        if fast and (cache is None or isinstance(cache, KeysAndValues)):
             return fast.hidden(ids, attention, cache, last=last)
         return self._by_transformers(ids, attention, cache)[:, -last:]
 
@@ -118,7 +119,7 @@ class Trunk:
             ConfigError: there is nothing frozen below, or the architecture is not known in parts.
         """
         name, fast = type(self.model).__name__, self._fast_here()
-        if fast is None:
+        if fast is None or fast.anatomy.window:
             raise ConfigError(
                 f"ppo.cache_trunk=true: the layers of {name} are not known one by one; leave it out"
             )
@@ -136,7 +137,7 @@ class Trunk:
 
     def new_cache(self, positions: int) -> Any:
         """An empty cache for `hidden`, with room for so many positions."""
-        fast = self._fast_here()
+        fast = self._fast_here(positions)
         if fast and self._device == "cpu":
             return KeysAndValues(positions)
         if fast and self._may_record(fast):
@@ -194,13 +195,15 @@ class Trunk:
                 "architecture cannot be trained here"
             )
 
-    def _fast_here(self) -> FastDecoder | None:
-        """The fast road, where it may be taken now and has proved itself on this kind of device."""
+    def _fast_here(self, positions: int = 0) -> FastDecoder | None:
+        """The fast road, where it may be taken over so many positions now and has proved itself on
+        this kind of device.
+        """
         if self._device != self._proved_on:
             self._proved_on = self._device
             self._fast = self._proved()
-        may = self.fast_layers and self._fast and self._fast.usable()
-        return self._fast if may else None
+        fast = self._fast if self.fast_layers else None
+        return fast if fast and fast.anatomy.covers(positions) and fast.usable() else None
 
     def _proved(self) -> FastDecoder | None:
         """The fast road of the decoder where it is, if there is one that proves equal."""

@@ -93,8 +93,10 @@ def _trace(
         if hasattr(model, "peft_config"):
             model.enable_input_require_grads()
     trunk = Trunk(model)
-    anatomy = read(trunk.decoder)
-    passed = FastDecoder(trunk.decoder, anatomy).hidden if anatomy and fast else trunk.hidden
+    widest = max(row.seen for row in (*training, *reading))
+    anatomy = read(trunk.decoder) if fast else None
+    known = anatomy and anatomy.covers(widest)
+    passed = FastDecoder(trunk.decoder, anatomy).hidden if anatomy and known else trunk.hidden
     with torch.device("meta"):
         model.train()
         tracker = tracked()
@@ -107,15 +109,16 @@ def _trace(
         model.eval()
         with torch.no_grad(), tracked() as passing:
             passed(*_rectangle(reading))
-        token = _launches_of_a_token(trunk)
+        token = _launches_of_a_token(trunk.decoder, widest)
     backward = live.launches - forward
     return _Seen(kept, max(0, peak - kept), churned, passing.peak(), forward, backward, token)
 
 
 @torch.no_grad()
-def _launches_of_a_token(trunk: Trunk) -> int:
-    anatomy = read(trunk.decoder)
-    if anatomy is None:
+def _launches_of_a_token(decoder: Any, positions: int) -> int:
+    """Launches of a token's pass where it may be recorded, 0 where it may not."""
+    anatomy = read(decoder)
+    if anatomy is None or not anatomy.covers(positions):
         return 0
     cache = Graphed(anatomy, 9)
     ids, attention = _rectangle([Row(prompt=8, response=1)])

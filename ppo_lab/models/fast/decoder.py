@@ -252,8 +252,10 @@ def _feed_forward(
     layer: Layer, x: Float[Tensor, "rows hidden"], shared: Pass
 ) -> Float[Tensor, "rows hidden"]:
     activation, up = ACTIVATIONS[layer.activation], shared.linear(layer.up, x)
-    inner = activation(up) if layer.gate is None else activation(shared.linear(layer.gate, x)) * up
-    return shared.linear(layer.down, inner)
+    if layer.gate is None and not layer.gate_in_up:
+        return shared.linear(layer.down, activation(up))
+    gate, up = up.chunk(2, 1) if layer.gate_in_up else (shared.linear(layer.gate, x), up)
+    return shared.linear(layer.down, activation(gate) * up)
 
 
 def _hooked(modules: Sequence[Any]) -> bool:

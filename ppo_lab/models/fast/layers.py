@@ -30,8 +30,9 @@ class Layer:
     """One layer: its modules, and what of its shape they do not say.
 
     `projections` are those of queries, keys and values, or one for all three, whose output is then
-    ordered `by_head` (heads, three, size) or else (three, heads, size). `gate` is None where the
-    feed-forward part has none. `size` is a head's width, `scaling` multiplies attention's scores.
+    ordered `by_head` (heads, three, size) or else one kind after the other. `gate` is None where
+    the feed-forward part has none, and where `gate_in_up` it is the first half of what `up` gives.
+    `size` is a head's width, `scaling` multiplies attention's scores.
     `parallel`: both parts read the layer's input. `after_norm`: the residual is the normed input
     (BLOOM's option). `head_norms` are those of each query and each key. `turns`: rotary embeddings,
     where there are some, turn them here.
@@ -52,6 +53,7 @@ class Layer:
     by_head: bool = False
     parallel: bool = False
     after_norm: bool = False
+    gate_in_up: bool = False
     head_norms: tuple[Any, Any] | None = None
     turns: bool = True
 
@@ -63,8 +65,11 @@ class Layer:
 
     def split(self, fused: Float[Tensor, "batch time outputs"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (batch, time, heads, size) out of one product for all three."""
-        shape = (self.heads, 3) if self.by_head else (3, self.heads)
-        q, k, v = fused.unflatten(2, (*shape, self.size)).unbind(3 if self.by_head else 2)
+        if self.by_head:
+            q, k, v = fused.unflatten(2, (self.heads, 3, self.size)).unbind(3)
+        else:
+            counts = [self.heads, self.kv_heads, self.kv_heads]
+            q, k, v = fused.unflatten(2, (-1, self.size)).split(counts, 2)
         return q, k, v
 
 
@@ -73,7 +78,8 @@ class Anatomy:
     """A decoder: its embedding, its layers, its last norm, and where positions enter.
 
     `blocks` are the modules that the layers were read from. Positions are learned vectors, rotary
-    angles that a module gives, or ALiBi's slopes of each head; None where they are not.
+    angles that a module gives, or ALiBi's slopes of each head; None where they are not. Some layers
+    may see the last `window` positions alone (0 = all see all); of more, nothing here knows.
     """
 
     blocks: tuple[Any, ...]
@@ -84,6 +90,11 @@ class Anatomy:
     learned: Any = None
     rotary: Any = None
     slopes: Float[Tensor, " heads"] | None = None
+    window: int = 0
+
+    def covers(self, positions: int) -> bool:
+        """Whether every layer sees all of so many positions."""
+        return not self.window or positions <= self.window
 
     @property
     def entrance(self) -> tuple[Any, ...]:
@@ -214,24 +225,28 @@ def _gpt_neox(decoder: Any) -> Anatomy | None:
 
 def _llama(decoder: Any) -> Anatomy | None:
     """Llama and those built like it: Qwen3 with a norm of each head (Yang et al. 2025,
-    arXiv:2505.09388), SmolLM3 with layers that turn nothing.
+    arXiv:2505.09388), SmolLM3 with layers that turn nothing, Phi-3 with fewer, wider products.
 
     Source: Touvron et al. 2023, arXiv:2302.13971.
     """
     config = decoder.config
-    if not _turns_plainly(decoder) or _slides(config):
+    window = _window(config)
+    if window is None or not _turns_plainly(decoder):
         return None
 
     def layer(block: Any) -> Layer:
         attention, mlp = block.self_attn, block.mlp
-        with_norms = hasattr(attention, "q_norm")
+        with_norms, fused = hasattr(attention, "q_norm"), hasattr(attention, "qkv_proj")
         return Layer(
             norm=block.input_layernorm,
-            projections=(attention.q_proj, attention.k_proj, attention.v_proj),
+            projections=(attention.qkv_proj,)
+            if fused
+            else (attention.q_proj, attention.k_proj, attention.v_proj),
             out=attention.o_proj,
             second_norm=block.post_attention_layernorm,
-            gate=mlp.gate_proj,
-            up=mlp.up_proj,
+            gate=None if fused else mlp.gate_proj,
+            up=mlp.gate_up_proj if fused else mlp.up_proj,
+            gate_in_up=fused,
             down=mlp.down_proj,
             activation=config.hidden_act,
             heads=config.num_attention_heads,
@@ -248,6 +263,7 @@ def _llama(decoder: Any) -> Anatomy | None:
         norm=decoder.norm,
         words=decoder.embed_tokens,
         rotary=decoder.rotary_emb,
+        window=window,
     )
 
 
@@ -257,6 +273,7 @@ READERS: dict[str, Callable[[Any], Anatomy | None]] = {
     "GPTNeoXModel": _gpt_neox,
     "LlamaModel": _llama,
     "MistralModel": _llama,
+    "Phi3Model": _llama,
     "Qwen2Model": _llama,
     "Qwen3Model": _llama,
     "SmolLM3Model": _llama,
@@ -278,9 +295,14 @@ def _turns_plainly(decoder: Any) -> bool:
     return getattr(decoder.rotary_emb, "rope_type", None) in ROTARY
 
 
-def _slides(config: Any) -> bool:
-    """Whether some layer sees a window of the past alone."""
+def _window(config: Any) -> int | None:
+    """How far back layers see at least, in positions, 0 where all see all; None where some layer is
+    of another kind.
+    """
+    width = getattr(config, "sliding_window", None) or 0
     kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return any(kind != "full_attention" for kind in kinds)
-    return getattr(config, "sliding_window", None) is not None
+    if kinds is None:
+        return width
+    if set(kinds) - {"full_attention", "sliding_attention"}:
+        return None
+    return width if "sliding_attention" in kinds else 0
