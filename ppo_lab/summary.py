@@ -84,7 +84,10 @@ def _about_settings(train: Mapping[str, Any], steps: int) -> Iterator[tuple[str,
         yield text, "yellow"
     if explained is not None and explained < BLIND and steps >= SEEN_BY_THEN:
         text = f"the critic explains {percent(max(0.0, explained))} of the returns' variance"
-        yield f"{text}: lean on it less (ppo.lam nearer to 1), or try critic=reward_model", "yellow"
+        yield (
+            f"{text}: lean on it less (ppo.lam nearer to 1) or start it better (critic=)",
+            "yellow",
+        )
 
 
 def _about_score(first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
