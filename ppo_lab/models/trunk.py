@@ -92,8 +92,8 @@ class Trunk:
         if below is not None or _has_begun(cache):
             assert self._fast is not None, "what has begun on the fast road stays there"
             return self._fast.hidden(ids, attention, cache, last=last, below=below)
-        fast = self._fast_here(attention.shape[1])
-        if fast and (cache is None or isinstance(cache, KeysAndValues)):
+        may = cache is None or isinstance(cache, KeysAndValues)
+        if may and (fast := self._fast_here(attention.shape[1])):
             return fast.hidden(ids, attention, cache, last=last)
         return self._by_transformers(ids, attention, cache)[:, -last:]
 
