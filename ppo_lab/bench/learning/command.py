@@ -12,6 +12,7 @@ from ppo_lab.bench.arguments import cores, existing_file, list_of, model_folder
 from ppo_lab.bench.learning.runs import (
     CONTESTANTS,
     OURS,
+    Contestant,
     Record,
     cells,
     overrides,
@@ -53,8 +54,9 @@ def compare(asked: argparse.Namespace, console: Console, say: Callable[[str], No
         iterations=asked.iterations,
     )
     record = Record(asked.json, task, machine(asked.threads))
-    check_variants(asked.variant, task)
-    chosen = [*(CONTESTANTS[name] for name in asked.contestants), *map(variant, asked.variant)]
+    variants = [variant(words) for words in asked.variant]
+    check_variants(variants, task)
+    chosen = [*(CONTESTANTS[name] for name in asked.contestants), *variants]
     contestants = {c.name: c for c in chosen}
     pythons = {c.name: python_of(c.environment or OURS, asked.venvs, say) for c in chosen}
     train_and_judge(
@@ -70,7 +72,7 @@ def compare(asked: argparse.Namespace, console: Console, say: Callable[[str], No
     show(record.kept, console, ours=OURS)
 
 
-def check_variants(variants: Sequence[str], task: Task) -> None:
+def check_variants(variants: Sequence[Contestant], task: Task) -> None:
     """Nothing, where each variant is a run that may be.
 
     Raises:
@@ -80,8 +82,8 @@ def check_variants(variants: Sequence[str], task: Task) -> None:
     spec = task.spec(prompts=Path(task.prompts), beta=0.1, seed=0, threads=1) | {"output": "o"}
     wrong = [
         problem
-        for words in variants
-        for problem in command_problems([*overrides(spec), *words.split()], check=problems)
+        for found in variants
+        for problem in command_problems([*overrides(spec), *found.overrides], check=problems)
     ]
     if wrong:
         raise RuntimeError("\n".join(dict.fromkeys(wrong)))

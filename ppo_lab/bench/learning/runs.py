@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -93,7 +94,7 @@ CONTESTANTS = {
 
 def variant(words: str) -> Contestant:
     """`experiment=stories` with these overrides, given as on a command line, and named by them."""
-    given = tuple(words.split())
+    given = tuple(shlex.split(words))
     return Contestant(f"{OURS} {' '.join(given)}", "a variant", overrides=given, share=SHARE)
 
 
