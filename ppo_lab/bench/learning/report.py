@@ -8,10 +8,13 @@ from itertools import pairwise
 from statistics import fmean, median, stdev
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 Point = tuple[float, float]
+
+NAME = 26  # letters of a contestant's name on one line
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,11 @@ def show(kept: dict[str, Any], console: Console, *, ours: str) -> None:
     found = places(kept["runs"])
     betas = sorted({place.beta for place in found})
     table = Table(
-        title="score at KL (nats a sequence) on unseen prompts, by beta; mean±sd of seeds"
+        title="score at KL (nats a sequence) on unseen prompts, by beta; mean±sd of seeds",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("trainer", no_wrap=True)
+    table.add_column("trainer", max_width=NAME, overflow="fold")
     for name in (*(f"beta {beta:g}" for beta in betas), "seconds"):
         table.add_column(name, justify="right")
     for contestant in dict.fromkeys(place.contestant for place in found):
