@@ -21,7 +21,8 @@ from ppo_lab.types import Sample
 
 WIDE = 110
 
-# A critic that explains less of the returns' variance is of no use, if so after some iterations.
+# A critic that explains a smaller share of the returns' variance is of no use; and the iterations
+# after which that is said.
 BLIND, SEEN_BY_THEN = 0.1, 20
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_bench_learning import task
+from test_bench_learning import small_task
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -18,7 +19,10 @@ from ppo_lab.bench.learning import judge as judging
 from ppo_lab.bench.learning.task import Task, prompts_in
 from ppo_lab.models.byte_tokenizer import byte_tokenizer
 
-__all__ = ["task"]
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return small_task(tmp_path_factory.mktemp("task"))
 
 
 def answers(states: Tensor, scores: Tensor, tokens: int) -> Answers:
@@ -86,14 +90,31 @@ def test_each_token_is_given_the_states_that_predicted_it(task: Task) -> None:
             assert found.late[mine].tolist() == late.tolist()
 
 
-def test_the_table_is_shown(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_is_shown_and_kept(
+    task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = ["--model", task.model, "--reward-model", task.reward_model, "--prompts", task.prompts]
+    given += ["--json", str(tmp_path / "kept.json")]
     assert main(["features", *given, "--new-tokens", "4", "--threads", "1"]) == 0
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    (shares,) = (value for value in kept.values() if isinstance(value, dict))
+    assert list(shares) == ["embeddings", "after layer 1", "after layer 2", "reward model"]
+    assert (kept["answers"], kept["tokens"]) == (40, 160)
     said = capsys.readouterr().out
     assert "reward model" in said
     assert "after layer 2" in said
     assert "40 answers of 160 tokens" in said
     assert max(map(len, said.splitlines())) <= 80
+
+
+def test_too_few_prompts_are_refused(
+    task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"prompt": "Why?"}\n' * 30)
+    given = ["--model", task.model, "--reward-model", task.reward_model, "--prompts", str(few)]
+    assert main(["features", *given]) == 1
+    assert "1 distinct prompts; needs 16" in capsys.readouterr().out
 
 
 def test_a_reward_model_of_another_vocabulary_is_refused(

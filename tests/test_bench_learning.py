@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -50,10 +51,8 @@ def model_folder(folder: Path, kind: Any, seed: int) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+def small_task(folder: Path) -> Task:
     """A task of seconds."""
-    folder = tmp_path_factory.mktemp("task")
     prompts = folder / "prompts.jsonl"
     lines = [{"prompt": f"Why {'so ' * (i % 4)}{i % 25}?"} for i in range(40)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -61,6 +60,11 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     scorer = model_folder(folder / "scorer", AutoModelForSequenceClassification, 1)
     sizes = {"iterations": 1, "batch": 4, "mini_batch": 2, "new_tokens": 5, "held_out": 6}
     return Task(str(start), str(scorer), str(prompts), **sizes)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return small_task(tmp_path_factory.mktemp("task"))
 
 
 # --- the judge
@@ -246,3 +250,16 @@ def test_the_benchmark_s_command_line_refuses_what_is_not_there(
         with pytest.raises(SystemExit):
             main(["learning", *given, *wrong])
         assert wrong[1] in capsys.readouterr().err
+
+
+def test_names_of_any_length_leave_room_for_the_scores() -> None:
+    said, name = io.StringIO(), "ppo_lab critic=head critic.learning_rate=0.003 ppo.vf_coef=0.01"
+    runs = [
+        {"contestant": c, "beta": b, "score": 3.25, "kl": 11.5, "wall_s": 9.0}
+        for c in (name, "rloo")
+        for b in (0.05, 0.3, 1.0)
+    ]
+    report.show({"runs": runs}, Console(file=said, width=80), ours="ppo_lab")
+    table = said.getvalue().partition("against")[0].splitlines()[:-1]
+    assert sum(line.count("3.25 at 11.5") for line in table) == 6
+    assert "…" not in said.getvalue()

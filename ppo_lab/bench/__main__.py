@@ -1,7 +1,8 @@
 """`python -m ppo_lab.bench`: this project and those it replaces on the same work, in turn.
 
 `python -m ppo_lab.bench growth` measures how time and memory grow with the work, `... options` what
-each option costs or saves, `... learning` who learns most at how little KL in how little time.
+each option costs or saves, `... learning` who learns most at how little KL in how little time,
+`... features` how much a value head could know.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ has from the first iteration on.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -26,9 +27,12 @@ from transformers.utils.logging import disable_progress_bar
 from ppo_lab.bench.arguments import cores, existing_file, model_folder
 from ppo_lab.bench.learning.judge import answered, batches, sample, score
 from ppo_lab.bench.learning.task import prompts_in
+from ppo_lab.record import write_atomically
 
 FITTED = 0.75  # the share of the answers that a map is fitted on
 RIDGE = 1e-3  # penalty, as a share of the states' mean square
+SPLITS = 4  # ways to choose what is fitted on
+FEWEST = 16  # answers, of which some are to be left unseen
 LATE = 0.75  # from this share of the longest answer on, tokens are late
 
 
@@ -47,19 +51,34 @@ def main(arguments: Sequence[str]) -> int:
     """Sample, score, fit, show.
 
     Raises:
-        RuntimeError: model and reward model do not read the same tokens.
+        RuntimeError: too few prompts, or model and reward model do not read the same tokens.
     """
     asked = parser().parse_args(arguments)
+    prompts = prompts_in(asked.prompts)[: asked.answers]
+    if len(prompts) < FEWEST:
+        raise RuntimeError(f"{asked.prompts}: {len(prompts)} distinct prompts; needs {FEWEST}")
     torch.set_num_threads(asked.threads)
     disable_progress_bar()
     found = collect(
-        asked.model,
-        asked.reward_model,
-        prompts_in(asked.prompts)[: asked.answers],
-        new_tokens=asked.new_tokens,
-        seed=asked.seed,
+        asked.model, asked.reward_model, prompts, new_tokens=asked.new_tokens, seed=asked.seed
     )
-    show(found, Console(), splits=asked.splits)
+    shares = {
+        name: [explained(states, found, seed=seed) for seed in range(SPLITS)]
+        for name, states in found.states.items()
+    }
+    show(found, shares, Console())
+    if asked.json:
+        kept = {
+            "model": asked.model.name,
+            "reward_model": asked.reward_model.name,
+            "prompts": asked.prompts.name,
+            "answers": len(found.scores),
+            "tokens": len(found.of),
+            "new_tokens": asked.new_tokens,
+            "seed": asked.seed,
+            "explained of all and of late tokens, by split": shares,
+        }
+        write_atomically(asked.json, json.dumps(kept, indent=1) + "\n")
     return 0
 
 
@@ -137,19 +156,18 @@ def explained(
     return share(~known), share(~known & found.late)
 
 
-def show(found: Answers, console: Console, *, splits: int) -> None:
+def show(found: Answers, shares: dict[str, list[tuple[float, float]]], console: Console) -> None:
     """As a table: whose states explain how much."""
     table = Table(title="what of the score's variance a linear head explains", box=box.SIMPLE)
     table.add_column("hidden states of", no_wrap=True)
     for name in ("all tokens", "late tokens"):
         table.add_column(name, justify="right")
-    for name, states in found.states.items():
-        shares = [explained(states, found, seed=seed) for seed in range(splits)]
-        table.add_row(name, *map(_spread, zip(*shares, strict=True)))
+    for name, of_splits in shares.items():
+        table.add_row(name, *map(_spread, zip(*of_splits, strict=True)))
     console.print(table)
     for line in (
         f"{len(found.scores)} answers of {len(found.of)} tokens",
-        f"unseen answers, mean±sd of {splits} splits; late: the last {1 - LATE:.0%} of the longest",
+        f"unseen answers, mean±sd of {SPLITS} splits; late: the last {1 - LATE:.0%} of the longest",
     ):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -166,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", type=existing_file, required=True, help="JSON lines with `prompt`")
     p.add_argument("--answers", type=int, default=1024, help="at most so many prompts are answered")
     p.add_argument("--new-tokens", type=int, default=48, help="the longest answer")
-    p.add_argument("--splits", type=int, default=4, help="ways to choose what is fitted on")
     p.add_argument("--threads", type=int, default=cores(), help="threads to compute with")
     p.add_argument("--seed", type=int, default=0, help="of the sampling")
+    p.add_argument("--json", type=Path, help="file that keeps the result")
     return p

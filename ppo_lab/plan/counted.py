@@ -86,7 +86,7 @@ class Peaks(NamedTuple):
     learnt: float
 
 
-def memory_of(subject: Subject, peaks: Peaks, around: dict[str, float], room: float) -> Memory:
+def memory_of(subject: Subject, peaks: Peaks, around: dict[str, float]) -> Memory:
     """Memory by part, with passes as large as `ppo.micro_batch_tokens` lets them be."""
     of, load, config = subject.of, subject.workload, subject.config
     standing = standing_bytes(of, adam=config.ppo.adam, in_4_bits=config.model.load_in_4bit)

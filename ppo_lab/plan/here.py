@@ -38,7 +38,7 @@ def estimate_here(subject: Subject) -> Estimate:
         device=device,
     )
     peaks = Peaks(found.held, found.drawn_bytes, found.scored_bytes, found.learnt_bytes)
-    memory = memory_of(subject, peaks, around, room)
+    memory = memory_of(subject, peaks, around)
     memory = memory.with_around(
         "allocator",
         allocator_bytes(subject.of, found.held, widest=_widest(subject))

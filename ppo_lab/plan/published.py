@@ -42,8 +42,7 @@ def estimate_published(subject: Subject, device: Device) -> Estimate:
             head, sum(row.response for row in subject.largest_pass), gradients=True
         ),
     )
-    room = device.memory
-    memory = memory_of(subject, peaks, {"CUDA": CUDA_CONTEXT}, room)
+    memory = memory_of(subject, peaks, {"CUDA": CUDA_CONTEXT})
     memory = memory.with_around("allocator", CUDA_HOLES * memory.tensors)
     phases = {
         name: _roofline(counted, device, str(subject.dtype).removeprefix("torch."), launches)
@@ -51,7 +50,7 @@ def estimate_published(subject: Subject, device: Device) -> Estimate:
             work_of(subject, with_critic=True).items(), _launches(subject, found), strict=True
         )
     }
-    return Estimate(memory, room, phases)
+    return Estimate(memory, device.memory, phases)
 
 
 def _launches(subject: Subject, found: Traced) -> tuple[float, ...]:

@@ -86,9 +86,8 @@ def subject_of(config: Config, target: Target, *, response_tokens: int = 0) -> S
     )
 
 
-def _published_dtype(config: Config, device: Device | None) -> torch.dtype:
+def _published_dtype(config: Config, device: Device) -> torch.dtype:
     """The precision of the weights on a device of the table, as a run there chooses it."""
-    assert device is not None
     if config.model.dtype != "auto":
         return getattr(torch, config.model.dtype)
     return torch.bfloat16 if config.lora.r and device.bfloat16 else torch.float32

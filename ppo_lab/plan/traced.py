@@ -13,7 +13,7 @@ from ppo_lab.config import Config
 from ppo_lab.models import logprobs
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.graphed import Graphed
-from ppo_lab.models.fast.layers import read
+from ppo_lab.models.fast.layers import Anatomy, read
 from ppo_lab.models.policy import enable_checkpointing
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.plan.architecture import blueprint
@@ -94,9 +94,9 @@ def _trace(
             model.enable_input_require_grads()
     trunk = Trunk(model)
     widest = max(row.seen for row in (*training, *reading))
-    anatomy = read(trunk.decoder) if fast else None
-    known = anatomy and anatomy.covers(widest)
-    passed = FastDecoder(trunk.decoder, anatomy).hidden if anatomy and known else trunk.hidden
+    anatomy = read(trunk.decoder)
+    known = anatomy if anatomy and anatomy.covers(widest) else None
+    passed = FastDecoder(trunk.decoder, known).hidden if known and fast else trunk.hidden
     with torch.device("meta"):
         model.train()
         tracker = tracked()
@@ -109,17 +109,14 @@ def _trace(
         model.eval()
         with torch.no_grad(), tracked() as passing:
             passed(*_rectangle(reading))
-        token = _launches_of_a_token(trunk.decoder, widest)
+        token = _launches_of_a_token(known) if known else 0
     backward = live.launches - forward
     return _Seen(kept, max(0, peak - kept), churned, passing.peak(), forward, backward, token)
 
 
 @torch.no_grad()
-def _launches_of_a_token(decoder: Any, positions: int) -> int:
-    """Launches of a token's pass where it may be recorded, 0 where it may not."""
-    anatomy = read(decoder)
-    if anatomy is None or not anatomy.covers(positions):
-        return 0
+def _launches_of_a_token(anatomy: Anatomy) -> int:
+    """Launches of a token's pass as it is recorded."""
     cache = Graphed(anatomy, 9)
     ids, attention = _rectangle([Row(prompt=8, response=1)])
     cache.newest(ids, attention, lambda states: (states,))

@@ -237,15 +237,19 @@ def _llama(decoder: Any) -> Anatomy | None:
     def layer(block: Any) -> Layer:
         attention, mlp = block.self_attn, block.mlp
         with_norms, fused = hasattr(attention, "q_norm"), hasattr(attention, "qkv_proj")
+        projections: tuple[Any, ...]
+        if fused:
+            projections, gate, up = (attention.qkv_proj,), None, mlp.gate_up_proj
+        else:
+            projections = attention.q_proj, attention.k_proj, attention.v_proj
+            gate, up = mlp.gate_proj, mlp.up_proj
         return Layer(
             norm=block.input_layernorm,
-            projections=(attention.qkv_proj,)
-            if fused
-            else (attention.q_proj, attention.k_proj, attention.v_proj),
+            projections=projections,
             out=attention.o_proj,
             second_norm=block.post_attention_layernorm,
-            gate=None if fused else mlp.gate_proj,
-            up=mlp.gate_up_proj if fused else mlp.up_proj,
+            gate=gate,
+            up=up,
             gate_in_up=fused,
             down=mlp.down_proj,
             activation=config.hidden_act,
