@@ -29,7 +29,7 @@ from ppo_lab.config import LoraSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.choice import FAN, LEVELS, choose
 from ppo_lab.models.fast import draws, layers, products
-from ppo_lab.models.fast.attention import KeysAndValues, attend, blocks_of
+from ppo_lab.models.fast.attention import KeysAndValues, attend, blocks_of, last_columns
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.draws import draw_from
 from ppo_lab.models.fast.elementwise import ACTIVATIONS, normed, rotated, spread_angles
@@ -334,6 +334,33 @@ def test_half_precision_is_widened_where_the_processor_does_not_compute_in_it(
     assert_close(ours, g @ layer.weight.float())
 
 
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("outputs", [5, 9])
+def test_several_adapters_add_up_with_the_gradients_that_peft_gives(
+    outputs: int, bias: Any
+) -> None:
+    """Of layers that narrow and that widen; with the layer's own bias trained or not."""
+    torch.manual_seed(0)
+    settings = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], bias=bias)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(7, outputs)), settings)
+    if bias == "none":
+        model.add_adapter("other", LoraConfig(r=3, lora_alpha=5, target_modules=["0"]))
+        model.base_model.set_adapter(["default", "other"])
+    layer = model.base_model.model[0]
+    for matrix in layer.lora_B.parameters():
+        torch.nn.init.normal_(matrix)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    assert len(trained) == (4 if bias == "none" else 3)
+    x, g = torch.randn(3, 7, requires_grad=True), torch.randn(3, outputs)
+    assert_close(Linear.read(layer, x.dtype)(x), layer(x))
+    with torch.no_grad():
+        assert_close(Linear.read(layer, x.dtype)(x), layer(x))
+    ours = torch.autograd.grad(Linear.read(layer, x.dtype)(x), [x, *trained], g)
+    assert_close(ours, torch.autograd.grad(layer(x), [x, *trained], g))
+    of_adapters = torch.autograd.grad(Linear.read(layer, x.dtype)(x.detach()), trained, g)
+    assert_close(of_adapters, ours[1:])
+
+
 def test_rows_go_to_their_places_and_back_with_their_gradients() -> None:
     real = torch.arange(40).view(4, 10) % 10 > 0
     places = Places(real, width=1000)
@@ -381,13 +408,12 @@ def test_attention_is_softmax_of_scaled_products_with_its_gradients(
     torch.manual_seed(0)
     attention = torch.ones(2, 6, dtype=torch.bool)
     attention[1, :2] = False
-    blocks, last = (
-        blocks_of(
-            attention, new=new, heads=4, kv_heads=2, slopes=None, dtype=torch.float64,
-            rounded_to=torch.float64,
-        )
-        for new in (5, 2)
+    blocks = blocks_of(
+        attention, new=5, heads=4, kv_heads=2, slopes=None, dtype=torch.float64,
+        rounded_to=torch.float64,
     )  # fmt: skip
+    last = last_columns(blocks, 3)
+    assert [(block.first, block.end) for block in last] == [(0, 2)]
     assert [(block.first, block.end) for block in blocks] == (
         [(0, 2), (2, 5)] if scores == 1 else [(0, 5)]
     )

@@ -110,6 +110,18 @@ def blocks_of(
     return tuple(found)
 
 
+def last_columns(blocks: Sequence[Block], first: int) -> tuple[Block, ...]:
+    """The same blocks without the queries of the columns before `first`."""
+    found = []
+    for block in blocks:
+        before = max(0, first - block.first)
+        if block.first + before < block.end:
+            by_column = block.bias.unflatten(1, (-1, block.end - block.first))
+            bias = by_column[:, :, before:].flatten(1, 2)
+            found.append(Block(block.first + before - first, block.end - first, bias))
+    return tuple(found)
+
+
 def attend(
     q: Float[Tensor, "batch heads new size"],
     k: Float[Tensor, "batch kv_heads seen size"],

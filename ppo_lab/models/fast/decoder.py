@@ -19,7 +19,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ppo_lab.models.fast.attention import Block, KeysAndValues, attend, bias_of, blocks_of
+from ppo_lab.models.fast.attention import (
+    Block,
+    KeysAndValues,
+    attend,
+    bias_of,
+    blocks_of,
+    last_columns,
+)
 from ppo_lab.models.fast.elementwise import ACTIVATIONS, normed, rotated, spread_angles
 from ppo_lab.models.fast.layers import Anatomy, Layer, read
 from ppo_lab.models.fast.places import Everywhere, LastColumns, Places
@@ -109,9 +116,9 @@ class FastDecoder:
         for index, layer in lower[0 if below is None else self.first_trained() :]:
             x = through(layer, index, x, shared)
         end = None
-        if columns < new and not self._passes_whole(x):
+        if columns < new and not isinstance(shared.blocks, Tensor):
             end = LastColumns(shared.places, columns)
-            shared = replace(shared, blocks=self._blocks(attention, columns, x.dtype))
+            shared = replace(shared, blocks=last_columns(shared.blocks, new - columns))
         x = normed(self.anatomy.norm, through(final[1], final[0], x, shared, end))
         if cache is not None:
             cache.seen += new
@@ -209,10 +216,11 @@ def through(
     """One layer; with `end`, its output in the last columns alone."""
     inner = normed(layer.norm, x)
     attended = shared.linear(layer.out, _attention(layer, index, inner, shared, end))
-    x, inner = (x, inner) if end is None else (end.pick(x), end.pick(inner))
+    kept = inner if layer.after_norm else x
+    kept = kept if end is None else end.pick(kept)
     if layer.parallel:
-        return x + attended + _feed_forward(layer, normed(layer.second_norm, x), shared)
-    x = (inner if layer.after_norm else x) + attended
+        return kept + attended + _feed_forward(layer, normed(layer.second_norm, kept), shared)
+    x = kept + attended
     inner = normed(layer.second_norm, x)
     return (inner if layer.after_norm else x) + _feed_forward(layer, inner, shared)
 

@@ -12,6 +12,7 @@ faster than one large one.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,10 +42,11 @@ def product(
     x: Float[Tensor, "rows inputs"], weight: Float[Tensor, "outputs inputs"], bias: Tensor | None
 ) -> Float[Tensor, "rows outputs"]:
     """x W^T + b in the precision of x, whatever the layout of the result."""
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if x.device.type != "cpu" or (trained and torch.is_grad_enabled()):
-        return F.linear(x, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
-    return _Frozen.apply(x, weight, bias) if torch.is_grad_enabled() else _times(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return _times(x, weight, bias)
+    if x.device.type == "cpu" and not _is_trained(weight, bias):
+        return _Frozen.apply(x, weight, bias)
+    return F.linear(x, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
 
 
 def wide_product(
@@ -76,15 +78,91 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        if weight.dtype == grads[0].dtype:
-            return grads[0] @ weight, None, None
-        slope = grads[0].new_zeros(len(grads[0]), weight.shape[1])
-        for g, w in zip(*_tiles(grads[0], weight), strict=True):
-            slope.addmm_(g, w.to(g.dtype))
-        return slope, None, None
+        return _pulled_back(grads[0], weight), None, None
+
+
+class _Adapted(torch.autograd.Function):
+    """y = W x + b + sum s B A x over the adapters, W and b frozen:
+
+        dx = W^T g + sum s A^T B^T g        dA = s (B^T g) x^T        dB = s g (A x)^T
+
+    Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scalings: Sequence[float],
+        *matrices: Tensor,
+    ) -> Tensor:
+        y, inner = _adapted(x, weight, bias, scalings, matrices)
+        ctx.save_for_backward(x, weight, *matrices, *inner)
+        ctx.scalings = scalings
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), many = grads, len(ctx.scalings)
+        x, weight, *rest = ctx.saved_tensors
+        for_x = _pulled_back(grad, weight) if ctx.needs_input_grad[0] else None
+        for_matrices = []
+        for scaling, (a, b), inner in zip(
+            ctx.scalings, _pairs(rest[: 2 * many]), rest[2 * many :], strict=True
+        ):
+            of_inner = grad @ b
+            for_matrices += [(of_inner.t() @ x).mul_(scaling), (grad.t() @ inner).mul_(scaling)]
+            if for_x is not None:
+                for_x.addmm_(of_inner, a, alpha=scaling)
+        return for_x, None, None, None, *for_matrices
+
+
+def _adapted(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scalings: Sequence[float],
+    matrices: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """W x + b + sum s B A x given A and B of each adapter in turn; and A x of each."""
+    y, inner = _times(x, weight, bias), []
+    for scaling, (a, b) in zip(scalings, _pairs(matrices), strict=True):
+        inner.append(F.linear(x, a))
+        if y.is_contiguous():
+            y.addmm_(inner[-1], b.t(), alpha=scaling)
+        else:
+            y.t().addmm_(b, inner[-1].t(), alpha=scaling)
+    return y, inner
+
+
+def _pairs(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """A and B of each adapter."""
+    return list(zip(matrices[::2], matrices[1::2], strict=True))
+
+
+def _is_trained(weight: Tensor, bias: Tensor | None) -> bool:
+    return weight.requires_grad or (bias is not None and bias.requires_grad)
+
+
+def _pulled_back(grad: Tensor, weight: Tensor) -> Tensor:
+    """g W, the gradient of x in x W^T."""
+    if grad.device.type != "cpu":
+        return grad @ weight.to(grad.dtype)
+    if weight.dtype == grad.dtype:
+        # Of a layer that narrows, it lies as the slope of the activation before it does.
+        narrows = weight.shape[0] < weight.shape[1]
+        return torch.mm(weight.t(), grad.t()).t() if narrows else torch.mm(grad, weight)
+    slope = grad.new_zeros(len(grad), weight.shape[1])
+    for g, w in zip(*_tiles(grad, weight), strict=True):
+        slope.addmm_(g, w.to(g.dtype))
+    return slope
 
 
 def _times(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.device.type != "cpu":
+        return F.linear(x, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
     if weight.dtype != x.dtype:
         return _widened(x, weight, bias)
     if bias is None:
@@ -114,11 +192,12 @@ def is_plain(module: Any) -> bool:
 
 
 class Linear(NamedTuple):
-    """A linear layer as it stands: W, b, and A, B and the scaling of each active adapter."""
+    """A linear layer as it stands: W, b, and of each active adapter the scaling, A and B."""
 
     weight: Float[Tensor, "outputs inputs"]
     bias: Float[Tensor, " outputs"] | None
-    adapters: tuple[tuple[Tensor, Tensor, float], ...]
+    scalings: tuple[float, ...] = ()
+    matrices: tuple[Tensor, ...] = ()
 
     @classmethod
     def read(cls, module: Any, dtype: torch.dtype) -> Linear:
@@ -127,28 +206,27 @@ class Linear(NamedTuple):
         # GPT-2's layers hold the transposed weight.
         weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
         if base is module or module.disable_adapters:
-            return cls(weight, base.bias, ())
-        adapters = tuple(
-            (
-                module.lora_A[name].weight.to(dtype),
-                module.lora_B[name].weight.to(dtype),
-                module.scaling[name],
-            )
-            for name in module.active_adapters
-            if name in module.lora_A
+            return cls(weight, base.bias)
+        names = [name for name in module.active_adapters if name in module.lora_A]
+        matrices = [part[name].weight for name in names for part in (module.lora_A, module.lora_B)]
+        return cls(
+            weight,
+            base.bias,
+            tuple(module.scaling[name] for name in names),
+            tuple(matrix.to(dtype) for matrix in matrices),
         )
-        return cls(weight, base.bias, adapters)
 
     def __call__(self, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
         """W x + b, and for each adapter + scaling B A x, all in the precision of x."""
+        if not self.scalings:
+            return product(x, self.weight, self.bias)
+        if not torch.is_grad_enabled():
+            return _adapted(x, *self)[0]
+        if not _is_trained(self.weight, self.bias):
+            return _Adapted.apply(x, self.weight, self.bias, self.scalings, *self.matrices)
         y = product(x, self.weight, self.bias)
-        for a, b, scaling in self.adapters:
-            inner = F.linear(x, a)
-            if x.device.type == "cpu":
-                # Transposed as y is, or y would be copied into the other layout.
-                y = torch.addmm(y.t(), b, inner.t(), alpha=scaling).t()
-            else:
-                y = torch.addmm(y, inner, b.t(), alpha=scaling)
+        for scaling, (a, b) in zip(self.scalings, _pairs(self.matrices), strict=True):
+            y = torch.add(y, F.linear(F.linear(x, a), b), alpha=scaling)
         return y
 
 
