@@ -252,7 +252,7 @@ def test_a_recorded_token_is_launched_in_less_time_where_the_layers_are_known(
     assert seconds(config) < 0.6 * seconds(plain)
     slow = replace(config, model=replace(config.model, fast_layers=False))
     assert seconds(slow) >= seconds(plain)
-    monkeypatch.setattr("ppo_lab.models.fast.layers.READERS", {})
+    monkeypatch.setattr("ppo_lab.models.fast.families.READERS", {})
     assert seconds(config) == seconds(plain)
 
 

@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig
 from ppo_lab.config import Config
 from ppo_lab.models import logprobs
 from ppo_lab.models.fast.decoder import FastDecoder
+from ppo_lab.models.fast.families import read
 from ppo_lab.models.fast.graphed import Graphed
-from ppo_lab.models.fast.layers import Anatomy, read
+from ppo_lab.models.fast.layers import Anatomy
 from ppo_lab.models.policy import enable_checkpointing
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.plan.architecture import blueprint

@@ -28,7 +28,8 @@ from ppo_lab.models.fast.attention import (
     last_columns,
 )
 from ppo_lab.models.fast.elementwise import ACTIVATIONS, normed, rotated, spread_angles
-from ppo_lab.models.fast.layers import Anatomy, Layer, read
+from ppo_lab.models.fast.families import read
+from ppo_lab.models.fast.layers import Anatomy, Layer
 from ppo_lab.models.fast.places import Everywhere, LastColumns, Places
 from ppo_lab.models.fast.products import Linear, computed_in
 
@@ -36,26 +37,29 @@ from ppo_lab.models.fast.products import Linear, computed_in
 KERNELS = ("eager", "sdpa")
 
 
+Angles = tuple[Tensor, Tensor, int]
+
+
 @dataclass(frozen=True)
 class Pass:
     """What the layers of one pass share: where rows lie, who attends to what, how far they turn.
 
-    `angles` are rotary embeddings' cosines and signed sines, (batch, time, heads, size) each, and
-    the number of pairs that they turn.
+    `angles` are each rotary embedding's cosines and signed sines, (batch, time, heads, size) each,
+    and the number of pairs that they turn.
     """
 
     places: Places
     blocks: tuple[Block, ...] | Tensor
-    angles: tuple[Tensor, Tensor, int] | None
+    angles: Sequence[Angles]
     cache: KeysAndValues | None
 
     def turned(
-        self, x: Float[Tensor, "batch time heads size"]
+        self, layer: Layer, x: Float[Tensor, "batch time heads size"]
     ) -> Float[Tensor, "batch time heads size"]:
-        """Queries or keys as rotary embeddings turn them."""
-        if self.angles is None:
+        """Queries or keys as the layer's rotary embedding turns them."""
+        if layer.turned_by is None:
             return x
-        cos, sin, pairs = self.angles
+        cos, sin, pairs = self.angles[layer.turned_by]
         heads = x.shape[2]
         return rotated(x, cos[:, :, :heads], sin[:, :, :heads], pairs)
 
@@ -196,14 +200,17 @@ def embedded(
 
 def angles_of(
     anatomy: Anatomy, x: Float[Tensor, "rows hidden"], positions: Int[Tensor, "batch time"]
-) -> tuple[Tensor, Tensor, int] | None:
-    """How far rotary embeddings turn, as a `Pass` has it; x gives device and precision."""
-    if anatomy.rotary is None:
-        return None
-    cos, sin = anatomy.rotary(x, positions)
-    pairs, first = cos.shape[2] // 2, anatomy.layers[0]
-    spread = spread_angles(cos[..., :pairs], sin[..., :pairs], heads=first.heads, size=first.size)
-    return (*spread, pairs)
+) -> list[Angles]:
+    """How far each rotary embedding turns, as a `Pass` has it; x gives device and precision."""
+    first, found = anatomy.layers[0], []
+    for embedding in anatomy.rotary:
+        cos, sin = (part.to(x.dtype) for part in embedding(x, positions))
+        pairs = cos.shape[2] // 2
+        spread = spread_angles(
+            cos[..., :pairs], sin[..., :pairs], heads=first.heads, size=first.size
+        )
+        found.append((*spread, pairs))
+    return found
 
 
 def through(
@@ -216,13 +223,15 @@ def through(
     """One layer; with `end`, its output in the last columns alone."""
     inner = normed(layer.norm, x)
     attended = shared.linear(layer.out, _attention(layer, index, inner, shared, end))
+    attended = normed(layer.after_attention, attended)
     kept = inner if layer.after_norm else x
     kept = kept if end is None else end.pick(kept)
     if layer.parallel:
         return kept + attended + _feed_forward(layer, normed(layer.second_norm, kept), shared)
     x = kept + attended
     inner = normed(layer.second_norm, x)
-    return (inner if layer.after_norm else x) + _feed_forward(layer, inner, shared)
+    fed = normed(layer.after_feed_forward, _feed_forward(layer, inner, shared))
+    return (inner if layer.after_norm else x) + fed
 
 
 def _attention(
@@ -252,8 +261,17 @@ def _queries_keys_values(
     else:
         q, k, v = (product.unflatten(2, (-1, layer.size)) for product in products)
     if layer.head_norms is not None:
-        q, k = (normed(norm, x) for norm, x in zip(layer.head_norms, (q, k), strict=True))
-    return (shared.turned(q), shared.turned(k), v) if layer.turns else (q, k, v)
+        q, k = (_normed_heads(norm, x) for norm, x in zip(layer.head_norms, (q, k), strict=True))
+    return shared.turned(layer, q), shared.turned(layer, k), v
+
+
+def _normed_heads(
+    norm: Any, x: Float[Tensor, "batch time heads size"]
+) -> Float[Tensor, "batch time heads size"]:
+    """Every head normed by itself or, by a norm that is as wide as all of them, together."""
+    if len(norm.weight) == x.shape[3]:
+        return normed(norm, x)
+    return normed(norm, x.flatten(2)).view(x.shape)
 
 
 def _feed_forward(

@@ -68,15 +68,30 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Norms whose factor is 1 + w, multiplied before the result is rounded.
+AROUND_ONE = ("GemmaRMSNorm", "Gemma3RMSNorm")
+
+
 def normed(module: Any, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
-    """What a norm of the model gives: a layer norm's, or else a root-mean-square norm's."""
+    """What a norm of the model gives: a layer norm's, or else a root-mean-square norm's. Without
+    one, x.
+    """
+    if module is None:
+        return x
+    if type(module).__name__ in AROUND_ONE:
+        return _scaled_to_one(x.float(), 1.0 + module.weight.float(), module.eps).to(x.dtype)
     weight = module.weight.to(x.dtype)
     if isinstance(module, torch.nn.LayerNorm):
         bias = None if module.bias is None else module.bias.to(x.dtype)
         return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+    return _scaled_to_one(x, weight, module.variance_epsilon)
+
+
+def _scaled_to_one(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x.contiguous()  # products lie the other way round
     if not torch.is_grad_enabled() or x.device.type != "cpu":
-        return F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
-    return _RootMeanSquare.apply(x, weight, module.variance_epsilon)
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return _RootMeanSquare.apply(x, weight, eps)
 
 
 class _RootMeanSquare(torch.autograd.Function):
