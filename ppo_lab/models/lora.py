@@ -119,7 +119,7 @@ def _unknown_target(target: str, leaves: list[str]) -> str:
     nearest = f" (did you mean {near[0]}?)" if near else ""
     return (
         f"lora.target_modules: {target} is no linear layer of this model{nearest}. "
-        f"It has {', '.join(leaves)}; or {ALL_LINEAR}, or [] for PEFT's choice"
+        f"It has {', '.join(leaves)}; or [{ALL_LINEAR}] for all, or [] for PEFT's choice"
     )
 
 
