@@ -222,7 +222,7 @@ class LoraSection:
     )
     target_modules: list[str] = field(
         default_factory=list,
-        metadata={"meaning": "names of the adapted modules; [all-linear] = all, [] = PEFT's choice"},
+        metadata={"meaning": "names of the adapted modules; [all-linear], or [] = PEFT's choice"},
     )
     top_layers: int = knob(0, "adapt the uppermost layers alone, so many; 0 = all", at_least=0)
     use_rslora: bool = knob(False, "scale by alpha / sqrt(r) instead (rsLoRA)")
