@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from test_cli import command as cli
 from tiny_models import policy, ragged, trainer
@@ -32,6 +33,7 @@ from ppo_lab.plan.report import Planned, show
 from ppo_lab.plan.request import read
 from ppo_lab.plan.subject import Target
 from ppo_lab.plan.trace import peak_bytes, tracked
+from ppo_lab.plan.traced import attention_of_a_gpu
 from ppo_lab.plan.work import Amount
 from ppo_lab.plan.workload import Row, Workload
 
@@ -150,8 +152,33 @@ def test_the_tracker_sees_what_is_held_and_lets_go_of_what_is_not() -> None:
         assert live.peak() == 8000
         y.sum().backward()
     assert peak_bytes(lambda: torch.zeros(10) + torch.ones(5, 10)) == 4 * (10 + 50 + 50)
+    with tracked() as live:
+        z = torch.empty(3, 4).zero_()  # one kernel: asking for memory is none, nor is a view
+        torch.nn.functional.layer_norm(z.t(), (3,))  # one, though it makes three tensors
+        z.add_(1.0)
+    assert live.launches == 3
     with torch.device("meta"):
         assert peak_bytes(lambda: torch.zeros(10**12)) == 4 * 10**12
+
+
+@pytest.mark.parametrize("masked", [torch.bool, torch.float16, None])
+def test_attention_is_planned_by_a_kernel_that_keeps_no_scores(masked: torch.dtype | None) -> None:
+    q = torch.zeros(2, 4, 64, 8, dtype=torch.float16, device="meta", requires_grad=True)
+    k = torch.zeros(2, 2, 64, 8, dtype=torch.float16, device="meta", requires_grad=True)
+    mask = None if masked is None else torch.zeros(2, 1, 64, 64, dtype=masked, device="meta")
+    plain, scores = F.scaled_dot_product_attention, 2 * 2 * 4 * 64 * 64  # bytes
+    with tracked() as live:
+        by_parts = plain(q, k, k, attn_mask=mask, enable_gqa=True)
+        assert live.now > scores
+    assert by_parts.shape == q.shape
+    with attention_of_a_gpu(), tracked() as live:
+        mixed = F.scaled_dot_product_attention(q, k, k, attn_mask=mask, enable_gqa=True)
+        assert live.now < scores
+        mixed.sum().backward()
+    assert F.scaled_dot_product_attention is plain
+    assert q.grad is not None
+    assert k.grad is not None
+    assert mixed.shape == q.shape
 
 
 def test_a_further_layer_adds_what_the_second_did() -> None:

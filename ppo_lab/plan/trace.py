@@ -18,6 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 OUTSIDE = -1
+WITHOUT_A_KERNEL = (
+    torch.ops.aten.empty,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.empty_strided,
+    torch.ops.aten.new_empty,
+    torch.ops.aten.new_empty_strided,
+)
 NUMBER_OF_A_TENSOR = torch.ops.aten._local_scalar_dense.default
 
 
@@ -31,19 +38,17 @@ class Event:
 
 @dataclass
 class Live:
-    """The storages that a piece of work made and let go of, in their order."""
+    """The storages that a piece of work made and let go of, in their order; and how many of its
+    operations are kernels to launch: all but views and those that only ask for memory.
+    """
 
     events: list[Event] = field(default_factory=list)
+    launches: int = 0
 
     @property
     def now(self) -> int:
         """Bytes that are held at the end."""
         return sum(event.bytes for event in self.events)
-
-    @property
-    def launches(self) -> int:
-        """Operations that made something: kernels to launch, views left out."""
-        return sum(event.bytes > 0 for event in self.events)
 
     @property
     def made(self) -> int:
@@ -84,9 +89,12 @@ class tracked(TorchDispatchMode):  # noqa: N801, it is used as a function: with 
         for tensor in _tensors((args, kwargs)):
             self._know(tensor)
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
+        new = [t for t in _tensors(result) if _address(t) not in self._names]
+        for tensor in new:
             if _address(tensor) not in self._names:
                 self._add(tensor)
+        if func.overloadpacket not in WITHOUT_A_KERNEL and (new or func._schema.is_mutable):
+            self.live.launches += 1
         return result
 
     def _know(self, tensor: Tensor) -> None:

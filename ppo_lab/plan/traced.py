@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ppo_lab.config import Config
@@ -98,7 +101,7 @@ def _trace(
     anatomy = read(trunk.decoder)
     known = anatomy if anatomy and anatomy.covers(widest) else None
     passed = FastDecoder(trunk.decoder, known).hidden if known and fast else trunk.hidden
-    with torch.device("meta"):
+    with torch.device("meta"), attention_of_a_gpu():
         model.train()
         tracker = tracked()
         with tracker as live:
@@ -113,6 +116,44 @@ def _trace(
         token = _launches_of_a_token(known) if known else 0
     backward = live.launches - forward
     return _Seen(kept, max(0, peak - kept), churned, passing.peak(), forward, backward, token)
+
+
+@contextmanager
+def attention_of_a_gpu() -> Iterator[None]:
+    """Attention by the kernel that a GPU takes where there is a mask, which keeps no scores.
+
+    A function mode would not do: it is off where a checkpoint recomputes.
+    """
+    before = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _by_one_kernel
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = before
+
+
+def _by_one_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What `F.scaled_dot_product_attention` does on a GPU with its arguments."""
+    if enable_gqa:
+        group = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(attn_mask, 0.0)
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    keeps = torch.is_grad_enabled()
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, keeps, dropout_p, is_causal, scale=scale
+    )[0]
 
 
 @torch.no_grad()

@@ -112,10 +112,10 @@ class _Adapted(torch.autograd.Function):
         for scaling, (a, b), inner in zip(
             ctx.scalings, _pairs(rest[: 2 * many]), rest[2 * many :], strict=True
         ):
-            of_inner = grad @ b
-            for_matrices += [(of_inner.t() @ x).mul_(scaling), (grad.t() @ inner).mul_(scaling)]
+            of_inner = _scaled_product(grad, b, scaling)
+            for_matrices += [of_inner.t() @ x, _scaled_product(grad.t(), inner, scaling)]
             if for_x is not None:
-                for_x.addmm_(of_inner, a, alpha=scaling)
+                for_x.addmm_(of_inner, a)
         return for_x, None, None, None, *for_matrices
 
 
@@ -135,6 +135,11 @@ def _adapted(
         else:
             y.t().addmm_(b, inner[-1].t(), alpha=scaling)
     return y, inner
+
+
+def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """s a b in one kernel; what it is added to does not count."""
+    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scaling)
 
 
 def _pairs(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
