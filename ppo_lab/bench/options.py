@@ -20,11 +20,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ppo_lab.bench.arguments import list_of
+from ppo_lab.bench.floor import BYTES
 from ppo_lab.bench.report import machine
 from ppo_lab.bench.runs import OURS, Contestant, Result, pairwise, run
 from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
-
-OURS_HERE = Contestant(OURS, "fp32", Path(sys.executable))
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def options(shape: Shape) -> dict[str, Option]:
     upper["lora"]["layers_to_transform"] = list(range(layers - max(1, layers // 4), layers))
     found = {
         "fast road": Option(
-            "the CPU's own decoder instead of transformers'", {}, {"road": "transformers"}
+            "the layers made for PPO instead of transformers'", {}, {"road": "transformers"}
         ),
         "cache_trunk": Option(
             "ppo.cache_trunk=true, LoRA on the upper quarter of the layers",
@@ -73,8 +73,15 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser().parse_args(arguments)
     shape = replace(SHAPES[asked.shape], architecture=asked.architecture)
     console = Console()
-    kept: dict[str, Any] = {"machine": machine(asked.threads), "shape": asked.shape, "options": {}}
-    for name, option in options(shape).items():
+    kept: dict[str, Any] = {
+        "machine": machine(asked.threads),
+        "shape": asked.shape,
+        "precision": asked.precision,
+        "options": {},
+    }
+    found = options(shape)
+    for name in asked.only or found:
+        option = found[name]
         kept["options"][name] = {"meaning": option.meaning, **measured(asked, shape, option)}
     show(kept, console)
     if asked.json:
@@ -88,7 +95,8 @@ def measured(asked: argparse.Namespace, shape: Shape, option: Option) -> dict[st
     for turn, (name, more) in product(
         range(asked.rounds), (("off", option.off), ("on", option.on))
     ):
-        found = run(OURS_HERE, shape, turn=turn, threads=asked.threads, seed=0, more=more)
+        ours = Contestant(OURS, asked.precision, Path(sys.executable))
+        found = run(ours, shape, turn=turn, threads=asked.threads, seed=0, more=more)
         results.append(replace(found, contestant=name))
     return {
         "wall": pairwise(results, "on", "off", lambda r: r.wall_s),
@@ -118,6 +126,14 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m ppo_lab.bench options", description=__doc__)
     p.add_argument("--shape", choices=SHAPES, default="small", help="the model and the batch")
     p.add_argument("--architecture", choices=ARCHITECTURES, default="bloom", help="its family")
+    p.add_argument("--precision", choices=BYTES, default="fp32", help="of the weights")
+    p.add_argument(
+        "--only",
+        type=list_of(options(SHAPES["small"])),
+        default=[],
+        metavar="NAME,NAME",
+        help="these options alone",
+    )
     p.add_argument("--rounds", type=int, default=3, help="pairs")
     p.add_argument("--threads", type=int, default=1, help="threads of each process")
     p.add_argument("--json", type=Path, help="file that keeps the result")

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ppo_lab.errors import ConfigError
-from ppo_lab.models.fast.attention import KeysAndValues
+from ppo_lab.models.fast.attention import KeysAndValues, avoid_plans_of_attention
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.graphed import Graphed, Recorder, Results, Then
 from ppo_lab.models.fast.proof import ROOM, Proof
@@ -207,16 +207,25 @@ class Trunk:
 
     def _proved(self) -> FastDecoder | None:
         """The fast road of the decoder where it is, if there is one that proves equal."""
+        if self._device == "cuda":
+            avoid_plans_of_attention()
         fast = FastDecoder.of(self.decoder)
         if fast is None or not fast.usable():
             return None
-        if self._device == "cpu":
-            return fast if self._proof().of_passes(fast) else None
+        proof = self._proof()
         try:
-            return fast if self._proof().of_learning(fast) else None
+            equal = proof.of_passes(fast) if self._device == "cpu" else proof.of_learning(fast)
         except RuntimeError as error:
+            if self._device == "cpu":
+                raise
             log.warning("layers are passed transformers' way, for the fast ones fail: %s", error)
             return None
+        if not equal:
+            log.warning(
+                "layers are passed transformers' way: the fast ones do not prove equal on %s",
+                type(self.model).__name__,
+            )
+        return fast if equal else None
 
     def _may_record(self, fast: FastDecoder) -> bool:
         """Whether a token's pass may be recorded: it is asked for, and has proved equal."""
@@ -225,6 +234,8 @@ class Trunk:
             try:
                 made = Graphed(fast.anatomy, ROOM, self._recorder)
                 self.records_graphs = self._proof().of_decoding(made)
+                if not self.records_graphs:
+                    log.warning("decoding goes transformers' way: recorded passes differ from it")
             except RuntimeError as error:
                 log.warning("decoding goes transformers' way, for recorded passes fail: %s", error)
                 self.records_graphs = False

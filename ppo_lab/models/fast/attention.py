@@ -212,6 +212,15 @@ def bias_of(
     return alibi.expand(shape).masked_fill(hidden, torch.finfo(dtype).min)
 
 
+def avoid_plans_of_attention() -> None:
+    """Leave cuDNN's kernel out of torch's choice, in this process.
+
+    For half precision with a mask torch takes it first, and it makes a plan for every new shape:
+    about a second each on an H100, where texts of other lengths are other shapes.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def by_one_kernel(
     q: Float[Tensor, "batch heads new size"],
     k: Float[Tensor, "batch kv_heads seen size"],

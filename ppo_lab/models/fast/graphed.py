@@ -47,6 +47,7 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
         self.last: torch.cuda.CUDAGraph | None = None
         self.works = True
 
@@ -65,20 +66,34 @@ class Recorder:
             RuntimeError: something in it cannot be recorded.
         """
         graph = torch.cuda.CUDAGraph()
-        pool = None if self.last is None else self.last.pool()
 
         def recorded() -> Any:
             # Not torch.cuda.graph(): that empties the allocator's cache, which costs more than a
             # generation.
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
-                return function()
-            finally:
-                graph.capture_end()
+                result = function()
+            except BaseException:  # the cause is to be seen, not that recording cannot end
+                self._give_up(graph)
+                raise
+            graph.capture_end()
+            return result
 
         result = self.warm(recorded)
         self.last = graph
         return graph.replay, result
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a recording that failed. Where it was broken by a wait for the GPU, torch stops
+        before it has undone what a recording does to its allocator and its random numbers.
+        """
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            device = self.stream.device.index
+            torch._C._cuda_endAllocateToPool(device, self.pool)
+            generator = torch.cuda.default_generators[device]
+            generator.graphsafe_set_state(generator.clone_state())
 
 
 class Recorded:
