@@ -20,9 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ppo_lab.bench.options import OURS_HERE
 from ppo_lab.bench.report import machine
-from ppo_lab.bench.runs import run
+from ppo_lab.bench.runs import ours_here, run
 from ppo_lab.bench.shapes import SHAPES, Shape
 from ppo_lab.models.logprobs import Head, token_logprobs
 from ppo_lab.plan.trace import peak_bytes
@@ -56,7 +55,7 @@ def times(asked: argparse.Namespace, grow: Callable[[Shape, int], Shape]) -> dic
     for factor in FACTORS:
         shape = grow(SHAPES[asked.shape], factor)
         results = [
-            run(OURS_HERE, shape, turn=turn, threads=asked.threads, seed=0)
+            run(ours_here("fp32"), shape, turn=turn, threads=asked.threads, seed=0)
             for turn in range(asked.rounds)
         ]
         seconds[str(factor)] = median(result.wall_s for result in results)

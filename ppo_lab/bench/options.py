@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -23,7 +22,7 @@ from rich.table import Table
 from ppo_lab.bench.arguments import list_of
 from ppo_lab.bench.floor import BYTES
 from ppo_lab.bench.report import machine
-from ppo_lab.bench.runs import OURS, Contestant, Result, pairwise, run
+from ppo_lab.bench.runs import Result, ours_here, pairwise, run
 from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
 
 
@@ -95,8 +94,9 @@ def measured(asked: argparse.Namespace, shape: Shape, option: Option) -> dict[st
     for turn, (name, more) in product(
         range(asked.rounds), (("off", option.off), ("on", option.on))
     ):
-        ours = Contestant(OURS, asked.precision, Path(sys.executable))
-        found = run(ours, shape, turn=turn, threads=asked.threads, seed=0, more=more)
+        found = run(
+            ours_here(asked.precision), shape, turn=turn, threads=asked.threads, seed=0, more=more
+        )
         results.append(replace(found, contestant=name))
     return {
         "wall": pairwise(results, "on", "off", lambda r: r.wall_s),

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -33,6 +34,11 @@ class Contestant:
     def name(self) -> str:
         """As tables show it."""
         return f"{self.trainer} {self.precision}"
+
+
+def ours_here(precision: str) -> Contestant:
+    """This project, run by this interpreter."""
+    return Contestant(OURS, precision, Path(sys.executable))
 
 
 @dataclass(frozen=True)
