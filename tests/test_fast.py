@@ -260,6 +260,23 @@ def test_a_trunk_that_the_fast_road_gets_wrong_does_not_take_it(monkeypatch: Any
     assert Trunk(tiny_bloom())._fast is None
 
 
+def test_a_deep_model_whose_padding_is_zeros_proves_equal_as_well() -> None:
+    """The slope of a norm at zero grows with every layer above it."""
+    model = tiny_model("llama", num_hidden_layers=24, pad_token_id=0)
+    assert not model.get_input_embeddings().weight[0].any()
+    trunk = Trunk(model)
+    assert trunk._fast is not None
+    assert trunk._proof().of_learning(trunk._fast)
+
+
+def test_a_layer_that_does_not_prove_equal_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(families, "alibi_slopes", lambda heads: torch.ones(heads))
+    Trunk(tiny_bloom())
+    assert "do not prove equal on BloomForCausalLM" in caplog.text
+
+
 def test_what_is_not_read_goes_transformers_way() -> None:
     for model in (
         tiny_model("mistral", sliding_window=4),

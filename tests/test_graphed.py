@@ -454,3 +454,14 @@ def test_a_gpu_gives_transformers_gradients(kind: str, dtype: Any) -> None:
     share = 1e-3 if dtype == torch.float32 else 0.1
     for name, theirs in gradients(False).items():
         assert (ours[name] - theirs).norm() <= share * theirs.norm() + 1e-6, name
+
+
+@pytest.mark.gpu
+def test_a_recording_that_a_wait_breaks_leaves_random_numbers_and_memory_as_they_were() -> None:
+    device, x = torch.device("cuda", 0), torch.zeros(4, device="cuda")
+    with pytest.raises(RuntimeError):
+        graphed.Recorder(device).record(lambda: float((x + 1.0).sum()))
+    assert torch.rand(3, device="cuda").shape == (3,)
+    replay, result = graphed.Recorder(device).record(lambda: x + 1.0)
+    replay()
+    assert result.tolist() == [1.0] * 4
