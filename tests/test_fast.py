@@ -283,6 +283,10 @@ def test_what_is_not_read_goes_transformers_way() -> None:
         tiny_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
         tiny_model("gpt2", activation_function="quick_gelu"),
         tiny_bloom(slow_but_exact=True),
+        tiny_model("opt", word_embed_proj_dim=24),
+        tiny_model("opt", do_layer_norm_before=False),
+        tiny_model("opt", layer_norm_elementwise_affine=False),
+        tiny_model("gemma3", use_bidirectional_attention=True),
     ):
         assert Trunk(model)._fast is None
 

@@ -109,6 +109,8 @@ def _opt(decoder: Any) -> Anatomy | None:
     config = decoder.config
     if decoder.project_in is not None or decoder.final_layer_norm is None:
         return None
+    if not config.layer_norm_elementwise_affine:
+        return None
 
     def layer(block: Any) -> Layer:
         attention = block.self_attn
