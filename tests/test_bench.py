@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from ppo_lab.bench import __main__ as command
 from ppo_lab.bench import equality, growth, report
 from ppo_lab.bench.__main__ import parser
 from ppo_lab.bench.floor import Floor, Rates, floor
@@ -69,6 +71,31 @@ def test_the_record_holds_every_ratio_and_shows_as_tables() -> None:
     console = Console(record=True, width=200)
     report.show(kept, console)
     assert "4.00" in console.export_text()
+
+
+def test_rounds_that_are_over_are_kept_when_a_later_one_breaks_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken_off(rivals: list[Contestant], *args: object, **kwargs: object) -> Iterator[Result]:
+        yield from (result(rival.name, 0, 2.0 + i, 1.0) for i, rival in enumerate(rivals))
+        yield result(rivals[0].name, 1, 2.0, 1.0)
+        raise KeyboardInterrupt
+
+    rates = Rates(1.0, 1.0)
+    monkeypatch.setattr("ppo_lab.bench.runs.interleaved", broken_off)
+    monkeypatch.setattr(
+        "ppo_lab.bench.equality.gate", lambda *args: equality.Gate("fp32", 1.0, {"values": 0.0})
+    )
+    monkeypatch.setattr(command, "floors", lambda asked: {"fp32": (rates, Floor(0.1, 0.1, 0.1))})
+    monkeypatch.setattr("ppo_lab.bench.venvs.python_of", lambda name, folder, say: Path(name))
+    asked = command.parser().parse_args(
+        ["--vs", "trl112", "--precision", "fp32", "--json", str(tmp_path / "kept.json")]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        command.bench(asked, Console(quiet=True))
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert {r["contestant"] for r in kept["results"]} == {"ppo_lab fp32", "trl112 fp32"}
+    assert [ratio["wall"]["median"] for ratio in kept["ratios"]]
 
 
 def test_the_gate_passes_and_fails() -> None:

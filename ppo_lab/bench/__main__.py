@@ -44,6 +44,7 @@ def bench(asked: argparse.Namespace, console: Console) -> int:
     from ppo_lab.bench.equality import gate
     from ppo_lab.bench.report import record, show, show_gates
     from ppo_lab.bench.runs import interleaved
+    from ppo_lab.record import write_atomically
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -52,20 +53,23 @@ def bench(asked: argparse.Namespace, console: Console) -> int:
     show_gates(gates, console)
     if not all(g.passed for g in gates):
         return 1
-    shape = shape_of(asked)
-    runs = interleaved(
-        contestants(asked, say),
-        shape,
-        rounds=asked.rounds,
-        threads=asked.threads,
-        seed=asked.seed,
-        say=say,
-    )
-    results = list(runs)
-    kept = record(shape, results, gates, floors(asked), threads=asked.threads)
+    shape, rivals = shape_of(asked), contestants(asked, say)
+    results: list[Any] = []
+    rates: dict[str, Any] = {}
+    kept: dict[str, Any] = {}
+    for result in interleaved(
+        rivals, shape, rounds=asked.rounds, threads=asked.threads, seed=asked.seed, say=say
+    ):
+        results.append(result)
+        if len(results) % len(rivals):
+            continue
+        # Kept after every round: what is broken off later loses none of it.
+        rates = rates or floors(asked)
+        kept = record(shape, results, gates, rates, threads=asked.threads)
+        if asked.json:
+            write_atomically(asked.json, json.dumps(kept, indent=1) + "\n")
     show(kept, console)
     if asked.json:
-        asked.json.write_text(json.dumps(kept, indent=1) + "\n")
         say(f"wrote {asked.json}")
     return 0
 
