@@ -98,6 +98,13 @@ def test_rounds_that_are_over_are_kept_when_a_later_one_breaks_off(
     assert [ratio["wall"]["median"] for ratio in kept["ratios"]]
 
 
+@pytest.mark.parametrize("rounds", ["0", "-1", "two"])
+def test_no_rounds_are_refused(rounds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.parser().parse_args(["--rounds", rounds])
+    assert "must be a whole number from 1 on" in capsys.readouterr().err
+
+
 def test_the_gate_passes_and_fails() -> None:
     assert equality.Gate("fp32", 1e-5, {"values": 1e-6}).passed
     assert not equality.Gate("fp32", 1e-5, {"values": 1e-4}).passed

@@ -119,14 +119,7 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, **changed: Any) ->
     config = type(SHAPES[name])(**{**SHAPES[name].to_dict(), "vocab_size": 97, **changed})
     config.initializer_range = 0.2
     config.bos_token_id = config.eos_token_id = 1
-    for rate in (
-        "attention_dropout",
-        "hidden_dropout",
-        "embd_pdrop",
-        "attn_pdrop",
-        "resid_pdrop",
-        "dropout",
-    ):
+    for rate in DROPOUTS:
         if hasattr(config, rate):
             setattr(config, rate, 0.0)
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -23,6 +23,7 @@ from ppo_lab.models.fast import families, graphed
 from ppo_lab.models.fast.attention import KeysAndValues, attend, bias_of, blocks_of
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.graphed import WORTH_RECORDING, Graphed
+from ppo_lab.models.fast.layers import Anatomy
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.rollout import NoiseKey, Sampling, _drawing, sample
@@ -79,7 +80,7 @@ def alone(states: torch.Tensor) -> tuple[torch.Tensor]:
     return (states,)
 
 
-def anatomy_of(decoder: Any) -> layers.Anatomy:
+def anatomy_of(decoder: Any) -> Anatomy:
     anatomy = families.read(decoder)
     assert anatomy is not None
     return anatomy
@@ -238,7 +239,7 @@ def a_gpu_without_one() -> Iterator[None]:
         yield
 
 
-def anatomy_there(decoder: Any) -> layers.Anatomy:
+def anatomy_there(decoder: Any) -> Anatomy:
     found = anatomy_of(decoder)
     return found if found.slopes is None else replace(found, slopes=on_gpu(found.slopes))
 

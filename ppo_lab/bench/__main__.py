@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ppo_lab.bench.arguments import cores, list_of
+from ppo_lab.bench.arguments import cores, list_of, positive
 from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
 from ppo_lab.bench.venvs import REQUIREMENTS, environments_folder
 
@@ -126,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
         default=["fp32", "bf16"],
         help="precision of the weights, comma-separated",
     )
-    p.add_argument("--rounds", type=int, default=3, help="processes of each contestant")
+    p.add_argument("--rounds", type=positive, default=3, help="processes of each contestant")
     p.add_argument("--threads", type=int, default=cores(), help="threads of each process")
     p.add_argument("--seed", type=int, default=0, help="of weights, prompts and sampling")
     p.add_argument("--json", type=Path, help="file that keeps the result")

@@ -25,6 +25,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def positive(text: str) -> int:
+    """A number of things of which there is at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number from 1 on")
+    return int(text)
+
+
 def model_folder(text: str) -> Path:
     """A folder that holds a model."""
     path = Path(text).expanduser().absolute()

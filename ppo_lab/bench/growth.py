@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ppo_lab.bench.arguments import positive
 from ppo_lab.bench.report import machine
 from ppo_lab.bench.runs import ours_here, run
 from ppo_lab.bench.shapes import SHAPES, Shape
@@ -104,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--shape", choices=SHAPES, default="small", help="the model, and the work at x 1"
     )
-    p.add_argument("--rounds", type=int, default=3, help="processes at each size")
+    p.add_argument("--rounds", type=positive, default=3, help="processes at each size")
     p.add_argument("--threads", type=int, default=1, help="threads of each process")
     p.add_argument("--json", type=Path, help="file that keeps the result")
     return p

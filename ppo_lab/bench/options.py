@@ -19,11 +19,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ppo_lab.bench.arguments import list_of
+from ppo_lab.bench.arguments import list_of, positive
 from ppo_lab.bench.floor import BYTES
 from ppo_lab.bench.report import machine
 from ppo_lab.bench.runs import Result, ours_here, pairwise, run
 from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
+from ppo_lab.record import write_atomically
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,9 @@ def main(arguments: Sequence[str]) -> int:
     for name in asked.only or found:
         option = found[name]
         kept["options"][name] = {"meaning": option.meaning, **measured(asked, shape, option)}
+        if asked.json:  # after each, so that what is broken off loses none of it
+            write_atomically(asked.json, json.dumps(kept, indent=1) + "\n")
     show(kept, console)
-    if asked.json:
-        asked.json.write_text(json.dumps(kept, indent=1) + "\n")
     return 0
 
 
@@ -134,7 +135,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME,NAME",
         help="these options alone",
     )
-    p.add_argument("--rounds", type=int, default=3, help="pairs")
+    p.add_argument("--rounds", type=positive, default=3, help="pairs")
     p.add_argument("--threads", type=int, default=1, help="threads of each process")
     p.add_argument("--json", type=Path, help="file that keeps the result")
     return p

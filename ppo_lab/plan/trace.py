@@ -89,11 +89,12 @@ class tracked(TorchDispatchMode):  # noqa: N801, it is used as a function: with 
         for tensor in _tensors((args, kwargs)):
             self._know(tensor)
         result = func(*args, **(kwargs or {}))
-        new = [t for t in _tensors(result) if _address(t) not in self._names]
-        for tensor in new:
+        writes = func._schema.is_mutable
+        for tensor in _tensors(result):
             if _address(tensor) not in self._names:
                 self._add(tensor)
-        if func.overloadpacket not in WITHOUT_A_KERNEL and (new or func._schema.is_mutable):
+                writes = True
+        if writes and func.overloadpacket not in WITHOUT_A_KERNEL:
             self.live.launches += 1
         return result
 
