@@ -54,12 +54,8 @@ class Evaluator:
         """Numbers and samples of the policy as it stands."""
         tokens, seen = self.trainer.draw(self.prompts, self.sampling, self.noise)
         texts, scores, gold = self._judge(self.prompts, tokens)
-        ref = self.trainer.in_passes(
-            tokens,
-            lambda t: self.trainer.reference.logprobs(
-                t, temperature=self.sampling.logprob_temperature
-            ),
-        )
+        at = {"temperature": self.sampling.logprob_temperature}
+        ref = self.trainer.in_passes(tokens, self.trainer.reference.logprobs, **at)
         kl = core.kl_estimate(seen.logprobs, ref, tokens.mask)
         metrics = {
             "mean_reward": float(scores.total.mean()),

@@ -39,9 +39,11 @@ class Passes:
     No number that is learnt from depends on it beyond rounding. It stays as small as it had to get.
     """
 
-    def __init__(self, purpose: str) -> None:
-        """`purpose` says in the one warning what the passes are for."""
-        self.purpose = purpose
+    def __init__(self, purpose: str, let_go: Callable[[], bool] = bool) -> None:
+        """`purpose` says in the one warning what the passes are for. `let_go` gives back what was
+        kept to be faster, and says whether there was any: passes are halved when there is none.
+        """
+        self.purpose, self.let_go = purpose, let_go
         self.most = 0
 
     def until_it_fits(
@@ -60,22 +62,24 @@ class Passes:
         """
         while True:
             size = min(wanted, self.most or wanted)
-            done, result = False, None
+            done, freed, result = False, False, None
             try:
                 result, done = attempt(size), True
             except OutOfMemoryError:
-                if size == 1 or agree is None:
+                freed = self.let_go()
+                if agree is None or (size == 1 and not freed):
                     raise
             # Outside of the handler, which would keep the failed attempt's tensors alive.
             if agree is None or not agree(not done):
                 return result  # type: ignore[return-value]
-            self._halve(size)
+            if not agree(freed):
+                self._halve(size)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _halve(self, size: int) -> None:
         first, self.most = not self.most, size // 2
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         if first:
             warnings.warn(
                 f"GPU memory ran out with {size} samples a pass for {self.purpose}: done again "

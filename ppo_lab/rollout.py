@@ -146,7 +146,9 @@ def _sample_chunk(
     eos = torch.tensor(sampling.eos_ids, dtype=torch.long, device=device)
     cache = trunk.new_cache(ids.shape[1] + sampling.max_new_tokens)
     ended = torch.zeros(len(queries), dtype=torch.bool, device=device)
-    early, later = (_drawing(policy, trunk, sampling, banned) for banned in (eos, None))
+    early, later = (Drawing(policy, trunk, sampling, bans) for bans in (True, False))
+    may_end = bool(sampling.eos_ids or sampling.stop_strings)
+    question = AllEnded(device)
     tokens, seen, alive = [], [], []
     for position in range(sampling.max_new_tokens):
         draws = early if position < sampling.min_new_tokens else later
@@ -160,7 +162,7 @@ def _sample_chunk(
             | torch.isin(token, eos)
             | _completes_stop(tokens, ended, sampling.stop_strings, decode)
         )
-        if all_ended(bool(ended.all())):
+        if all_ended(may_end and question(ended)):
             break
         ids = token[:, None]
         attention = torch.cat([attention, torch.ones_like(ids, dtype=torch.bool)], 1)
@@ -173,26 +175,54 @@ def _sample_chunk(
     ]
 
 
-def _drawing(
-    policy: Any, trunk: Trunk, sampling: Sampling, banned: Tensor | None
-) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
-    """A function of hidden states and uniform numbers: tokens, their log-probabilities, the values
-    and the entropies.
+class AllEnded:
+    """Whether every response has ended. A GPU is asked about one token and heard after the next, so
+    that it never waits for the host: one token more is sampled, as padding.
     """
 
-    def draws(hidden: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
-        logits = trunk.head.logits(hidden)
-        token, logprobs, entropy = _draw_and_see(logits, uniforms, sampling, banned)
-        return token, logprobs, policy.v_head(hidden), entropy
+    def __init__(self, device: torch.device) -> None:
+        self.late = device.type == "cuda"
+        self._asked: tuple[Tensor, Any] | None = None
 
-    return draws
+    def __call__(self, ended: Bool[Tensor, " batch"]) -> bool:
+        """The answer; about a GPU's row of flags, that to the last question."""
+        if not self.late:
+            return bool(ended.all())
+        answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+        answer.copy_(ended.all(), non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        before, self._asked = self._asked, (answer, arrived)
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0])
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A function of hidden states and uniform numbers: tokens, their log-probabilities, the values
+    and the entropies. `bans` keeps end-of-sequence tokens from being drawn.
+    """
+
+    policy: Any
+    trunk: Trunk
+    sampling: Sampling
+    bans: bool
+
+    def __call__(self, hidden: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
+        """Each (batch,)."""
+        logits = self.trunk.head.logits(hidden)
+        banned = self.sampling.eos_ids if self.bans else ()
+        token, logprobs, entropy = _draw_and_see(logits, uniforms, self.sampling, banned)
+        return token, logprobs, self.policy.v_head(hidden), entropy
 
 
 def _draw_and_see(
-    logits: Tensor, uniforms: Tensor, sampling: Sampling, banned: Tensor | None
+    logits: Tensor, uniforms: Tensor, sampling: Sampling, banned: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, their log-probabilities under the raw distribution, and its entropies."""
-    if sampling.takes_all and banned is None:
+    if sampling.takes_all and not banned:
         scaled = logits if sampling.temperature == 1.0 else logits / sampling.temperature
         return draw_from(scaled, uniforms)
     token = draw(logits, uniforms, sampling=sampling, banned=banned)
@@ -207,11 +237,13 @@ def draw(
     uniforms: Float[Tensor, "batch levels"],
     *,
     sampling: Sampling,
-    banned: Int[Tensor, " tokens"] | None = None,
+    banned: Sequence[int] = (),
 ) -> Int[Tensor, " batch"]:
     """One token a row, at that row's uniform numbers."""
-    if banned is not None and len(banned):
-        logits = logits.index_fill(1, banned, -torch.inf)
+    if banned:
+        logits = logits.clone()
+        for token in banned:  # numbers, and no tensor of them, which would come from the host
+            logits.select(1, token).fill_(-torch.inf)
     if sampling.temperature == 0.0:
         return logits.argmax(-1)
     logits = keep_likely(logits / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)

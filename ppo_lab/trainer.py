@@ -30,7 +30,8 @@ from ppo_lab.optim import advance, make_optimizer, make_schedule
 from ppo_lab.plan.machine import peak_flops
 from ppo_lab.plan.meter import Meter
 from ppo_lab.processes import launch
-from ppo_lab.processes.alone import Alone
+from ppo_lab.processes.alone import Alone, Whole
+from ppo_lab.recorded import RecordedPasses
 from ppo_lab.rollout import NoiseKey, Sampling, sample
 from ppo_lab.scaling import RunningMoments, penalise_unended, scale_scores
 from ppo_lab.types import Batch, Forward, Prompts, Rollout, Scores, Tokens
@@ -124,12 +125,17 @@ class PPOTrainer:
         modules = {"policy": self.policy, "critic": self.critic, **self.reference.modules}
         self.models = self.processes.wrap(modules, self.optimizer)
         self.average = self._moving_average()
+        self.recorded = RecordedPasses(
+            list(dict.fromkeys((self.policy.trunk, self.critic.trunk, self.reference.trunk))),
+            self.models.parameters,
+            alone=type(self.models) is Whole,
+        )
         self.updates = ClippedUpdates(
-            self.policy, self.critic, self.models, self.config, self.processes
+            self.policy, self.critic, self.models, self.config, self.processes, self.recorded
         )
         self.sampler: Sampler = self.draw
         self.noted: dict[str, float] = {}  # metrics of this iteration that others left
-        self.drawing = Passes("sampling")
+        self.drawing = Passes("sampling", self.recorded.let_go)
         self.kl_controller = _controller(self.config)
         self.moments = RunningMoments()
         self.iterations_done = 0
@@ -181,16 +187,14 @@ class PPOTrainer:
             self._train_mode(False)
             tokens = self._keep_below(tokens)
             at = {"temperature": self.drawn.logprob_temperature}
-            forward = seen or self.in_passes(
-                tokens, lambda t: self.policy.score(t, **at, entropy=True)
-            )
+            forward = seen or self.in_passes(tokens, self.policy.score, **at, entropy=True)
             values = forward.values
             if self.has_critic:
                 values = self.in_passes(tokens, self.critic.values)
-            ref_logprobs = self.in_passes(tokens, lambda t: self.reference.logprobs(t, **at))
+            ref_logprobs = self.in_passes(tokens, self.reference.logprobs, **at)
             full_kl = None
             if self.config.kl_penalty == "full":
-                full_kl = self.in_passes(tokens, lambda t: self.reference.full_kl(t, **at))
+                full_kl = self.in_passes(tokens, self.reference.full_kl, **at)
         return Rollout(tokens, forward.logprobs, values, ref_logprobs, forward.entropy, full_kl)
 
     def learn(self, rollout: Rollout, scores: Scores) -> dict[str, float]:
@@ -447,16 +451,19 @@ class PPOTrainer:
             self._warned.add(key)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
-    def in_passes(self, tokens: Tokens, function: Callable[[Tokens], Any]) -> Any:
-        """`function`, which gives a tensor or a `Forward`, over all samples: a mini-batch at a
-        time, or as many more as PASS_TOKENS allows, since nothing is kept for a backward pass.
+    def in_passes(self, tokens: Tokens, function: Callable[..., Any], **at: Any) -> Any:
+        """`function(tokens, **at)`, which gives a tensor or a `Forward`, over all samples: a
+        mini-batch at a time, or as many more as PASS_TOKENS allows, since nothing is kept for a
+        backward pass.
         """
         own = tokens[self.models.rows(len(tokens))]
 
+        def one(part: Tokens) -> Any:
+            found = self.recorded.read(function, part, **at)
+            return self.models.call(function, part, **at) if found is None else found
+
         def attempt(size: int) -> Any:
-            parts = [
-                self.models.call(function, own[i : i + size]) for i in range(0, len(own), size)
-            ]
+            parts = [one(own[i : i + size]) for i in range(0, len(own), size)]
             return Forward.join(parts) if isinstance(parts[0], Forward) else torch.cat(parts)
 
         width = tokens.queries.shape[1] + tokens.responses.shape[1]

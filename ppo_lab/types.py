@@ -9,7 +9,7 @@ the end-of-sequence token).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -54,11 +54,34 @@ class _Rows:
 
     def __getitem__(self, rows: Tensor | slice | list[int]) -> Self:
         """These samples of every tensor; nested records and absent (None) tensors included."""
-        return self._map(lambda value: value[rows])
+        return self.each(lambda value: value[rows])
 
     def to(self, device: torch.device | str) -> Self:
         """The same record on another device."""
-        return self._map(lambda value: value.to(device))
+        return self.each(lambda value: value.to(device))
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The record with every tensor, nested records' included, as the function makes it."""
+        return self.each_by_name(lambda _, value: function(value))
+
+    def each_by_name(self, function: Callable[[str, Tensor], Tensor]) -> Self:
+        """The same, where the function is told the tensor's name too."""
+        changed = {
+            f.name: value.each_by_name(function)
+            if isinstance(value, _Rows)
+            else function(f.name, value)
+            for f in fields(self)  # type: ignore[arg-type]
+            if (value := getattr(self, f.name)) is not None
+        }
+        return replace(self, **changed)  # type: ignore[type-var]
+
+    def padded(self, query: int, time: int) -> Self:
+        """The record with queries of `query` columns, padded with zeros on the left, and everything
+        else of `time` columns, padded on the right.
+        """
+        return self.each_by_name(
+            lambda name, x: x if x.dim() < 2 else _padded(name, x, query, time)
+        )
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
@@ -67,11 +90,6 @@ class _Rows:
         """
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}  # type: ignore[arg-type]
         return cls(**{name: _joined(name, column) for name, column in columns.items()})
-
-    def _map(self, function: Any) -> Self:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        changed = {name: function(value) for name, value in values.items() if value is not None}
-        return replace(self, **changed)  # type: ignore[type-var]
 
 
 def _joined(name: str, parts: Sequence[Any]) -> Any:
@@ -83,14 +101,16 @@ def _joined(name: str, parts: Sequence[Any]) -> Any:
     if parts[0].dim() < 2:
         return torch.cat(list(parts))
     width = max(part.shape[1] for part in parts)
+    return torch.cat([_padded(name, part, width, width) for part in parts])
+
+
+def _padded(name: str, x: Tensor, query: int, time: int) -> Tensor:
+    """(batch, columns) with so many columns, in a query and elsewhere."""
     on_left = name in ("queries", "query_mask")
-    missing = [width - part.shape[1] for part in parts]
-    return torch.cat(
-        [
-            part if not m else torch.nn.functional.pad(part, (m, 0) if on_left else (0, m))
-            for m, part in zip(missing, parts, strict=True)
-        ]
-    )
+    missing = (query if on_left else time) - x.shape[1]
+    if not missing:
+        return x
+    return torch.nn.functional.pad(x, (missing, 0) if on_left else (0, missing))
 
 
 @dataclass(frozen=True)
@@ -103,6 +123,9 @@ class Tokens(_Rows):
     stop condition was generated, False where the length limit cut the response. `below`, where it
     is kept, holds the hidden states that enter the policy's first adapted layer, of every token but
     the last: frozen layers make them, so that they stay the same while the policy learns.
+    `kept`, where it is given, are the places of `responses`, in reading order, that are looked at:
+    those where `mask` is True, and some more. Nobody then asks a device where they are, and no
+    column is left out; such a record is of whole samples, and is not cut into fewer.
     """
 
     queries: Int[Tensor, "batch query"]
@@ -112,6 +135,7 @@ class Tokens(_Rows):
     lengths: Int[Tensor, " batch"]
     ended: Bool[Tensor, " batch"]
     below: Float[Tensor, "batch seen hidden"] | None = None
+    kept: Int[Tensor, " kept"] | None = None
 
     @classmethod
     def pack(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from ppo_lab import core
 from ppo_lab.config import PPOSection
 from ppo_lab.memory import Passes, tokens_that_fit
 from ppo_lab.processes.alone import Alone, Whole
+from ppo_lab.recorded import RecordedPasses
 from ppo_lab.types import Batch, Forward
 
 # What is summed over real tokens while updating, in the order of the vector that holds it.
@@ -108,12 +110,13 @@ class ClippedUpdates:
         models: Whole,
         config: PPOSection,
         processes: Alone | None = None,
+        recorded: RecordedPasses | None = None,
     ) -> None:
         self.policy, self.critic, self.models, self.config = policy, critic, models, config
-        self.processes = processes or Alone()
+        self.processes, self.recorded = processes or Alone(), recorded
         self.apart = critic is not policy
         self.clipped_together = _by_model(models.parameters, critic if self.apart else None)
-        self.passes = Passes("training")
+        self.passes = Passes("training", recorded.let_go if recorded else bool)
         self.skipped_in_a_row = 0
         self.most_tokens = 0  # of a pass, once chosen
 
@@ -194,14 +197,29 @@ class ClippedUpdates:
         for i, rows in enumerate(passes):
             part = batch[rows] if len(rows) else batch.blank()
             with self.models.accumulating(last=i == len(passes) - 1):
-                loss, pass_sums, pass_extremes = self.models.call(
-                    self._losses, part, temperature, turn
-                )
-                self.models.backward(loss / n_tokens)
+                pass_sums, pass_extremes = self._pass(part, n_tokens, temperature, turn)
             sums += pass_sums
             extremes = torch.stack(
                 [extremes[0].minimum(pass_extremes[0]), extremes[1].maximum(pass_extremes[1])]
             )
+        return sums, extremes
+
+    def _pass(
+        self, batch: Batch, n_tokens: Tensor, temperature: float, turn: Turn
+    ) -> tuple[Tensor, Tensor]:
+        """Adds the gradients of one pass; its sums and ratio extremes."""
+        # Passes of a token limit are of a shape each.
+        if self.recorded is not None and turn.policy and not self.config.micro_batch_tokens:
+            done = self.recorded.learn(
+                partial(self._losses, temperature=temperature, turn=turn),
+                batch,
+                n_tokens,
+                key=(temperature, turn),
+            )
+            if done is not None:
+                return done
+        loss, sums, extremes = self.models.call(self._losses, batch, temperature, turn)
+        self.models.backward(loss / n_tokens)
         return sums, extremes
 
     def _losses(

@@ -58,9 +58,9 @@ class VLLMSampler:
         trainer = self.trainer
         tokens, theirs = self._responses(prompts, sampling)
         at = {"temperature": sampling.logprob_temperature}
-        seen = trainer.in_passes(tokens, lambda t: trainer.policy.score(t, **at, entropy=True))
+        seen = trainer.in_passes(tokens, trainer.policy.score, **at, entropy=True)
         if sampling.takes_all:  # else the engine's are of what top-k and top-p left
-            ref = trainer.in_passes(tokens, lambda t: trainer.reference.logprobs(t, **at))
+            ref = trainer.in_passes(tokens, trainer.reference.logprobs, **at)
             gap = core.masked_mean((theirs - seen.logprobs).abs(), tokens.mask)
             to_reference = core.masked_mean((theirs - ref).abs(), tokens.mask)
             trainer.noted["ppo/policy/sampler_gap"] = float(gap)

@@ -19,14 +19,14 @@ from torch.testing import assert_close
 
 from ppo_lab.models.choice import LEVELS
 from ppo_lab.models.fast import decoder as decoder_module
-from ppo_lab.models.fast import families, graphed
+from ppo_lab.models.fast import families, graphed, recording
 from ppo_lab.models.fast.attention import KeysAndValues, attend, bias_of, blocks_of
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.graphed import WORTH_RECORDING, Graphed
 from ppo_lab.models.fast.layers import Anatomy
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.models.trunk import Trunk
-from ppo_lab.rollout import NoiseKey, Sampling, _drawing, sample
+from ppo_lab.rollout import Drawing, NoiseKey, Sampling, sample
 
 ROOM = 11 + WORTH_RECORDING
 CASES = [*((name, torch.float32) for name in SHAPES)]
@@ -94,6 +94,7 @@ def take_the_way_of_a_gpu(patch: pytest.MonkeyPatch, tape: Tape) -> None:
     """As trunks do on a GPU, on a CPU."""
     patch.setattr(Trunk, "_device", "cuda")
     patch.setattr("ppo_lab.models.trunk.Recorder", lambda _: tape)
+    patch.setattr("ppo_lab.models.trunk.has_room", lambda _: True)
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
@@ -273,9 +274,8 @@ def test_nor_does_drawing_a_token(changes: dict[str, Any], banning: bool) -> Non
     made, sampling = policy("bloom", lora=True), Sampling(4, (EOS,), PAD, **changes)
     with a_gpu_without_one():
         move_to_a_gpu_without_one(made)
-        banned = torch.empty(1, dtype=torch.long, device="cuda") if banning else None
         uniforms = torch.empty(3, LEVELS, dtype=torch.float64, device="cuda")
-        draws = _drawing(made, made.trunk, sampling, banned)
+        draws = Drawing(made, made.trunk, sampling, banning)
         for results in parts_there(made.trunk.decoder, draws, uniforms):
             assert [result.device.type for result in results] == ["cuda"] * 4
             assert [result.shape for result in results] == [(3,)] * 4
@@ -461,8 +461,8 @@ def test_a_gpu_gives_transformers_gradients(kind: str, dtype: Any) -> None:
 def test_a_recording_that_a_wait_breaks_leaves_random_numbers_and_memory_as_they_were() -> None:
     device, x = torch.device("cuda", 0), torch.zeros(4, device="cuda")
     with pytest.raises(RuntimeError):
-        graphed.Recorder(device).record(lambda: float((x + 1.0).sum()))
+        recording.Recorder(device).record(lambda: float((x + 1.0).sum()))
     assert torch.rand(3, device="cuda").shape == (3,)
-    replay, result = graphed.Recorder(device).record(lambda: x + 1.0)
+    replay, result = recording.Recorder(device).record(lambda: x + 1.0)
     replay()
     assert result.tolist() == [1.0] * 4

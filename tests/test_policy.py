@@ -155,8 +155,8 @@ def test_no_tensor_of_batch_time_vocabulary_is_made_when_scoring(
     made = trainer(policy(vocab_size=vocabulary), policy(vocab_size=vocabulary, seed=4))
     with torch.no_grad(), LargestOverVocabulary(vocabulary) as seen:
         made.policy.eval()
-        made.in_passes(tokens, lambda t: made.policy.score(t, temperature=0.7, entropy=True))
-        made.in_passes(tokens, lambda t: made.reference.full_kl(t, temperature=0.7))
+        made.in_passes(tokens, made.policy.score, temperature=0.7, entropy=True)
+        made.in_passes(tokens, made.reference.full_kl, temperature=0.7)
         made.collect(tokens)
     transposed_head = 16 * vocabulary
     assert tile <= seen.elements <= transposed_head < 4 * 6 * vocabulary  # a mini-batch's logits

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.loading import disable_dropout
-from ppo_lab.models.policy import enable_checkpointing, response_states, spread, under
+from ppo_lab.models.policy import enable_checkpointing, looked_at, response_states, spread, under
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.types import Tokens
 
@@ -44,10 +44,10 @@ class Critic(nn.Module):
         Which tokens are read follows from lengths alone: what pads, and on which side, is not
         looked at.
         """
-        hidden = response_states(self.trunk, tokens)[tokens.mask]
+        hidden = looked_at(response_states(self.trunk, tokens), tokens)
         head = self.model.score
         values = self.scale * head(hidden.to(head.weight.dtype)).float().squeeze(-1)
-        return spread(values, tokens.mask)
+        return spread(values, tokens)
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass."""

@@ -120,22 +120,21 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         """Log-probabilities and values (and entropies, when asked for) of the response tokens, in
         one pass.
         """
-        hidden = response_states(self.trunk, tokens)[tokens.mask]
-        targets = tokens.responses[tokens.mask]
+        hidden, targets = looked_at(response_states(self.trunk, tokens), tokens), targets_of(tokens)
         logprobs, entropies = token_logprobs(
             hidden, self.trunk.head, targets, temperature=temperature, entropy=entropy
         )
         return Forward(
-            logprobs=spread(logprobs, tokens.mask),
-            values=spread(self.v_head(hidden), tokens.mask),
-            entropy=None if entropies is None else spread(entropies, tokens.mask),
+            logprobs=spread(logprobs, tokens),
+            values=spread(self.v_head(hidden), tokens),
+            entropy=None if entropies is None else spread(entropies, tokens),
         )
 
     def values(self, tokens: Tokens) -> Float[Tensor, "batch time"]:
         """The values of the response tokens, on a trunk that learns nothing from them."""
         with torch.no_grad():
-            hidden = response_states(self.trunk, tokens)[tokens.mask]
-        return spread(self.v_head(hidden), tokens.mask)
+            hidden = looked_at(response_states(self.trunk, tokens), tokens)
+        return spread(self.v_head(hidden), tokens)
 
     def below(self, tokens: Tokens) -> Float[Tensor, "batch seen hidden"]:
         """The hidden states that enter the first adapted layer, of every token but the last; zeros
@@ -216,6 +215,10 @@ def _without_empty_columns(tokens: Tokens) -> tuple[int, int, Tensor, Tensor]:
     """Columns left out at the beginning, the longest response, and ids and attention of what
     predicts something: the last token of all does not.
     """
+    if tokens.kept is not None:
+        ids = torch.cat([tokens.queries, tokens.responses], 1)
+        attention = torch.cat([tokens.query_mask, tokens.attended], 1)
+        return 0, tokens.responses.shape[1], ids[:, :-1], attention[:, :-1]
     skip = tokens.queries.shape[1] - int(tokens.query_mask.sum(1).max())
     longest = int(tokens.lengths.max())
     ids = torch.cat([tokens.queries[:, skip:], tokens.responses[:, :longest]], 1)
@@ -223,9 +226,31 @@ def _without_empty_columns(tokens: Tokens) -> tuple[int, int, Tensor, Tensor]:
     return skip, longest, ids[:, :-1], attention[:, :-1]
 
 
-def spread(x: Float[Tensor, " tokens"], mask: Tensor) -> Float[Tensor, "batch time"]:
-    """Numbers of the real tokens in their places, zeros on padding."""
-    return x.new_zeros(mask.shape).masked_scatter(mask, x)
+def looked_at(
+    x: Float[Tensor, "batch time hidden"], tokens: Tokens
+) -> Float[Tensor, "kept hidden"]:
+    """What stands at the places that are looked at: those of the trained tokens, and with
+    `tokens.kept` some of padding.
+    """
+    if tokens.kept is None:
+        return x[tokens.mask]
+    return x.flatten(0, 1).index_select(0, tokens.kept)
+
+
+def targets_of(tokens: Tokens) -> Int[Tensor, " kept"]:
+    """The response tokens at those places."""
+    if tokens.kept is None:
+        return tokens.responses[tokens.mask]
+    return tokens.responses.flatten().index_select(0, tokens.kept)
+
+
+def spread(x: Float[Tensor, " kept"], tokens: Tokens) -> Float[Tensor, "batch time"]:
+    """Numbers of those places in them, zeros where no token is trained."""
+    mask = tokens.mask
+    if tokens.kept is None:
+        return x.new_zeros(mask.shape).masked_scatter(mask, x)
+    everywhere = x.new_zeros(mask.numel()).index_copy(0, tokens.kept, x)
+    return everywhere.view(mask.shape).masked_fill(~mask, 0.0)
 
 
 def _load(source: Any, kwargs: dict[str, Any]) -> Any:

@@ -16,8 +16,10 @@ from ppo_lab.models.logprobs import token_full_kl, token_logprobs
 from ppo_lab.models.policy import (
     AutoModelForCausalLMWithValueHead,
     check_causal,
+    looked_at,
     response_states,
     spread,
+    targets_of,
 )
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.types import Tokens
@@ -52,6 +54,11 @@ class Reference:
         self._trunk.fast_layers = policy.trunk.fast_layers
 
     @property
+    def trunk(self) -> Trunk:
+        """What its passes go through: the policy's trunk, or one of its own."""
+        return self._trunk
+
+    @property
     def modules(self) -> dict[str, nn.Module]:
         """The models of its own by name: none where it shares the policy's trunk."""
         shared = self._trunk is self._policy.trunk
@@ -61,23 +68,23 @@ class Reference:
     def logprobs(self, tokens: Tokens, *, temperature: float) -> Float[Tensor, "batch time"]:
         """Log-probabilities of the response tokens under the reference."""
         with self.active() as trunk:
-            hidden = response_states(trunk, tokens)[tokens.mask]
-            targets = tokens.responses[tokens.mask]
+            hidden = looked_at(response_states(trunk, tokens), tokens)
+            targets = targets_of(tokens)
             logprobs, _ = token_logprobs(hidden, trunk.head, targets, temperature=temperature)
-        return spread(logprobs, tokens.mask)
+        return spread(logprobs, tokens)
 
     @torch.no_grad()
     def full_kl(self, tokens: Tokens, *, temperature: float) -> Float[Tensor, "batch time"]:
         """The exact KL of the policy to the reference at each response token, over the vocabulary,
         in nats.
         """
-        hidden = response_states(self._policy.trunk, tokens)[tokens.mask]
+        hidden = looked_at(response_states(self._policy.trunk, tokens), tokens)
         with self.active() as trunk:
-            ref_hidden = response_states(trunk, tokens)[tokens.mask]
+            ref_hidden = looked_at(response_states(trunk, tokens), tokens)
             kl = token_full_kl(
                 hidden, ref_hidden, self._policy.trunk.head, trunk.head, temperature=temperature
             )
-        return spread(kl, tokens.mask)
+        return spread(kl, tokens)
 
     @contextmanager
     def active(self) -> Iterator[Trunk]:

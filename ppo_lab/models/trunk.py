@@ -19,8 +19,9 @@ from torch import Tensor
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.fast.attention import KeysAndValues, avoid_plans_of_attention
 from ppo_lab.models.fast.decoder import FastDecoder
-from ppo_lab.models.fast.graphed import Graphed, Recorder, Results, Then
+from ppo_lab.models.fast.graphed import Graphed, Then
 from ppo_lab.models.fast.proof import ROOM, Proof
+from ppo_lab.models.fast.recording import Recorder, Results, has_room
 from ppo_lab.models.logprobs import Head
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class Trunk:
         self.fast_layers = True  # where they are known and prove equal
         self.records_graphs = True  # on a GPU, until they prove not to work
         self._recorder: Recorder | None = None
+        self._kept: Graphed | None = None  # of the generation before
+        self._keeps = True
         self._compiled: Any = None
         self._proved_on = self._device
         self._fast = self._proved()
@@ -141,10 +144,25 @@ class Trunk:
         if fast and self._device == "cpu":
             return KeysAndValues(positions)
         if fast and self._may_record(fast):
-            return Graphed(fast.anatomy, positions, self._recorder)
+            return self._generation(fast, positions)
         from transformers import DynamicCache
 
         return DynamicCache(config=self.model.config)
+
+    def let_go(self) -> bool:
+        """Give back what generations keep for the next, now and from now on; whether there was
+        any.
+        """
+        kept, self._kept, self._keeps = self._kept, None, False
+        return kept is not None
+
+    def passes_may_be_recorded(self, positions: int) -> bool:
+        """Whether a pass over so many positions launches the same kernels whenever it is made, and
+        is allowed to be recorded.
+        """
+        if self._device != "cuda" or not self.records_graphs or self.keeps_below or self._compiled:
+            return False
+        return self._fast_here(positions) is not None
 
     def compile(self) -> None:
         """From now on pass batches with gradients through a compiled decoder.
@@ -238,6 +256,16 @@ class Trunk:
                 log.warning("decoding goes transformers' way, for recorded passes fail: %s", error)
                 self.records_graphs = False
         return self.records_graphs
+
+    def _generation(self, fast: FastDecoder, positions: int) -> Graphed:
+        """The passes of the next generation, which begins when the one before has ended."""
+        made, self._kept = self._kept, None
+        if made is None or made.anatomy is not fast.anatomy:
+            made = Graphed(fast.anatomy, positions, self._recorder)
+        made.again(positions)
+        if self._keeps and has_room(self.head.weight.device):
+            self._kept = made
+        return made
 
     def _proof(self) -> Proof:
         words = self.decoder.get_input_embeddings().weight

@@ -76,6 +76,14 @@ class KeysAndValues:
         all_values.narrow(2, self.seen, new).copy_(values)
         return all_keys, all_values
 
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, blocks: Any, scaling: float
+    ) -> Float[Tensor, "batch new heads_size"]:
+        """What the newest queries of a layer mix of all values, theirs (batch, heads, new, size)
+        included.
+        """
+        return attend(q, *self.add(layer, k, v), blocks, scaling)
+
 
 def blocks_of(
     attention: Bool[Tensor, "batch seen"],

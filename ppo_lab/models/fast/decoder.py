@@ -84,6 +84,7 @@ class FastDecoder:
         self.decoder, self.anatomy = decoder, anatomy
         self._whole = whole
         self._modules = list(decoder.modules())
+        self._slopes: Tensor | None = None  # where the decoder is
 
     @classmethod
     def of(cls, decoder: Any) -> FastDecoder | None:
@@ -178,8 +179,9 @@ class FastDecoder:
         if self._passes_whole(attention):
             seen, device = attention.shape[1], attention.device
             columns = torch.arange(seen - new, seen, device=device)
-            slopes = None if slopes is None else slopes.to(device)
-            return bias_of(attention, columns, slopes=slopes, dtype=dtype)
+            if slopes is not None and (self._slopes is None or self._slopes.device != device):
+                self._slopes = slopes.to(device)
+            return bias_of(attention, columns, slopes=self._slopes, dtype=dtype)
         return blocks_of(
             attention,
             new=new,
@@ -243,12 +245,14 @@ def _attention(
 ) -> Float[Tensor, "rows_out hidden"]:
     """What the queries of the rows mix together."""
     q, k, v = (part.transpose(1, 2) for part in _queries_keys_values(layer, x, shared))
-    if shared.cache is not None:
-        k, v = shared.cache.add(index, k, v)
     places = shared.places
     if end is not None:
         places, q = end.places, q[:, :, -end.columns :]
-    return places.gather(attend(q, k, v, shared.blocks, layer.scaling).flatten(0, 1))
+    if shared.cache is None:
+        mixed = attend(q, k, v, shared.blocks, layer.scaling)
+    else:
+        mixed = shared.cache.attend(index, q, k, v, shared.blocks, layer.scaling)
+    return places.gather(mixed.flatten(0, 1))
 
 
 def _queries_keys_values(

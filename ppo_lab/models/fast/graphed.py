@@ -1,22 +1,23 @@
 """Decoding on a GPU, where launching the kernels of a token costs more than their work.
 
 The pass of one token is some fifteen small kernels a layer, and drawing the next is some forty.
-Here all that they read and write lies at addresses that stay for a whole generation: the token and
-its column are copied into their places, keys and values of columns to come are hidden by
-attention's bias. So the kernels of one token are those of every later one; they are recorded once,
-as a CUDA graph, and from then on launched together. Nothing among them asks the GPU for a number or
-brings one from the host.
+Here all that they read and write lies at addresses that stay: prompts, tokens and their column are
+copied into their places. So the kernels of one token are those of every later one; they are
+recorded once, and from then on launched together, in later generations of the same shape too.
 
-Where recording fails, the same is done kernel by kernel.
+Rows are padded on the left, and nowhere else. Where Triton is, one kernel attends; elsewhere
+columns of padding and those to come are hidden by attention's bias.
 """
 
 from __future__ import annotations
 
-import logging
+import functools
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -25,184 +26,154 @@ from ppo_lab.models.fast.decoder import Pass, angles_of, embedded, through
 from ppo_lab.models.fast.elementwise import normed
 from ppo_lab.models.fast.layers import Anatomy
 from ppo_lab.models.fast.places import Everywhere
+from ppo_lab.models.fast.products import Linear
+from ppo_lab.models.fast.recording import KEPT, Recorded, Recorder, Results
 
-log = logging.getLogger(__name__)
-
-Results = tuple[Tensor, ...]
 Then = Callable[..., Results]
 
-# Rows of attention's bias start at multiples of this, as its kernels like them.
-ALIGNED = 8
+# Columns of prompts come in multiples of this, so that few shapes do; rows of attention's bias
+# start at multiples of 8, as its kernels like them.
+ALIGNED = 16
+
+# Room for columns comes in multiples of this where those that are not there yet cost nothing.
+ROOMY = 64
 
 # Recording, which takes about as long as a pass, pays where so many tokens are still to come.
 WORTH_RECORDING = 4
 
 
-class Recorder:
-    """Records what a function launches on the GPU, on a stream of its own.
-
-    The last graph is kept until the next is recorded: they share a memory pool, which lives as long
-    as a graph that uses it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
-        self.last: torch.cuda.CUDAGraph | None = None
-        self.works = True
-
-    def warm(self, function: Callable[[], Any]) -> Any:
-        """What the function gives, with all prepared that recording must not meet unprepared."""
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream):
-            result = function()
-        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
-        return result
-
-    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """A function that launches what this one did, and where the results will then lie.
-
-        Raises:
-            RuntimeError: something in it cannot be recorded.
-        """
-        graph = torch.cuda.CUDAGraph()
-
-        def recorded() -> Any:
-            # Not torch.cuda.graph(): that empties the allocator's cache, which costs more than a
-            # generation.
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                result = function()
-            except BaseException:  # the cause is to be seen, not that recording cannot end
-                self._give_up(graph)
-                raise
-            graph.capture_end()
-            return result
-
-        result = self.warm(recorded)
-        self.last = graph
-        return graph.replay, result
-
-    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a recording that failed. Where it was broken by a wait for the GPU, torch stops
-        before it has undone what a recording does to its allocator and its random numbers.
-        """
-        try:
-            graph.capture_end()
-        except RuntimeError:
-            device = self.stream.device.index
-            torch._C._cuda_endAllocateToPool(device, self.pool)
-            generator = torch.cuda.default_generators[device]
-            generator.graphsafe_set_state(generator.clone_state())
-
-
-class Recorded:
-    """A function that is called again and again on tensors that lie where they lay: the first call
-    prepares, the second is recorded, and from then on everything is launched at once.
-    """
-
-    def __init__(self, recorder: Recorder | None) -> None:
-        self.recorder = recorder
-        self._function: Callable[[], Results] | None = None
-        self._launch: Callable[[], None] | None = None
-        self._results: Results = ()
-
-    def __call__(self, function: Callable[[], Results], *, worth_it: bool) -> Results:
-        """What the function gives, in tensors that the next call writes over."""
-        recorder = self.recorder
-        if recorder is None or not recorder.works or not (worth_it or self._launch):
-            return function()
-        if function is not self._function:
-            self._function, self._launch = function, None
-            return recorder.warm(function)
-        if self._launch is None:
-            try:
-                self._launch, self._results = recorder.record(function)
-            except RuntimeError as error:
-                log.warning("sampling is not recorded as a CUDA graph, and goes on: %s", error)
-                recorder.works = False
-                return function()
-        self._launch()
-        return self._results
-
-
 class Standing(KeysAndValues):
     """All that the passes of a generation read and write, in buffers that never move.
 
-    A pass reads `real` columns among the first `visible`, and writes keys and values at `columns`.
+    The prompts take the first `width` columns; their tokens lie in `prompts`. The newest token of
+    each row lies in `ids`, and its keys and values go to `column`.
     """
 
-    def __init__(
-        self,
-        anatomy: Anatomy,
-        ids: Int[Tensor, "batch seen"],
-        attention: Bool[Tensor, "batch seen"],
-        positions: int,
-    ) -> None:
-        """Room for so many positions, of which the prompts take the first."""
-        super().__init__(-(-positions // ALIGNED) * ALIGNED)
-        batch, seen = attention.shape
-        self.anatomy = anatomy
-        self.slopes = None if anatomy.slopes is None else anatomy.slopes.to(ids.device)
-        self.real = attention.new_zeros(batch, self.positions)
-        self.real[:, :seen].copy_(attention)
-        self.columns, self.visible = torch.arange(seen, device=ids.device), seen
-        self.ids = ids
+    def __init__(self, anatomy: Anatomy, batch: int, width: int, positions: int) -> None:
+        """Room for so many positions, of which the prompts take the first `width`."""
+        stored = anatomy.words.weight
+        self.kernel = _one_query() if stored.device.type == "cuda" else None
+        super().__init__(_rounded(positions, ALIGNED if self.kernel is None else ROOMY))
+        self.anatomy, self.width = anatomy, width
+        device = stored.device
+        self.slopes = None if anatomy.slopes is None else anatomy.slopes.to(device)
+        self.prompts = torch.zeros(batch, width, dtype=torch.long, device=device)
+        self.ids = self.prompts.new_zeros(batch, 1)
+        self.column = self.prompts.new_zeros(1)
+        self.first = self.prompts.new_zeros(batch)
+        self.real = torch.zeros(batch, self.positions, dtype=torch.bool, device=device)
         self.given: list[Tensor] = []
+        dtype = embedded(anatomy, self.ids[:1, 0], self.ids[:1, 0]).dtype
+        for layer in anatomy.layers:
+            shape = (batch, layer.kv_heads, self.positions, layer.size)
+            # Zeros, since what is hidden is multiplied by zero and must be a number.
+            keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            self._layers.append((keys, values))
 
-    def decode(self) -> None:
-        """From now on passes are of one token a row, in the column that `place` names."""
-        self.ids = self.ids.new_zeros(len(self.ids), 1)
-        self.columns, self.visible = self.columns.new_zeros(1), self.positions
+    def begin(self, ids: Tensor, attention: Tensor) -> bool:
+        """Put prompts in their place; False where the linear layers are no longer those that were
+        read for the tokens before.
+        """
+        self.prompts.copy_(ids)
+        self.real.fill_(False)
+        self.real[:, : self.width].copy_(attention)
+        self.first.copy_(attention.logical_not().sum(1))
+        return self._read_again()
 
-    def place(self, ids: Tensor, attention: Tensor, given: Sequence[Tensor]) -> None:
-        """Put the next tokens, and what is given with them, where the next pass reads them."""
-        column = attention.shape[1] - 1
+    def place(self, ids: Tensor, column: int) -> None:
+        """Put the next tokens where the next pass reads them."""
         self.ids.copy_(ids)
-        self.columns.fill_(column)
-        self.real[:, column].copy_(attention[:, -1])
+        self.column.fill_(column)
+        self.real[:, column].fill_(True)
+
+    def give(self, given: Sequence[Tensor]) -> None:
+        """Put what `then` is given beside the states where the next pass reads it."""
         self.given = self.given or [x.clone() for x in given]
         for there, new in zip(self.given, given, strict=True):
             there.copy_(new)
 
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, blocks: Any, scaling: float
+    ) -> Float[Tensor, "batch new heads_size"]:
+        """What the newest queries mix, after their keys and values are in their places."""
+        if self.kernel is None or q.shape[2] > 1:
+            return super().attend(layer, q, k, v, blocks, scaling)
+        newest = (x[:, :, 0] for x in (q, k, v))
+        place = (*self._layers[layer], self.first, self.column, self.slopes)
+        return self.kernel(*newest, *place, scaling).flatten(1)[:, None]
+
     def add(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of all visible columns of a layer, these (batch, heads, new, size) among them."""
-        if layer == len(self._layers):
-            batch, heads, _, size = keys.shape
-            # Zeros, since what is hidden is multiplied by zero and must be a number.
-            whole = keys.new_zeros(2, batch, heads, self.positions, size)
-            self._layers.append((whole[0], whole[1]))
+        """Those of all columns that are looked at, these (batch, heads, new, size) among them."""
+        of_prompts = keys.shape[2] > 1
         for buffer, new in zip(self._layers[layer], (keys, values), strict=True):
-            buffer.index_copy_(2, self.columns, new)
+            if of_prompts:
+                buffer[:, :, : self.width].copy_(new)
+            else:
+                buffer.index_copy_(2, self.column, new)
         all_keys, all_values = self._layers[layer]
-        return all_keys[:, :, : self.visible], all_values[:, :, : self.visible]
+        visible = self.width if of_prompts else self.positions
+        return all_keys[:, :, :visible], all_values[:, :, :visible]
+
+    def states_of_prompts(self) -> Float[Tensor, "batch hidden"]:
+        """The hidden states of the prompts' last tokens."""
+        real = self.real[:, : self.width]
+        columns = torch.arange(self.width, device=real.device)
+        positions = (columns - self.first[:, None]).clamp(min=0)
+        return self._states(self.prompts, positions, self._bias(real, columns))
 
     def states(self) -> Float[Tensor, "batch hidden"]:
-        """The hidden states of the last of the columns that `ids` stand in."""
-        real = self.real[:, : self.visible]
-        positions = (real.cumsum(1) - 1).clamp(min=0)
-        newest = positions.index_select(1, self.columns)
-        x = embedded(self.anatomy, self.ids.flatten(), newest.flatten())
+        """The hidden states of the newest tokens."""
+        bias = () if self.kernel is not None else self._bias(self.real, self.column)
+        return self._states(self.ids, self.column - self.first[:, None], bias)
+
+    def _bias(self, real: Tensor, columns: Tensor) -> Tensor:
+        dtype = self._layers[0][0].dtype
+        return bias_of(real, columns, slopes=self.slopes, dtype=dtype)
+
+    def _states(self, ids: Tensor, positions: Tensor, bias: Any) -> Float[Tensor, "batch hidden"]:
+        x = embedded(self.anatomy, ids.flatten(), positions.flatten())
         shared = Pass(
-            places=Everywhere(self.ids),
-            blocks=bias_of(real, self.columns, slopes=self.slopes, dtype=x.dtype),
-            angles=angles_of(self.anatomy, x, newest),
+            places=Everywhere(ids),
+            blocks=bias,
+            angles=angles_of(self.anatomy, x, positions),
             cache=self,
         )
         for index, layer in enumerate(self.anatomy.layers):
             x = through(layer, index, x, shared)
-        return normed(self.anatomy.norm, x).view(*self.ids.shape, -1)[:, -1]
+        return normed(self.anatomy.norm, x).view(*ids.shape, -1)[:, -1]
+
+    def _read_again(self) -> bool:
+        """Bring what was read of the linear layers up to date, in its places."""
+        held: list[Tensor] = []
+        fresh: list[Tensor] = []
+        for module, was in self.linears.items():
+            now = Linear.read(module, self._layers[0][0].dtype)
+            same = was.weight.data_ptr() == now.weight.data_ptr() and was.scalings == now.scalings
+            if not same or len(was.matrices) != len(now.matrices):
+                return False
+            held += was.matrices
+            fresh += now.matrices
+        for there, new in zip(held, fresh, strict=True):
+            if there.data_ptr() != new.data_ptr():
+                there.copy_(new)
+        return True
 
 
 class Graphed:
-    """The passes of one generation: of its prompts first, then of a token a row at a time."""
+    """The passes of generations: each of its prompts first, then of a token a row at a time."""
 
     def __init__(self, anatomy: Anatomy, positions: int, recorder: Recorder | None = None) -> None:
         """Room for so many positions, prompt included; without a recorder nothing is recorded."""
-        self.anatomy, self.positions = anatomy, positions
-        self._recorded = Recorded(recorder)
+        self.anatomy, self.positions, self.recorder = anatomy, positions, recorder
         self._standing: Standing | None = None
-        self._then: Then | None = None
+        self._steps: dict[tuple[bool, Then], tuple[Recorded, Callable[[], Results]]] = {}
+        self._begun, self._padding = False, 0
+
+    def again(self, positions: int) -> None:
+        """The next pass is of the prompts of another generation, with room for so many positions;
+        the one before has ended.
+        """
+        self.positions, self._begun = positions, False
 
     @torch.no_grad()
     def newest(
@@ -216,16 +187,48 @@ class Graphed:
         column; see `Trunk.newest`. It is recorded with the pass, so that what it does must depend
         on the numbers in its tensors alone.
         """
-        if self._standing is None:
-            self._standing = Standing(self.anatomy, ids, attention, self.positions)
-            states = self._standing.states()
-            self._standing.decode()
-            return then(states, *given)
-        standing = self._standing
-        standing.place(ids, attention, given)
-        if then is not self._then:
+        of_prompts = not self._begun
+        standing = self._begin(ids, attention) if of_prompts else self._standing
+        assert standing is not None
+        if not of_prompts:
+            standing.place(ids, self._padding + attention.shape[1] - 1)
+        standing.give(given)
+        if (of_prompts, then) not in self._steps:
+            if len(self._steps) >= KEPT:
+                self._steps.clear()
             # Of the buffers, not of this: a cycle would keep them until the collector comes by.
-            self._then, self._step = then, lambda: then(standing.states(), *standing.given)
+            states = standing.states_of_prompts if of_prompts else standing.states
+            step = lambda: then(states(), *standing.given)  # noqa: E731
+            self._steps[of_prompts, then] = Recorded(self.recorder), step
+        recorded, step = self._steps[of_prompts, then]
         worth_it = self.positions - attention.shape[1] >= WORTH_RECORDING
-        results = self._recorded(self._step, worth_it=worth_it)
-        return tuple(x.clone() for x in results)
+        return tuple(x.clone() for x in recorded(step, worth_it=worth_it))
+
+    def _begin(self, ids: Tensor, attention: Tensor) -> Standing:
+        """Buffers with these prompts in them: those of the generation before, where they fit."""
+        batch, seen = ids.shape
+        self._begun, self._padding = True, -seen % ALIGNED
+        ids, attention = (F.pad(x, (self._padding, 0)) for x in (ids, attention))
+        standing, room = self._standing, self._padding + self.positions
+        fits = standing is not None and standing.prompts.shape == ids.shape
+        if standing is None or not fits or standing.positions < room:
+            standing = None
+        if standing is None or not standing.begin(ids, attention):
+            self._steps.clear()
+            standing = self._standing = Standing(self.anatomy, batch, ids.shape[1], room)
+            standing.begin(ids, attention)
+        return standing
+
+
+@functools.cache
+def _one_query() -> Callable[..., Tensor] | None:
+    """The kernel of a single query, where Triton is."""
+    if find_spec("triton") is None:
+        return None
+    from ppo_lab.models.fast.one_query import attend_newest
+
+    return attend_newest
+
+
+def _rounded(n: int, step: int) -> int:
+    return -(-n // step) * step

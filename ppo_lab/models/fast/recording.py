@@ -1,0 +1,170 @@
+"""Functions recorded as CUDA graphs: what they launch on a GPU is launched at once from then on.
+
+A small model's pass is hundreds of kernels that take less time than launching them one by one.
+Where the same kernels work on the same addresses again and again, they are recorded once. Nothing
+among them may ask the GPU for a number or bring one from the host; what differs from call to call
+is copied into places that never move.
+
+Where recording fails, the same is done kernel by kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import OutOfMemoryError, Tensor
+
+log = logging.getLogger(__name__)
+
+Results = tuple[Tensor, ...]
+
+# Recordings that are kept at a time, the latest used.
+KEPT = 8
+
+# Nothing is kept for later where less of a GPU is free than this share of it.
+ROOM = 0.5
+
+
+class Recorder:
+    """Records what a function launches on the GPU, on a stream of its own.
+
+    The last graph is kept until the next is recorded: they share a memory pool, which lives as long
+    as a graph that uses it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.last: torch.cuda.CUDAGraph | None = None
+        self.works = True
+
+    def warm(self, function: Callable[[], Any]) -> Any:
+        """What the function gives, with all prepared that recording must not meet unprepared."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            result = function()
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        return result
+
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """A function that launches what this one did, and where the results will then lie.
+
+        Raises:
+            RuntimeError: something in it cannot be recorded.
+        """
+        graph = torch.cuda.CUDAGraph()
+
+        def recorded() -> Any:
+            # Not torch.cuda.graph(): that empties the allocator's cache, which costs more than a
+            # generation.
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                result = function()
+            except BaseException:  # the cause is to be seen, not that recording cannot end
+                self._give_up(graph)
+                raise
+            graph.capture_end()
+            return result
+
+        result = self.warm(recorded)
+        self.last = graph
+        return graph.replay, result
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a recording that failed. Where it was broken by a wait for the GPU, torch stops
+        before it has undone what a recording does to its allocator and its random numbers.
+        """
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            device = self.stream.device.index
+            torch._C._cuda_endAllocateToPool(device, self.pool)
+            generator = torch.cuda.default_generators[device]
+            generator.graphsafe_set_state(generator.clone_state())
+
+
+class Recorded:
+    """A function that is called again and again on tensors that lie where they lay: the first call
+    prepares, the second is recorded, and from then on everything is launched at once.
+    """
+
+    def __init__(self, recorder: Recorder | None) -> None:
+        self.recorder = recorder
+        self._function: Callable[[], Results] | None = None
+        self._launch: Callable[[], None] | None = None
+        self._results: Results = ()
+
+    @property
+    def launches(self) -> bool:
+        """Whether calls launch a recording."""
+        return self._launch is not None
+
+    def __call__(self, function: Callable[[], Results], *, worth_it: bool) -> Results:
+        """What the function gives, in tensors that the next call writes over."""
+        recorder = self.recorder
+        if recorder is None or not recorder.works or not (worth_it or self._launch):
+            return function()
+        if function is not self._function:
+            self._function, self._launch = function, None
+            return recorder.warm(function)
+        if self._launch is None:
+            try:
+                self._launch, self._results = recorder.record(function)
+            except RuntimeError as error:
+                log.warning("passes are not recorded as CUDA graphs, and go on: %s", error)
+                recorder.works = False
+                return function()
+        self._launch()
+        return self._results
+
+
+class ByShape:
+    """Functions of tensors, recorded for every shape that they are called with more than once."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self._made: OrderedDict[Hashable, tuple[Sequence[Tensor], Recorded, Callable[[], Results]]]
+        self._made = OrderedDict()
+        self.was_recorded = False  # the last call, and not launched kernel by kernel
+
+    def __call__(self, key: Hashable, function: Callable[..., Results], *given: Tensor) -> Results:
+        """What `function(*given)` gives, in tensors that the next call writes over.
+
+        `key` stands for all that the function does: of calls with the same key and shapes, the
+        first one's function is taken.
+        """
+        key = (key, *((x.shape, x.dtype) for x in given))
+        if key not in self._made:
+            copies = [x.clone() for x in given]
+            self._made[key] = copies, Recorded(self.recorder), lambda: function(*copies)
+            while len(self._made) > KEPT:
+                self._made.popitem(last=False)
+        self._made.move_to_end(key)
+        places, recorded, step = self._made[key]
+        for place, x in zip(places, given, strict=True):
+            place.copy_(x)
+        try:
+            results = recorded(step, worth_it=True)
+        except OutOfMemoryError:
+            self.forget()
+            raise
+        self.was_recorded = recorded.launches
+        return results
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def forget(self) -> None:
+        """Let go of all recordings, and of the memory that they work in."""
+        self._made.clear()
+
+
+def has_room(device: torch.device) -> bool:
+    """Whether enough of a GPU is free to keep what passes work in from one to the next."""
+    free, total = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + kept >= ROOM * total

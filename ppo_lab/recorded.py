@@ -1,0 +1,195 @@
+"""Passes over batches as CUDA graphs: the clipped updates', and those that only read.
+
+A GPU works through the pass of a small model faster than Python launches its kernels, and the
+passes of a run are alike: so each is recorded once for every shape that it comes in. Batches are
+padded to a few shapes, and where the trained tokens lie is looked up before a pass, for nothing in
+it may ask.
+
+The first recorded pass of the updates is made by launching too, and its gradients are compared.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ppo_lab.models.fast.recording import ByShape, Recorder, has_room
+from ppo_lab.types import Batch, Tokens
+
+log = logging.getLogger(__name__)
+
+Record = TypeVar("Record", Batch, Tokens)
+
+# Columns come in multiples of this, and looked-at tokens in so many steps up to all.
+COLUMNS = 16
+STEPS = 8
+
+# How far the gradients of a recorded pass may be from those of the same pass launched.
+TOLERANCE = 1e-2
+
+Losses = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
+
+
+class RecordedPasses:
+    """Passes that are launched at once where that is possible, and otherwise left to the caller."""
+
+    def __init__(self, trunks: Sequence[Any], trained: Sequence[Tensor], *, alone: bool) -> None:
+        """`trunks` are those that passes go through, `trained` what gradients are taken of; with
+        `alone`, no other process has a part in either.
+        """
+        self.trunks, self.trained, self.alone = trunks, list(trained), alone
+        self._passes: ByShape | None = None
+        self._used: dict[Hashable, list[Tensor]] = {}
+        self._templates: dict[Hashable, Any] = {}
+        self._addresses: list[int] = []
+        self._proved = False
+
+    def learn(
+        self, losses: Losses, batch: Batch, n_tokens: Tensor, *, key: Hashable
+    ) -> tuple[Tensor, Tensor] | None:
+        """Add the gradients of summed losses over `n_tokens`; what `losses` gives beside the loss.
+
+        None where nothing was done. `key` stands for all of `losses` that the batch does not say.
+        """
+        passes = self._ready(batch.tokens)
+        if passes is None:
+            return None
+        key = ("learn", key)
+        part = fitted(batch)
+
+        def gradients(n_tokens: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+            loss, sums, extremes = losses(with_tensors(part, given))
+            found = torch.autograd.grad(loss / n_tokens, self.trained, allow_unused=True)
+            pairs = [(p, g) for p, g in zip(self.trained, found, strict=True) if g is not None]
+            self._used[key] = [p for p, _ in pairs]
+            return (sums, extremes, *(g for _, g in pairs))
+
+        given = (n_tokens, *tensors_of(part))
+        sums, extremes, *found = passes(key, gradients, *given)
+        if passes.was_recorded and not self._proved:
+            sums, extremes, *found = self._prove(gradients(*given), found)
+        add_gradients(self._used[key], found)
+        return sums, extremes
+
+    def read(self, function: Callable[..., Any], tokens: Tokens, **at: Any) -> Any:
+        """What `function(tokens, **at)` gives: a tensor, or a record of tensors, of the samples'
+        (batch, time); None where nothing was done.
+        """
+        passes = self._ready(tokens)
+        if passes is None:
+            return None
+        key = ("read", function, *at.items())
+        part, time = fitted(tokens), tokens.responses.shape[1]
+
+        def reading(*given: Tensor) -> tuple[Tensor, ...]:
+            result = function(with_tensors(part, given), **at)
+            self._templates[key] = result
+            return tuple(tensors_of(result))
+
+        found = passes(key, reading, *tensors_of(part))
+        return with_tensors(self._templates[key], [x[:, :time].clone() for x in found])
+
+    def let_go(self) -> bool:
+        """Give back the memory that recorded passes keep, and record no more; whether there was
+        any.
+        """
+        freed = sum(trunk.let_go() for trunk in self.trunks) > 0
+        if self._passes is not None and len(self._passes):
+            log.warning("GPU memory ran out: passes are no longer recorded as CUDA graphs")
+            self._stop()
+            freed = True
+        return freed
+
+    def _ready(self, tokens: Tokens) -> ByShape | None:
+        """What records passes over these tokens, if they may be; all is forgotten where weights
+        have moved to other addresses.
+        """
+        seen = tokens.queries.shape[1] + tokens.responses.shape[1] + 2 * COLUMNS
+        if not self.alone or not all(trunk.passes_may_be_recorded(seen) for trunk in self.trunks):
+            return None
+        device = tokens.responses.device
+        if self._passes is None:
+            self._passes = ByShape(Recorder(device))
+        if not self._passes.recorder.works or not (len(self._passes) or has_room(device)):
+            return None
+        held = [p for trunk in self.trunks for p in trunk.model.parameters()]
+        addresses = [p.data_ptr() for p in (*held, *self.trained)]
+        if addresses != self._addresses:
+            self._passes.forget()
+            self._addresses = addresses
+        return self._passes
+
+    def _prove(self, launched: Sequence[Tensor], found: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The results of the pass as launched; where the recorded one's gradients are others, no
+        pass is recorded from now on.
+        """
+        pairs = list(zip(launched[2:], found, strict=True))
+        self._proved = all(bool((a - b).norm() <= TOLERANCE * a.norm() + 1e-12) for a, b in pairs)
+        if not self._proved:
+            log.warning("passes are not recorded as CUDA graphs: their gradients prove unequal")
+            self._stop()
+        return launched
+
+    def _stop(self) -> None:
+        assert self._passes is not None
+        self._passes.forget()
+        self._passes.recorder.works = False
+
+
+def fitted(record: Record) -> Record:
+    """The record in one of a few shapes, and with the places that are looked at."""
+    tokens = record.tokens if isinstance(record, Batch) else record
+    wide = record.padded(
+        _rounded(tokens.queries.shape[1], COLUMNS), _rounded(tokens.responses.shape[1], COLUMNS)
+    )
+    tokens = wide.tokens if isinstance(wide, Batch) else wide
+    mask = tokens.mask.flatten().cpu()
+    real, padding = mask.nonzero().squeeze(1), (~mask).nonzero().squeeze(1)
+    more = _rounded(max(len(real), 1), -(-len(mask) // STEPS)) - len(real)
+    kept = torch.cat([real, padding[:more]]).sort().values.to(tokens.mask.device)
+    tokens = replace(tokens, kept=kept)
+    return replace(wide, tokens=tokens) if isinstance(wide, Batch) else tokens  # type: ignore
+
+
+def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Add to `.grad`, which never is one of these tensors itself."""
+    held = [p.grad for p in parameters if p.grad is not None]
+    if len(held) == len(parameters):
+        torch._foreach_add_(held, list(gradients))
+        return
+    assert not held, "either all have a gradient or none"
+    for parameter, gradient in zip(
+        parameters, torch._foreach_add(list(gradients), 0.0), strict=True
+    ):
+        parameter.grad = gradient
+
+
+def tensors_of(record: Any) -> list[Tensor]:
+    """The tensors of a record, nested ones' included, in their order; of a tensor, itself."""
+    if isinstance(record, Tensor):
+        return [record]
+    found: list[Tensor] = []
+
+    def note(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    record.each(note)
+    return found
+
+
+def with_tensors(record: Any, tensors: Sequence[Tensor]) -> Any:
+    """The record with these tensors in place of its own."""
+    if isinstance(record, Tensor):
+        return tensors[0]
+    following: Iterator[Tensor] = iter(tensors)
+    return record.each(lambda _: next(following))
+
+
+def _rounded(n: int, step: int) -> int:
+    return -(-n // step) * step
