@@ -212,24 +212,22 @@ class Drawing:
 
     def __call__(self, hidden: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
         """Each (batch,)."""
-        logits = self.trunk.head.logits(hidden)
-        banned = self.sampling.eos_ids if self.bans else ()
-        token, logprobs, entropy = _draw_and_see(logits, uniforms, self.sampling, banned)
+        token, logprobs, entropy = self._drawn(hidden, uniforms)
         return token, logprobs, self.policy.v_head(hidden), entropy
 
-
-def _draw_and_see(
-    logits: Tensor, uniforms: Tensor, sampling: Sampling, banned: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, their log-probabilities under the raw distribution, and its entropies."""
-    if sampling.takes_all and not banned:
-        scaled = logits if sampling.temperature == 1.0 else logits / sampling.temperature
-        return draw_from(scaled, uniforms)
-    token = draw(logits, uniforms, sampling=sampling, banned=banned)
-    at = sampling.logprob_temperature
-    logprobs, entropy = from_logits(logits, token, temperature=at, entropy=True)
-    assert entropy is not None
-    return token, logprobs, entropy
+    def _drawn(self, hidden: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, their log-probabilities under the raw distribution, and its entropies."""
+        head, sampling = self.trunk.head, self.sampling
+        banned = sampling.eos_ids if self.bans else ()
+        if sampling.takes_all and not banned and not head.softcap:
+            scale = head.scale / sampling.temperature
+            return draw_from(head.products(hidden), uniforms, scale=scale)
+        logits = head.logits(hidden)
+        token = draw(logits, uniforms, sampling=sampling, banned=banned)
+        at = sampling.logprob_temperature
+        logprobs, entropy = from_logits(logits, token, temperature=at, entropy=True)
+        assert entropy is not None
+        return token, logprobs, entropy
 
 
 def draw(

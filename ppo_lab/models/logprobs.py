@@ -33,13 +33,16 @@ class Head(NamedTuple):
     scale: float = 1.0
     softcap: float = 0.0
 
-    def logits(self, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... vocab"]:
-        """The logits in float32."""
+    def products(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
+        """hidden @ weight^T + bias, in the precision that the weights are computed in."""
         on_cpu = self.weight.device.type == "cpu"
         dtype = computed_in(self.weight.dtype) if on_cpu else self.weight.dtype
-        # Flat and contiguous: transformers' sliced views make a CPU copy the head once a row.
-        rows = hidden.to(dtype).flatten(0, -2).contiguous()
-        z = wide_product(rows, self.weight, self.bias).float()
+        # Contiguous: transformers' sliced views make a CPU copy the head once a row.
+        return wide_product(hidden.to(dtype).contiguous(), self.weight, self.bias)
+
+    def logits(self, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... vocab"]:
+        """The logits in float32."""
+        z = self.products(hidden.flatten(0, -2)).float()
         z = z.view(*hidden.shape[:-1], len(self.weight))
         z = z * self.scale if self.scale != 1.0 else z
         return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
@@ -67,7 +70,7 @@ def token_logprobs(
             return swept, None
     if len(targets) * len(head.weight) <= TILE:
         return from_logits(head.logits(hidden), targets, temperature=temperature, entropy=entropy)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not hidden.is_cuda:
         return _by_rows(hidden, head, targets, temperature=temperature, entropy=entropy)
     from ppo_lab.trl_parts import chunked_logprobs
 

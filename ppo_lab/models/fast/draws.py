@@ -6,7 +6,8 @@ is chosen by, where m is the largest logit and S = sum_v e_v:
     log p(y)  =  z_y - m - log S
     H         =  m + log S - sum_v e_v z_v / S
 
-Of a row's exponentials only sums over FAN are kept; those of the chosen sum are taken again.
+Of a row's exponentials only sums over FAN are kept; those of the chosen sum are taken again. On a
+GPU two kernels make them out of the head's products as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppo_lab.models.choice import FAN, branched, child, choose, depth
+from ppo_lab.models.fast.kernels import kernels_for
 
 # From here on a row's exponentials fill a core's cache, and a CPU takes row by row.
 LARGE_VOCABULARY = 2**16
@@ -41,30 +43,50 @@ class Weighed(NamedTuple):
 
 
 def draw_from(
-    logits: Float[Tensor, "batch vocab"], uniforms: Float[Tensor, "batch levels"]
+    products: Float[Tensor, "batch vocab"],
+    uniforms: Float[Tensor, "batch levels"],
+    *,
+    scale: float = 1.0,
 ) -> Drawn:
-    """One token a row at that row's uniform numbers in [0, 1), from softmax(logits)."""
-    z = logits.float()
+    """One token a row at that row's uniform numbers in [0, 1), from softmax(scale * products)."""
+    rows = _weighed(products, scale)
+    parents, many = choose(rows.sums, uniforms), rows.sums.shape[1]
+    members = parents[:, None] + many * torch.arange(FAN, device=products.device)
+    beyond = members >= products.shape[1]
+    z = _logits(products.gather(1, members.masked_fill(beyond, 0)), scale)
+    terms = _terms(z, rows.largest[:, None])
+    last = child(terms.masked_fill(beyond, 0.0), uniforms[:, depth(many)])
+    chosen = z.gather(1, last[:, None])[:, 0]
+    return Drawn(parents + many * last, chosen - rows.log_total, rows.entropy)
+
+
+def _weighed(products: Float[Tensor, "batch vocab"], scale: float) -> Weighed:
+    if (kernels := kernels_for(products.device)) is not None:
+        largest, totals, means, sums = kernels.weigh_rows(products, scale)
+        total, mean = totals.sum(1, dtype=torch.float64), means.sum(1)
+        return _summed(largest, total, mean, sums)
+    z = _logits(products, scale)
     by_rows = z.shape[1] >= LARGE_VOCABULARY and z.device.type == "cpu"
     parts = [_weigh(part) for part in (z.split(1) if by_rows else [z])]
-    rows = Weighed(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    parents, many = choose(rows.sums, uniforms), rows.sums.shape[1]
-    members = parents[:, None] + many * torch.arange(FAN, device=z.device)
-    beyond = members >= z.shape[1]
-    terms = _terms(z.gather(1, members.masked_fill(beyond, 0)), rows.largest[:, None])
-    last = child(terms.masked_fill(beyond, 0.0), uniforms[:, depth(many)])
-    tokens = parents + many * last
-    return Drawn(tokens, z.gather(1, tokens[:, None])[:, 0] - rows.log_total, rows.entropy)
+    return Weighed(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def _weigh(logits: Float[Tensor, "batch vocab"]) -> Weighed:
     largest = logits.amax(1)
     terms = _terms(logits, largest[:, None])
     sums = branched(terms).sum(1)
-    total = sums.sum(1, dtype=torch.float64)
+    mean = torch.linalg.vecdot(terms, logits)
+    return _summed(largest, sums.sum(1, dtype=torch.float64), mean, sums)
+
+
+def _summed(largest: Tensor, total: Tensor, mean: Tensor, sums: Tensor) -> Weighed:
+    """Given sum e_v in float64 and sum e_v z_v."""
     log_total = largest + total.log().float()
-    mean = torch.linalg.vecdot(terms, logits) / total.float()
-    return Weighed(largest, log_total, log_total - mean, sums)
+    return Weighed(largest, log_total, log_total - mean / total.float(), sums)
+
+
+def _logits(products: Tensor, scale: float) -> Tensor:
+    return products.float() if scale == 1.0 else products.float() * scale
 
 
 def _terms(logits: Tensor, largest: Tensor) -> Tensor:

@@ -11,9 +11,7 @@ columns of padding and those to come are hidden by attention's bias.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from torch import Tensor
 from ppo_lab.models.fast.attention import KeysAndValues, bias_of
 from ppo_lab.models.fast.decoder import Pass, angles_of, embedded, through
 from ppo_lab.models.fast.elementwise import normed
+from ppo_lab.models.fast.kernels import kernels_for
 from ppo_lab.models.fast.layers import Anatomy
 from ppo_lab.models.fast.places import Everywhere
 from ppo_lab.models.fast.products import Linear
@@ -52,8 +51,8 @@ class Standing(KeysAndValues):
     def __init__(self, anatomy: Anatomy, batch: int, width: int, positions: int) -> None:
         """Room for so many positions, of which the prompts take the first `width`."""
         stored = anatomy.words.weight
-        self.kernel = _one_query() if stored.device.type == "cuda" else None
-        super().__init__(_rounded(positions, ALIGNED if self.kernel is None else ROOMY))
+        self.kernels = kernels_for(stored.device)
+        super().__init__(_rounded(positions, ALIGNED if self.kernels is None else ROOMY))
         self.anatomy, self.width = anatomy, width
         device = stored.device
         self.slopes = None if anatomy.slopes is None else anatomy.slopes.to(device)
@@ -96,11 +95,11 @@ class Standing(KeysAndValues):
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, blocks: Any, scaling: float
     ) -> Float[Tensor, "batch new heads_size"]:
         """What the newest queries mix, after their keys and values are in their places."""
-        if self.kernel is None or q.shape[2] > 1:
+        if self.kernels is None or q.shape[2] > 1:
             return super().attend(layer, q, k, v, blocks, scaling)
         newest = (x[:, :, 0] for x in (q, k, v))
         place = (*self._layers[layer], self.first, self.column, self.slopes)
-        return self.kernel(*newest, *place, scaling).flatten(1)[:, None]
+        return self.kernels.attend_newest(*newest, *place, scaling).flatten(1)[:, None]
 
     def add(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Those of all columns that are looked at, these (batch, heads, new, size) among them."""
@@ -123,7 +122,7 @@ class Standing(KeysAndValues):
 
     def states(self) -> Float[Tensor, "batch hidden"]:
         """The hidden states of the newest tokens."""
-        bias = () if self.kernel is not None else self._bias(self.real, self.column)
+        bias = () if self.kernels is not None else self._bias(self.real, self.column)
         return self._states(self.ids, self.column - self.first[:, None], bias)
 
     def _bias(self, real: Tensor, columns: Tensor) -> Tensor:
@@ -218,16 +217,6 @@ class Graphed:
             standing = self._standing = Standing(self.anatomy, batch, ids.shape[1], room)
             standing.begin(ids, attention)
         return standing
-
-
-@functools.cache
-def _one_query() -> Callable[..., Tensor] | None:
-    """The kernel of a single query, where Triton is."""
-    if find_spec("triton") is None:
-        return None
-    from ppo_lab.models.fast.one_query import attend_newest
-
-    return attend_newest
 
 
 def _rounded(n: int, step: int) -> int:
