@@ -48,6 +48,14 @@ class RecordedPasses:
         self._templates: dict[Hashable, Any] = {}
         self._addresses: list[int] = []
         self._proved = False
+        self._begun: ByShape | None = None
+
+    def begin(self, tokens: Tokens) -> Tokens:
+        """Ask what must be asked before passes over parts of these tokens: whether they may be
+        recorded, and then where the trained tokens lie.
+        """
+        self._begun = self._ready(tokens)
+        return tokens if self._begun is None else replace(tokens, mask_on_host=tokens.mask.cpu())
 
     def learn(
         self, losses: Losses, batch: Batch, n_tokens: Tensor, *, key: Hashable
@@ -56,8 +64,8 @@ class RecordedPasses:
 
         None where nothing was done. `key` stands for all of `losses` that the batch does not say.
         """
-        passes = self._ready(batch.tokens)
-        if passes is None:
+        passes = self._begun
+        if passes is None or not passes.recorder.works:
             return None
         key = ("learn", key)
         part = fitted(batch)
@@ -80,8 +88,8 @@ class RecordedPasses:
         """What `function(tokens, **at)` gives: a tensor, or a record of tensors, of the samples'
         (batch, time); None where nothing was done.
         """
-        passes = self._ready(tokens)
-        if passes is None:
+        passes = self._begun
+        if passes is None or not passes.recorder.works:
             return None
         key = ("read", function, *at.items())
         part, time = fitted(tokens), tokens.responses.shape[1]
@@ -148,11 +156,12 @@ def fitted(record: Record) -> Record:
         _rounded(tokens.queries.shape[1], COLUMNS), _rounded(tokens.responses.shape[1], COLUMNS)
     )
     tokens = wide.tokens if isinstance(wide, Batch) else wide
-    mask = tokens.mask.flatten().cpu()
+    mask = tokens.mask.cpu() if tokens.mask_on_host is None else tokens.mask_on_host
+    mask = mask.flatten()
     real, padding = mask.nonzero().squeeze(1), (~mask).nonzero().squeeze(1)
     more = _rounded(max(len(real), 1), -(-len(mask) // STEPS)) - len(real)
     kept = torch.cat([real, padding[:more]]).sort().values.to(tokens.mask.device)
-    tokens = replace(tokens, kept=kept)
+    tokens = replace(tokens, kept=kept, mask_on_host=None)
     return replace(wide, tokens=tokens) if isinstance(wide, Batch) else tokens  # type: ignore
 
 

@@ -254,7 +254,11 @@ class PPOTrainer:
         rewards = core.shape_rewards(total, kl, mask, kl_coef=beta)
         if c.whiten_rewards:
             rewards = core.whiten(rewards, mask, shift_mean=False)
-        advantages, returns = core.gae(rewards, rollout.values, mask, gamma=c.gamma, lam=c.lam)
+        # Token by token: a GPU would take longer to be told of it than a CPU to do it.
+        estimates = core.gae(
+            rewards.cpu(), rollout.values.cpu(), mask.cpu(), gamma=c.gamma, lam=c.lam
+        )
+        advantages, returns = (x.to(rewards.device) for x in estimates)
         if c.whiten_advantages:
             advantages = core.whiten(advantages, mask)
         batch = Batch(rollout.tokens, rollout.logprobs, rollout.values, advantages, returns)
@@ -456,7 +460,7 @@ class PPOTrainer:
         mini-batch at a time, or as many more as PASS_TOKENS allows, since nothing is kept for a
         backward pass.
         """
-        own = tokens[self.models.rows(len(tokens))]
+        own = self.recorded.begin(tokens[self.models.rows(len(tokens))])
 
         def one(part: Tokens) -> Any:
             found = self.recorded.read(function, part, **at)

@@ -54,7 +54,10 @@ class _Rows:
 
     def __getitem__(self, rows: Tensor | slice | list[int]) -> Self:
         """These samples of every tensor; nested records and absent (None) tensors included."""
-        return self.each(lambda value: value[rows])
+        if not isinstance(rows, Tensor):
+            return self.each(lambda value: value[rows])
+        there: dict[torch.device, Tensor] = {}  # brought to each device once
+        return self.each(lambda x: x[there.setdefault(x.device, rows.to(x.device))])
 
     def to(self, device: torch.device | str) -> Self:
         """The same record on another device."""
@@ -123,9 +126,10 @@ class Tokens(_Rows):
     stop condition was generated, False where the length limit cut the response. `below`, where it
     is kept, holds the hidden states that enter the policy's first adapted layer, of every token but
     the last: frozen layers make them, so that they stay the same while the policy learns.
-    `kept`, where it is given, are the places of `responses`, in reading order, that are looked at:
-    those where `mask` is True, and some more. Nobody then asks a device where they are, and no
-    column is left out; such a record is of whole samples, and is not cut into fewer.
+    `mask_on_host`, where it is given, is `mask` in the host's memory, for whom a device must not be
+    asked. `kept`, where it is given, are the places of `responses`, in reading order, that are
+    looked at: those where `mask` is True, and some more. Nobody then asks a device where they are,
+    and no column is left out; such a record is of whole samples, and is not cut into fewer.
     """
 
     queries: Int[Tensor, "batch query"]
@@ -135,6 +139,7 @@ class Tokens(_Rows):
     lengths: Int[Tensor, " batch"]
     ended: Bool[Tensor, " batch"]
     below: Float[Tensor, "batch seen hidden"] | None = None
+    mask_on_host: Bool[Tensor, "batch time"] | None = None
     kept: Int[Tensor, " kept"] | None = None
 
     @classmethod

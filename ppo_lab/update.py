@@ -136,6 +136,8 @@ class ClippedUpdates:
         Raises:
             TrainingDiverged: `max_skipped_updates` optimizer steps in a row had to be skipped.
         """
+        if self.recorded is not None:
+            batch = replace(batch, tokens=self.recorded.begin(batch.tokens))
         totals, steps, epochs = torch.zeros(len(SUMS), dtype=torch.float64), [], 0
         for epoch in range(self.config.ppo_epochs):
             epoch_sums = torch.zeros_like(totals)
@@ -195,7 +197,13 @@ class ClippedUpdates:
         extremes = torch.ones(2, device=n_tokens.device)
         passes = self.models.evened(passes)
         for i, rows in enumerate(passes):
-            part = batch[rows] if len(rows) else batch.blank()
+            part = (
+                batch.blank()
+                if not len(rows)
+                else batch
+                if len(rows) == len(batch)
+                else batch[rows]
+            )
             with self.models.accumulating(last=i == len(passes) - 1):
                 pass_sums, pass_extremes = self._pass(part, n_tokens, temperature, turn)
             sums += pass_sums

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -272,6 +272,76 @@ def test_memory_for_not_even_one_sample_is_an_error() -> None:
 
     with pytest.raises(torch.OutOfMemoryError, match="1 do not fit"), pytest.warns(RuntimeWarning):
         Passes("a test").until_it_fits(attempt, 4)
+
+
+class Room:
+    """Room for so many samples, once what was kept to be faster is let go of."""
+
+    def __init__(self, samples: int, *, kept: int) -> None:
+        self.samples, self.kept = samples, kept
+        self.tried: list[int] = []
+
+    def let_go(self) -> bool:
+        freed, self.kept = self.kept > 0, max(0, self.kept - 1)
+        return freed
+
+    def attempt(self, size: int) -> int:
+        self.tried.append(size)
+        if self.kept or size > self.samples:
+            raise torch.OutOfMemoryError(f"{size} do not fit")
+        return size
+
+
+def test_what_is_kept_is_let_go_of_before_passes_are_halved() -> None:
+    room = Room(2, kept=2)
+    passes = Passes("a test", room.let_go)
+    with pytest.warns(RuntimeWarning, match="with 8 samples a pass for a test: done again with 4"):
+        assert passes.until_it_fits(room.attempt, 8) == 2
+    assert room.tried == [8, 8, 8, 4, 2]
+    assert passes.until_it_fits(room.attempt, 8) == 2  # and it stays as small
+
+
+@pytest.mark.parametrize("size", [4, 1])
+def test_where_letting_go_is_enough_passes_stay_as_large_without_a_word(size: int) -> None:
+    room = Room(size, kept=1)
+    passes = Passes("a test", room.let_go)
+    assert passes.until_it_fits(room.attempt, size) == size
+    assert room.tried == [size, size]
+    assert passes.most == 0
+
+
+def test_where_nothing_is_left_to_let_go_of_one_sample_is_the_last_try() -> None:
+    room = Room(0, kept=1)
+    with pytest.raises(torch.OutOfMemoryError, match="1 do not fit"):
+        Passes("a test", room.let_go).until_it_fits(room.attempt, 1)
+    assert room.tried == [1, 1]
+
+
+@pytest.mark.parametrize("freed_elsewhere", [True, False])
+def test_processes_try_again_together_and_halve_where_none_let_go_of_anything(
+    freed_elsewhere: bool,
+) -> None:
+    """Here everything fits; another process ran out of memory in the first attempt."""
+    asked: list[bool] = []
+    answers = iter([True, freed_elsewhere, False])
+
+    def agree(here: bool) -> bool:
+        asked.append(here)
+        return next(answers)
+
+    room = Room(4, kept=0)
+    passes = Passes("a test", room.let_go)
+    with nullcontext() if freed_elsewhere else pytest.warns(RuntimeWarning, match="done again"):
+        assert passes.until_it_fits(room.attempt, 4, agree) == (4 if freed_elsewhere else 2)
+    assert asked == [False] * 3
+    assert room.tried == ([4, 4] if freed_elsewhere else [4, 2])
+
+
+def test_processes_that_cannot_try_again_together_do_not() -> None:
+    room = Room(4, kept=1)
+    with pytest.raises(torch.OutOfMemoryError, match="4 do not fit"):
+        Passes("a test", room.let_go).until_it_fits(room.attempt, 4, None)
+    assert room.tried == [4]
 
 
 def test_a_model_that_memory_cannot_hold_is_refused_with_figures(tmp_path: Path) -> None:

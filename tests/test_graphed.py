@@ -5,14 +5,16 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from test_fast import SHAPES, assert_states_close, ragged_ids, tiny_model
-from tiny_models import EOS, PAD, QUERIES, policy, train_adapter
+from test_rollout import answers_come_late
+from tiny_models import EOS, PAD, QUERIES, VOCABULARY, policy, train_adapter, weights
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
@@ -25,6 +27,7 @@ from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.graphed import WORTH_RECORDING, Graphed
 from ppo_lab.models.fast.layers import Anatomy
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_lab.models.reference import Reference
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.rollout import Drawing, NoiseKey, Sampling, sample
 
@@ -39,12 +42,13 @@ class Tape:
     """
 
     def __init__(self) -> None:
-        self.played, self.works = 0, True
+        self.recorded, self.played, self.works = 0, 0, True
 
     def warm(self, function: Callable[[], Any]) -> Any:
         return function()
 
     def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        self.recorded += 1
         operations = make_fx(function)()
         results = [torch.zeros_like(result) for result in operations()]
 
@@ -65,14 +69,17 @@ class Once(Tape):
 
 class BrokenTape(Tape):
     def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        self.recorded += 1
         function()
         raise RuntimeError("operation not permitted when stream is capturing")
 
 
-def by_parts(made: Graphed, ids: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-    """The states of the columns from the sixth on, six columns being the prompt."""
-    parts = [(ids[:, :6], attention[:, :6])]
-    parts += [(ids[:, i : i + 1], attention[:, : i + 1]) for i in range(6, 11)]
+def by_parts(
+    made: Graphed, ids: torch.Tensor, attention: torch.Tensor, prompt: int = 6
+) -> torch.Tensor:
+    """The states of the columns from the prompt's last on, the first so many being the prompt."""
+    parts = [(ids[:, :prompt], attention[:, :prompt])]
+    parts += [(ids[:, i : i + 1], attention[:, : i + 1]) for i in range(prompt, ids.shape[1])]
     return torch.stack([made.newest(*part, alone)[0] for part in parts], 1)
 
 
@@ -110,6 +117,166 @@ def test_recorded_passes_give_transformers_hidden_states(name: str, dtype: Any) 
     else:
         assert_close(ours, theirs, atol=0.1, rtol=0.1, check_dtype=False)
     assert tape.played == 4  # all tokens but the first, which warms up
+
+
+def text_of(
+    rows: int, columns: int, seed: int, *, prompt: int = 6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random ids, of which rows begin with up to three columns of padding, fewer than prompts."""
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCABULARY, (rows, columns), generator=random)
+    first = torch.randint(0, min(4, prompt), (rows, 1), generator=random)
+    return ids, torch.arange(columns) >= first
+
+
+def assert_states_are_transformers(
+    trunk: Trunk, made: Graphed, rows: int, *, prompt: int = 6, new: int = 5, seed: int = 0
+) -> torch.Tensor:
+    """The next generation gives them; its states."""
+    ids, attention = text_of(rows, prompt + new, seed, prompt=prompt)
+    made.again(prompt + new + WORTH_RECORDING)
+    ours = by_parts(made, ids, attention, prompt)
+    with torch.no_grad():
+        theirs = trunk._by_transformers(ids, attention)[:, prompt - 1 :]
+    assert_states_close(ours, theirs)
+    return ours
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt2", "llama"])
+def test_later_generations_play_what_was_recorded(name: str) -> None:
+    """Tokens' passes are recorded in the first, prompts' in the second, and then nothing is."""
+    trunk, tape = Trunk(tiny_model(name)), Tape()
+    made, counts = generation(trunk.decoder, tape), []
+    for seed in range(4):
+        assert_states_are_transformers(trunk, made, 3, seed=seed)
+        counts.append((tape.recorded, tape.played))
+    assert counts == [(1, 4), (2, 10), (2, 16), (2, 22)]
+
+
+def test_prompts_of_about_the_same_width_share_recordings() -> None:
+    """Of up to 16 columns; and those of the next 16 do not."""
+    trunk, tape = Trunk(tiny_model("bloom")), Tape()
+    made = generation(trunk.decoder, tape)
+    for prompt in (6, 16, 4, 9):
+        assert_states_are_transformers(trunk, made, 3, prompt=prompt, seed=prompt)
+    held, recorded = made._standing, tape.recorded
+    assert recorded == 2
+    assert_states_are_transformers(trunk, made, 3, prompt=17)
+    assert made._standing is not held
+    assert tape.recorded > recorded
+
+
+def test_more_columns_or_another_number_of_rows_take_other_buffers() -> None:
+    trunk, tape = Trunk(tiny_model("llama")), Tape()
+    made = generation(trunk.decoder, tape)
+    held = [made._standing]
+    for rows, new in ((3, 5), (2, 5), (2, 15), (4, 15), (4, 5)):
+        assert_states_are_transformers(trunk, made, rows, new=new, seed=new)
+        held.append(made._standing)
+    assert len({id(standing) for standing in held}) == 5  # less room is taken out of more
+
+
+def test_a_narrow_prompt_may_need_more_columns_than_a_wide_one_that_shares_its_width() -> None:
+    trunk = Trunk(tiny_model("bloom"))
+    made, columns = generation(trunk.decoder, None), []
+    for prompt, new in ((16, 12), (1, 27), (15, 13)):
+        assert_states_are_transformers(trunk, made, 2, prompt=prompt, new=new)
+        columns.append(made._standing.positions)  # type: ignore[union-attr]
+    assert columns == [32, 48, 48]
+
+
+def adapted(
+    patch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> tuple[AutoModelForCausalLMWithValueHead, dict[str, torch.Tensor]]:
+    """A policy in a precision whose adapter is in float32, passed as on a GPU, where half precision
+    is computed in; and the adapter's weights.
+    """
+    patch.setattr(decoder_module, "_passed_in", lambda stored: stored.dtype)
+    made = policy("llama", lora=True)
+    train_adapter(made)
+    made.pretrained_model.to(dtype)
+    matrices = {n: p for n, p in made.pretrained_model.named_parameters() if "lora" in n}
+    for parameter in matrices.values():
+        parameter.data = parameter.data.float()
+    return made, matrices
+
+
+def fresh(
+    made: AutoModelForCausalLMWithValueHead, ids: torch.Tensor, attention: torch.Tensor
+) -> torch.Tensor:
+    """What an adapter gives in a generation of its own, without recordings."""
+    return by_parts(generation(made.trunk.decoder, None), ids, attention)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recordings_follow_an_adapter_that_learns(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, matrices = adapted(monkeypatch, dtype)
+    text, tape = text_of(3, 11, 0), Tape()
+    passes, seen = generation(made.trunk.decoder, tape), []
+    for _ in range(4):
+        passes.again(ROOM)
+        seen.append(by_parts(passes, *text))
+        assert seen[-1].dtype == dtype
+        assert_close(seen[-1], fresh(made, *text))
+        with torch.no_grad():
+            for matrix in matrices.values():
+                matrix.add_(0.1 * torch.randn_like(matrix))
+    assert tape.recorded == 2
+    assert not any(torch.allclose(a, b, atol=0.1) for a, b in pairwise(seen))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_switched_off_and_on_is_read_anew(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _ = adapted(monkeypatch, dtype)
+    text, before = text_of(3, 11, 0), weights(made)
+    passes, held = generation(made.trunk.decoder, Tape()), []
+    for off in (False, True, True, False):
+        passes.again(ROOM)
+        with made.pretrained_model.disable_adapter() if off else nullcontext():
+            assert_close(by_parts(passes, *text), fresh(made, *text))
+        held.append(passes._standing)
+    assert held[1] is held[2]
+    assert held[0] is not held[1]
+    assert held[2] is not held[3]
+    assert_close(weights(made), before, rtol=0, atol=0)
+
+
+@pytest.mark.xfail(strict=True, reason="_read_again copies one adapter's weights over another's")
+def test_another_adapter_takes_the_place_of_one_and_changes_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where the reference, a copy of what the adapter was, answers after the policy."""
+    made, matrices = adapted(monkeypatch, torch.float32)
+    reference = Reference(made)
+    with torch.no_grad():
+        for matrix in matrices.values():
+            matrix.add_(0.1)
+    text, before = text_of(3, 11, 0), weights(made)
+    passes, seen = generation(made.trunk.decoder, Tape()), []
+    for others in (False, True, False, True):
+        passes.again(ROOM)
+        with reference.active() if others else nullcontext():
+            seen.append(by_parts(passes, *text))
+            assert_close(seen[-1], fresh(made, *text))
+        assert_close(weights(made), before, rtol=0, atol=0)
+    assert not torch.allclose(seen[0], seen[1], atol=1e-2)
+
+
+@pytest.mark.xfail(strict=True, reason="_read_again compares an address with itself")
+def test_weights_at_other_addresses_are_read_anew() -> None:
+    """As after a model went to another device and came back."""
+    trunk, tape = Trunk(tiny_model("llama")), Tape()
+    made, old = generation(trunk.decoder, tape), []
+    for _ in range(3):
+        assert_states_are_transformers(trunk, made, 3)
+        for parameter in trunk.model.parameters():
+            old.append(parameter.data)
+            parameter.data = parameter.data.clone()
+    assert tape.recorded == 3  # the passes of tokens of each
 
 
 def test_a_tape_holds_what_was_done_and_not_what_python_would_do() -> None:
@@ -328,6 +495,78 @@ def test_responses_are_those_of_transformers_layers(
     assert_close(forward.values, wanted[1].values, atol=2e-5, rtol=2e-5)
 
 
+def test_responses_of_all_iterations_are_those_of_transformers_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The policy learns between them; later ones record nothing."""
+    made, tape, recorded = policy("bloom", lora=True), Tape(), []
+    train_adapter(made)
+    wanted = []
+    for iteration in range(4):
+        if iteration == 1:
+            take_the_way_of_a_gpu(monkeypatch, tape)
+        wanted = [by_transformers(made), *wanted]
+        tokens, forward = drawn(made)
+        recorded.append(tape.recorded)
+        assert torch.equal(tokens.responses, wanted[0][0].responses)
+        assert_close(forward.logprobs, wanted[0][1].logprobs, atol=2e-5, rtol=2e-5)
+        with torch.no_grad():
+            for name, matrix in made.pretrained_model.named_parameters():
+                if "lora" in name:
+                    matrix.add_(0.1)
+    assert not torch.equal(wanted[0][0].responses, wanted[1][0].responses)
+    assert 0 == recorded[0] < recorded[1] < recorded[2] == recorded[3]
+
+
+@pytest.mark.parametrize("changes", [{}, {"batch_size": 3}, {"max_new_tokens": 2}], ids=str)
+def test_responses_that_end_early_are_those_of_transformers_layers(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU is heard about its rows one token late."""
+    changes = {"eos_ids": tuple(range(1, VOCABULARY, 4))} | changes
+    made, tape = policy("bloom", lora=True), Tape()
+    train_adapter(made)
+    wanted = by_transformers(made, **changes)
+    take_the_way_of_a_gpu(monkeypatch, tape)
+    answers_come_late(monkeypatch)
+    tokens, forward = drawn(made, **changes)
+    assert wanted[0].lengths.max() < 14
+    for name in ("queries", "responses", "mask", "lengths", "ended"):
+        assert torch.equal(getattr(tokens, name), getattr(wanted[0], name))
+    for name in ("logprobs", "values", "entropy"):
+        ours, theirs = getattr(forward, name), getattr(wanted[1], name)
+        assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+def test_what_generations_keep_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is kept from then on."""
+    made, tape = policy("bloom", lora=True), Tape()
+    wanted = by_transformers(made)
+    take_the_way_of_a_gpu(monkeypatch, tape)
+    assert not Trunk(made.pretrained_model).let_go()
+    drawn(made)
+    keys = weakref.ref(made.trunk._kept._standing._layers[0][0])
+    assert made.trunk.let_go()
+    gc.collect()
+    assert keys() is None
+    assert not made.trunk.let_go()
+    for _ in range(2):
+        recorded = tape.recorded
+        assert torch.equal(drawn(made)[0].responses, wanted[0].responses)
+        assert tape.recorded == recorded + 1
+        assert not made.trunk.let_go()
+
+
+def test_a_full_gpu_keeps_nothing_for_the_next_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = policy("bloom", lora=True)
+    wanted = by_transformers(made)
+    take_the_way_of_a_gpu(monkeypatch, Tape())
+    monkeypatch.setattr("ppo_lab.models.trunk.has_room", lambda _: False)
+    for _ in range(2):
+        assert torch.equal(drawn(made)[0].responses, wanted[0].responses)
+        assert not made.trunk.let_go()
+
+
 def test_a_recording_that_gives_other_states_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     made = policy("bloom")
     wanted, tape = by_transformers(made), Tape()
@@ -466,3 +705,78 @@ def test_a_recording_that_a_wait_breaks_leaves_random_numbers_and_memory_as_they
     replay, result = recording.Recorder(device).record(lambda: x + 1.0)
     replay()
     assert result.tolist() == [1.0] * 4
+
+
+def attended_by_hand(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    first: torch.Tensor,
+    column: int,
+    slopes: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """softmax(scaling q k + slope (column - first)) v in float64, row by row and head by head."""
+    batch, heads, _ = q.shape
+    group, mixed = heads // keys.shape[1], torch.zeros(q.shape, dtype=torch.float64)
+    for row in range(batch):
+        seen = slice(int(first[row]), column + 1)
+        for head in range(heads):
+            k, v = (x[row, head // group, seen].double().cpu() for x in (keys, values))
+            scores = scaling * k @ q[row, head].double().cpu()
+            if slopes is not None:
+                alibi = float(slopes[head]) * torch.arange(len(k), dtype=torch.float32)
+                scores += alibi.to(q.dtype).double()
+            mixed[row, head] = scores.softmax(0) @ v
+    return mixed
+
+
+def check_attend_newest(
+    *, heads: int, kv_heads: int, size: int, alibi: bool, dtype: torch.dtype, device: str
+) -> None:
+    """At columns about the edges of blocks, of views, with no number in all that is not seen."""
+    from ppo_lab.models.fast.one_query import BLOCK, attend_newest
+
+    torch.manual_seed(size)
+    firsts, positions = torch.tensor([0, 1, BLOCK - 1, BLOCK, BLOCK + 3]), 3 * BLOCK
+    slopes = 2.0 ** -torch.arange(1, heads + 1).float() if alibi else None
+    for column in (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, positions - 1):
+        first = firsts.clamp(max=column)
+        batch, many = len(first), heads + 2 * kv_heads
+        # Queries, keys and values side by side, in rows further apart than they are wide.
+        fused = torch.randn(batch, 2, many, size, dtype=dtype)[:, 1].to(device)
+        q, k, v = fused.split([heads, kv_heads, kv_heads], 1)
+        there = torch.arange(positions)
+        seen = ((there >= first[:, None]) & (there < column))[:, None, :, None]
+        keys, values = (
+            torch.randn(batch, kv_heads, positions, size).masked_fill(~seen, torch.nan)
+            for _ in range(2)
+        )
+        keys, values = (x.to(dtype).to(device) for x in (keys, values))
+        wanted = [x.clone() for x in (keys, values)]
+        for buffer, new in zip(wanted, (k, v), strict=True):
+            buffer[:, :, column] = new
+        mixed = attend_newest(
+            q, k, v, keys, values, first.to(device), torch.tensor([column], device=device),
+            slopes if slopes is None else slopes.to(device), 0.7 / size**0.5,
+        )  # fmt: skip
+        for buffer, expected in zip((keys, values), wanted, strict=True):
+            assert_close(buffer, expected, rtol=0, atol=0, equal_nan=True)
+        by_hand = attended_by_hand(q, *wanted, first, column, slopes, 0.7 / size**0.5)
+        assert mixed.dtype == dtype
+        share = 1e-5 if dtype == torch.float32 else 1e-2  # bfloat16 keeps 8 bits of the result
+        assert_close(mixed.double().cpu(), by_hand, rtol=share, atol=share)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(4, 4, 16), (4, 2, 80), (6, 2, 128), (3, 1, 16)]
+)
+def test_a_kernel_attends_to_the_newest_column_as_by_hand(
+    heads: int, kv_heads: int, size: int, alibi: bool, dtype: torch.dtype
+) -> None:
+    check_attend_newest(
+        heads=heads, kv_heads=kv_heads, size=size, alibi=alibi, dtype=dtype, device="cuda"
+    )

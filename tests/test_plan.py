@@ -17,21 +17,25 @@ from test_cli import command as cli
 from tiny_models import policy, ragged, trainer
 from tiny_runs import command, tiny
 
-from ppo_lab.config import ConfigError, EvaluationSection, LoraSection, ModelSection
+from ppo_lab.assembly import load_policy
+from ppo_lab.config import ConfigError, EvaluationSection, LoraSection, ModelCritic, ModelSection
 from ppo_lab.metric_names import METRICS
+from ppo_lab.models.loading import load_tokenizer
+from ppo_lab.models.trunk import Trunk
 from ppo_lab.plan import measured as measured_module
 from ppo_lab.plan import work
 from ppo_lab.plan.architecture import Architecture, architecture_of, blueprint
 from ppo_lab.plan.check import CASES, Held, check
 from ppo_lab.plan.devices import DEVICES, named
-from ppo_lab.plan.estimate import plan_of
+from ppo_lab.plan.estimate import Plan, plan_of
+from ppo_lab.plan.graphs import Recorded, recorded_by, records_again
 from ppo_lab.plan.heads import HeadShape, logprob_bytes
 from ppo_lab.plan.meter import Meter
 from ppo_lab.plan.parallel import fitting, ways
 from ppo_lab.plan.rehearsal import ByDepth, Miniature, Rehearsal
 from ppo_lab.plan.report import Planned, show
 from ppo_lab.plan.request import read
-from ppo_lab.plan.subject import Target
+from ppo_lab.plan.subject import Subject, Target, subject_of
 from ppo_lab.plan.trace import peak_bytes, tracked
 from ppo_lab.plan.traced import attention_of_a_gpu
 from ppo_lab.plan.work import Amount
@@ -281,6 +285,155 @@ def test_a_recorded_token_is_launched_in_less_time_where_the_layers_are_known(
     assert seconds(slow) >= seconds(plain)
     monkeypatch.setattr("ppo_lab.models.fast.families.READERS", {})
     assert seconds(config) == seconds(plain)
+
+
+# Seconds by phase, and bytes of tensors at their most, of an iteration of BLOOM 560m on an H200.
+TOOK_S = {"generate": 0.307, "reference": 0.052, "update": 0.372}
+TOOK_LAUNCHED_S = {"reference": 0.107, "update": 0.778}  # when passes were not recorded yet
+HELD = 4.80e9
+
+
+def of_560m(folder: Path, **model: Any) -> Any:
+    """A run of the shape that was measured: 64 x (64 + 128) tokens, 16 optimizer steps."""
+    return tiny(
+        folder,
+        model=ModelSection(path="bigscience/bloom-560m", **model),
+        lora={"r": 16},
+        ppo={"batch_size": 64, "mini_batch_size": 16, "ppo_epochs": 4},
+        generation={"max_new_tokens": 128},
+        # Where no prompts are they are counted at their longest.
+        data={"path": str(folder / "nowhere.jsonl"), "max_prompt_tokens": 64},
+    )
+
+
+def test_an_iteration_on_an_h200_is_planned_within_a_third_of_what_it_took(tmp_path: Path) -> None:
+    plan = plan_of(of_560m(tmp_path), Target(DEVICES["h200"]))
+    for name, seconds in TOOK_S.items():
+        assert plan.phases[name].seconds == pytest.approx(seconds, rel=1 / 3), name
+    assert plan.memory.tensors == pytest.approx(HELD, rel=0.05)
+    launched = plan_of(of_560m(tmp_path / "launched", cuda_graphs=False), Target(DEVICES["h200"]))
+    for name, seconds in TOOK_LAUNCHED_S.items():
+        assert launched.phases[name].seconds == pytest.approx(seconds, rel=1 / 3), name
+        assert launched.phases[name].binds == "launches"
+
+
+def subject(folder: Path, **changes: Any) -> Subject:
+    return subject_of(tiny(folder, **changes), Target(DEVICES["h200"]))
+
+
+EVERYTHING = Recorded(tokens=True, kept=True, reading=True, learning=True)
+NOT_PASSES = EVERYTHING._replace(reading=False, learning=False)
+NOT_UPDATES = EVERYTHING._replace(learning=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "recorded"),
+    [
+        ({}, EVERYTHING),
+        ({"model": {"cuda_graphs": False}}, Recorded(*[False] * 4)),
+        ({"model": {"fast_layers": False}}, Recorded(*[False] * 4)),
+        ({"model": {"torch_compile": True}}, NOT_PASSES),
+        ({"ppo": {"cache_trunk": True}}, NOT_PASSES),
+        ({"ppo": {"gradient_checkpointing": True}}, NOT_UPDATES),
+        ({"ppo": {"micro_batch_tokens": 64}}, NOT_UPDATES),
+        ({"ppo": {"micro_batch_tokens": -1}}, NOT_UPDATES),
+    ],
+    ids=str,
+)
+def test_passes_are_recorded_under_the_settings_that_let_them(
+    changes: dict[str, Any], recorded: Recorded, tmp_path: Path
+) -> None:
+    assert recorded_by(subject(tmp_path, **changes), known=True) == recorded
+
+
+def test_passes_are_not_recorded_where_others_have_a_part_or_layers_are_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = subject(tmp_path)
+    assert recorded_by(replace(made, processes=2), known=True) == NOT_PASSES
+    assert not any(recorded_by(made, known=False))
+    with_critic = {"critic": ModelCritic(path=made.config.model.path)}
+    assert recorded_by(subject(tmp_path, **with_critic), known=True) == EVERYTHING
+    monkeypatch.setattr("ppo_lab.models.fast.families.READERS", {})
+    assert recorded_by(subject(tmp_path, **with_critic), known=True) == NOT_PASSES
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"cuda_graphs": False},
+        {"fast_layers": False},
+        # A trunk asks for the truth of a compiled decoder, which has none.
+        pytest.param({"torch_compile": True}, marks=pytest.mark.xfail(raises=TypeError)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_planner_and_a_trunk_agree_on_what_may_be_recorded(
+    model: dict[str, Any], checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(tmp_path, model=model, ppo={"gradient_checkpointing": checkpointing})
+    policy = load_policy(config, load_tokenizer(config.model), "cpu")
+    if checkpointing:
+        policy.gradient_checkpointing_enable()
+    monkeypatch.setattr(Trunk, "_device", "cuda")
+    monkeypatch.setattr(policy.trunk, "_proved_on", "cuda")
+    planned = recorded_by(subject_of(config, Target(DEVICES["h200"])), known=True)
+    for learns, expected in ((False, planned.reading), (True, planned.learning)):
+        policy.train(learns)
+        assert policy.trunk.passes_may_be_recorded(32) == expected
+
+
+def test_nothing_is_kept_on_a_gpu_that_it_does_not_fit_on(tmp_path: Path) -> None:
+    config, h200 = of_560m(tmp_path), DEVICES["h200"]
+    config = replace(config, generation=replace(config.generation, max_new_tokens=120))
+    roomy = plan_of(config, Target(h200))
+    assert roomy.memory.passing["update"]["KV cache, kept"] == 64 * 192 * roomy.of.cached * 2
+    assert keeps(plan_of(config, Target(replace(h200, memory=1.01 * roomy.memory.total))))
+    full = plan_of(config, Target(replace(h200, memory=0.99 * roomy.memory.total)))
+    assert full.fits
+    assert not keeps(full)
+    assert full.phases["generate"].seconds > roomy.phases["generate"].seconds
+    assert full.phases["update"].seconds > 1.5 * roomy.phases["update"].seconds
+
+
+def test_nothing_is_kept_where_less_than_half_of_a_gpu_is_free(tmp_path: Path) -> None:
+    config = of_560m(tmp_path)
+    config = replace(config, ppo=replace(config.ppo, mini_batch_size=1))  # little beside it
+    memory = plan_of(config, Target(DEVICES["h200"])).memory
+    before = sum(memory.standing.values()) + memory.around["CUDA"]
+    before += memory.passing["update"]["KV cache, kept"]
+    assert memory.total < 1.99 * before
+    for room, kept in ((1.99 * before, False), (2.01 * before, True)):
+        assert keeps(plan_of(config, Target(replace(DEVICES["h200"], memory=room)))) == kept
+
+
+def test_several_processes_keep_buffers_and_record_no_passes(tmp_path: Path) -> None:
+    shared = plan_of(of_560m(tmp_path), Target(DEVICES["h200"], 2), processes=2)
+    assert "KV cache, kept" in shared.memory.passing["update"]
+    assert "recorded passes" not in shared.memory.around
+    assert shared.phases["update"].binds == "launches"
+
+
+def keeps(plan: Plan) -> bool:
+    """Whether buffers and recorded passes are kept in the GPU's memory."""
+    found = {"KV cache, kept" in plan.memory.passing["update"]}
+    found.add("recorded passes" in plan.memory.around)
+    assert len(found) == 1, "both or neither"
+    return found.pop()
+
+
+def test_parts_of_a_generation_are_recorded_anew_where_they_are_of_several_shapes(
+    tmp_path: Path,
+) -> None:
+    made = subject(tmp_path)
+    even, uneven = (replace(made, workload=load(sampled_at_once=n)) for n in (4, 3))
+    assert not records_again(even)
+    assert records_again(uneven)
+    longer = tuple(Row(n, 5) for n in (8, 8, 17, 17))
+    wider = replace(load(sampled_at_once=2), rows=longer)
+    assert records_again(replace(made, workload=wider))
 
 
 def test_checkpointed_activations_are_fewer_and_cost_time(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tiny_models import EOS, PAD, QUERIES, VOCABULARY, policy, tokenizer
 from torch.testing import assert_close
 
 from ppo_lab.models.choice import LEVELS
-from ppo_lab.rollout import NoiseKey, Sampling, draw, keep_likely, sample
+from ppo_lab.rollout import AllEnded, NoiseKey, Sampling, draw, keep_likely, sample
 from ppo_lab.types import Tokens
 
 WHOLE = Sampling(max_new_tokens=12, eos_ids=(EOS,), pad_id=PAD)
@@ -28,6 +28,48 @@ def ending_policy(kind: str = "bloom") -> Any:
 
 def drawn(model: Any, sampling: Sampling = WHOLE, key: NoiseKey = KEY, **extra: Any) -> Any:
     return sample(model, QUERIES, sampling=sampling, noise=key, **extra)
+
+
+class Pinned:
+    """A flag on the host that a GPU writes when it gets there."""
+
+    on_their_way: list[Pinned]
+
+    def __init__(self) -> None:
+        self.flag, self.arrived = torch.tensor(False), False
+
+    def copy_(self, flag: torch.Tensor, *, non_blocking: bool) -> None:
+        assert non_blocking, "or the host would wait at once"
+        self.flag = flag.clone()
+        Pinned.on_their_way.append(self)
+
+    def __bool__(self) -> bool:
+        assert self.arrived, "the flag is looked at before it is there"
+        return bool(self.flag)
+
+
+class Event:
+    """Passed by a GPU when everything before it has been done."""
+
+    def record(self) -> None:
+        self.before = list(Pinned.on_their_way)
+
+    def synchronize(self) -> None:
+        for flag in self.before:
+            flag.arrived = True
+
+
+def answers_come_late(patch: pytest.MonkeyPatch) -> None:
+    """Whether all responses have ended is asked as of a GPU."""
+    empty = torch.empty
+
+    def pinned_or_not(*args: Any, pin_memory: bool = False, **named: Any) -> Any:
+        return Pinned() if pin_memory else empty(*args, **named)
+
+    patch.setattr(Pinned, "on_their_way", [], raising=False)
+    patch.setattr(torch, "empty", pinned_or_not)
+    patch.setattr(torch.cuda, "Event", Event)
+    patch.setattr("ppo_lab.rollout.AllEnded", lambda _: AllEnded(torch.device("cuda")))
 
 
 # --- the noise
@@ -196,6 +238,36 @@ def test_generation_stops_once_every_response_has_ended() -> None:
     cut, _ = drawn(model, replace(WHOLE, max_new_tokens=2))
     assert cut.ended.tolist() == [EOS in row for row in cut.response_lists()]
     assert not cut.ended.all()
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"batch_size": 3}, {"max_new_tokens": 2}, {"eos_ids": ()}], ids=str
+)
+def test_an_answer_that_comes_late_costs_a_token_and_changes_nothing(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sampling, calls = ending_policy(), replace(WHOLE, **changes), []
+    wanted, seen = drawn(model, sampling)
+    answers_come_late(monkeypatch)
+    model.trunk.model.get_input_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    tokens, seen_late = drawn(model, sampling)
+    for name in ("queries", "query_mask", "responses", "mask", "lengths", "ended"):
+        assert torch.equal(getattr(tokens, name), getattr(wanted, name))
+    for name in ("logprobs", "values", "entropy"):
+        assert_close(getattr(seen_late, name), getattr(seen, name), rtol=1e-5, atol=1e-5)
+    parts = wanted.lengths.split(sampling.batch_size or len(QUERIES))
+    made = [min(int(part.max()) + 1, sampling.max_new_tokens) for part in parts]
+    assert len(calls) == sum(made)
+
+
+def test_a_question_about_a_gpu_s_rows_is_answered_by_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers_come_late(monkeypatch)
+    there, here = AllEnded(torch.device("cuda")), AllEnded(torch.device("cpu"))
+    rows = [[False, False], [True, False], [True, True], [True, True]]
+    assert [there(torch.tensor(row)) for row in rows] == [False, False, False, True]
+    assert [here(torch.tensor(row)) for row in rows] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("pad", [PAD, EOS, 7])

@@ -12,13 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppo_lab.core import full_kl
+from ppo_lab.models.fast.kernels import kernels_for
 from ppo_lab.models.fast.products import computed_in, wide_product
 from ppo_lab.models.fast.sweep import swept_logprobs
 
 # Logits of at most this many (token, vocabulary) pairs are built at once: 128 MiB in float32.
 TILE = 2**25
 
-# From here on a CPU walks through the vocabulary once, where the head allows it.
+# From here on the vocabulary is walked through once, where the head allows it.
 SWEPT_VOCABULARY = 2**12
 
 
@@ -62,10 +63,8 @@ def token_logprobs(
     Memory does not grow with tokens x vocabulary: beyond TILE entries the vocabulary is walked
     through in tiles.
     """
-    if not entropy and len(head.weight) >= SWEPT_VOCABULARY and _may_sweep(hidden, head):
-        swept = swept_logprobs(
-            hidden, head.weight, head.bias, targets, scale=head.scale / temperature
-        )
+    if not entropy and len(head.weight) >= SWEPT_VOCABULARY and _may_sweep(head):
+        swept = _swept(hidden, head, targets, head.scale / temperature)
         if swept is not None:
             return swept, None
     if len(targets) * len(head.weight) <= TILE:
@@ -111,11 +110,19 @@ def from_logits(
     return logprobs, logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
 
 
-def _may_sweep(hidden: Tensor, head: Head) -> bool:
+def _may_sweep(head: Head) -> bool:
     """Whether the head is frozen and plain enough for one walk through the vocabulary."""
     frozen = not (head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad))
-    plain = hidden.device.type == "cpu" and head.weight.dtype != torch.float16 and not head.softcap
-    return plain and (frozen or not torch.is_grad_enabled())
+    return not head.softcap and (frozen or not torch.is_grad_enabled())
+
+
+def _swept(hidden: Tensor, head: Head, targets: Tensor, scale: float) -> Tensor | None:
+    """Log-probabilities by that walk, where this device has it."""
+    if (kernels := kernels_for(head.weight.device)) is not None:
+        return kernels.sweep_rows(hidden, head.weight, head.bias, targets, scale)
+    if hidden.device.type != "cpu" or head.weight.dtype == torch.float16:
+        return None
+    return swept_logprobs(hidden, head.weight, head.bias, targets, scale=scale)
 
 
 def _by_rows(

@@ -160,7 +160,8 @@ class Trunk:
         """Whether a pass over so many positions launches the same kernels whenever it is made, and
         is allowed to be recorded.
         """
-        if self._device != "cuda" or not self.records_graphs or self.keeps_below or self._compiled:
+        asked = self.records_graphs and not self.keeps_below and self._compiled is None
+        if self._device != "cuda" or not asked:
             return False
         return self._fast_here(positions) is not None
 

@@ -60,7 +60,7 @@ def plan_of(
         ConfigError: the model is not known here, or lacks what `lora.target_modules` names.
     """
     subject = subject_of(config, target, response_tokens=response_tokens)
-    subject = replace(subject, workload=subject.workload.shared_by(processes))
+    subject = replace(subject, workload=subject.workload.shared_by(processes), processes=processes)
     device = target.device
     found = estimate_published(subject, device) if device else estimate_here(subject)
     load, of_phases = subject.workload, found.phases
@@ -85,7 +85,7 @@ def _notes(subject: Subject, device: Device | None) -> tuple[str, ...]:
         notes.append("what a reward function takes is not counted")
     if device:
         notes.append(
-            f"published rates of {device.name}, of which products reach {REACHED_FLOPS:.0%} and "
-            f"reads {REACHED_BYTES:.0%}: not measured"
+            f"published rates of {device.name}, of which passes are taken to reach "
+            f"{REACHED_FLOPS:.0%} and reads {REACHED_BYTES:.0%}: not measured"
         )
     return tuple(notes)

@@ -10,6 +10,8 @@ from transformers import PreTrainedConfig
 
 from ppo_lab.assembly import pick_device
 from ppo_lab.config import Config
+from ppo_lab.models.fast.families import read
+from ppo_lab.models.trunk import Trunk
 from ppo_lab.plan.architecture import (
     Architecture,
     architecture_of,
@@ -44,7 +46,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Subject:
-    """The run that is planned, as far as it is known without loading anything."""
+    """The run that is planned, as far as it is known without loading anything.
+
+    `critic_is_known`: there is no critic of its own, or its layers are known one by one.
+    `processes` share the workload's batches, of which it has this one's share.
+    """
 
     config: Config
     model: PreTrainedConfig
@@ -53,6 +59,8 @@ class Subject:
     workload: Workload
     rewards: tuple[Architecture, ...]
     critic: Architecture | None
+    critic_is_known: bool = True
+    processes: int = 1
 
     @property
     def head(self) -> HeadShape:
@@ -75,6 +83,7 @@ def subject_of(config: Config, target: Target, *, response_tokens: int = 0) -> S
         _published_dtype(config, target.device) if target.device else policy_dtype(config, device)
     )
     critic = critic_model(config, device)
+    own = None if critic is None else classifier_blueprint(critic.config, dtype=critic.dtype)
     return Subject(
         config=config,
         model=model,
@@ -82,7 +91,8 @@ def subject_of(config: Config, target: Target, *, response_tokens: int = 0) -> S
         of=architecture_of(blueprint(model, config.model, config.lora, dtype=dtype)),
         workload=workload_of(config, response_tokens=response_tokens),
         rewards=tuple(_sizes(found) for found in reward_models(config, device)),
-        critic=None if critic is None else _sizes(critic),
+        critic=None if own is None else architecture_of(own),
+        critic_is_known=own is None or read(Trunk(own).decoder) is not None,
     )
 
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ppo_lab.config import Config
+from ppo_lab.config import Config, ModelSection
 from ppo_lab.models import logprobs
-from ppo_lab.models.fast.decoder import FastDecoder
+from ppo_lab.models.fast.decoder import KERNELS, FastDecoder
 from ppo_lab.models.fast.families import read
-from ppo_lab.models.fast.graphed import Graphed
+from ppo_lab.models.fast.graphed import Standing
 from ppo_lab.models.fast.layers import Anatomy
 from ppo_lab.models.policy import enable_checkpointing
 from ppo_lab.models.trunk import Trunk
@@ -33,7 +33,8 @@ CHUNK = 32768
 @dataclass(frozen=True)
 class Traced:
     """What a pass holds, and how many operations it launches forward and backward, by depth; and
-    those of a token's pass that can be recorded, none where the layers are not known one by one.
+    those of a token's pass that can be recorded, none where the layers are not known one by one or
+    never passed so.
     """
 
     held: Held
@@ -72,8 +73,7 @@ def traced(
             ),
             training,
             reading,
-            checkpointing=config.ppo.gradient_checkpointing,
-            fast=config.model.fast_layers and not config.ppo.gradient_checkpointing,
+            config=config,
         )
         for layers in (1, 2)
     )
@@ -89,17 +89,16 @@ def published_head_bytes(head: HeadShape, tokens: int, *, gradients: bool) -> fl
     return entries * 4.0 * (3 if gradients else 2)
 
 
-def _trace(
-    model: Any, training: Sequence[Row], reading: Sequence[Row], *, checkpointing: bool, fast: bool
-) -> _Seen:
+def _trace(model: Any, training: Sequence[Row], reading: Sequence[Row], *, config: Config) -> _Seen:
+    checkpointing = config.ppo.gradient_checkpointing
     if checkpointing:
         enable_checkpointing(model)
         if hasattr(model, "peft_config"):
             model.enable_input_require_grads()
     trunk = Trunk(model)
     widest = max(row.seen for row in (*training, *reading))
-    anatomy = read(trunk.decoder)
-    known = anatomy if anatomy and anatomy.covers(widest) else None
+    known = _known(trunk.decoder, config.model, widest)
+    fast = known and config.model.fast_layers and not checkpointing
     passed = FastDecoder(trunk.decoder, known).hidden if known and fast else trunk.hidden
     with torch.device("meta"), attention_of_a_gpu():
         model.train()
@@ -116,6 +115,13 @@ def _trace(
         token = _launches_of_a_token(known) if known else 0
     backward = live.launches - forward
     return _Seen(kept, max(0, peak - kept), churned, passing.peak(), forward, backward, token)
+
+
+def _known(decoder: Any, section: ModelSection, widest: int) -> Anatomy | None:
+    """The layers one by one, where they are known and may be passed so over that many tokens."""
+    anatomy = read(decoder)
+    usable = not section.load_in_4bit and section.attn_implementation in ("", *KERNELS)
+    return anatomy if anatomy and usable and anatomy.covers(widest) else None
 
 
 @contextmanager
@@ -156,14 +162,24 @@ def _by_one_kernel(
     )[0]
 
 
+class _OnAGpu(Standing):
+    """A generation's buffers where one kernel attends to the newest queries and writes their keys
+    and values into their places.
+    """
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, blocks: Any, scaling: float
+    ) -> Tensor:
+        return torch.zeros_like(q).transpose(1, 2).flatten(2)
+
+
 @torch.no_grad()
 def _launches_of_a_token(anatomy: Anatomy) -> int:
     """Launches of a token's pass as it is recorded."""
-    cache = Graphed(anatomy, 9)
-    ids, attention = _rectangle([Row(prompt=8, response=1)])
-    cache.newest(ids, attention, lambda states: (states,))
+    standing = _OnAGpu(anatomy, batch=1, width=8, positions=9)
+    standing.states()  # reads the linear layers
     with tracked() as live:
-        cache.newest(ids[:, :1], attention.new_ones(1, 9), lambda states: (states,))
+        standing.states()
     return live.launches
 
 

@@ -23,12 +23,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ppo_lab.models.fast.kernels import kernels_for
 from ppo_lab.models.fast.products import Linear
 
 # Numbers in a block's scores, 8 MiB in float32: smaller blocks spare more work than they cost only
 # on one core. And the fewest columns of a block, below which its products would be too thin.
 SCORES = 2**21
 COLUMNS = 16
+
+# Heads of a Triton kernel are at most so wide: what a program works in must fit beside itself.
+WIDEST = 128
 
 # Heads narrower than this are slow to multiply as they lie.
 NARROW = 32
@@ -134,10 +138,14 @@ def attend(
     q: Float[Tensor, "batch heads new size"],
     k: Float[Tensor, "batch kv_heads seen size"],
     v: Float[Tensor, "batch kv_heads seen size"],
-    blocks: Sequence[Block] | Tensor,
+    blocks: Sequence[Block] | Tensor | Shown,
     scaling: float,
 ) -> Float[Tensor, "batch new heads_size"]:
     """What every query mixes, the heads side by side; of a bias for all, by one kernel."""
+    if isinstance(blocks, Shown):
+        kernels = kernels_for(q.device)
+        assert kernels is not None
+        return kernels.attend_texts(q, k, v, blocks.real, blocks.positions, blocks.slopes, scaling)
     if isinstance(blocks, Tensor):
         return by_one_kernel(q, k, v, blocks, scaling)
     if torch.is_grad_enabled():
@@ -218,6 +226,32 @@ def bias_of(
     alibi = (slopes[:, None, None] * positions).to(dtype)
     shape = (len(real), len(slopes), len(columns), real.shape[1])
     return alibi.expand(shape).masked_fill(hidden, torch.finfo(dtype).min)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What queries see by the kernel that makes its biases itself: real columns up to their own."""
+
+    real: Bool[Tensor, "batch seen"]
+    positions: Float[Tensor, "batch seen"]
+    slopes: Float[Tensor, " heads"] | None
+
+
+def shown_of(
+    real: Bool[Tensor, "batch seen"],
+    *,
+    new: int,
+    size: int,
+    slopes: Float[Tensor, " heads"] | None,
+    dtype: torch.dtype,
+) -> Shown | Tensor:
+    """What the newest `new` columns see, as the kernel taken for heads of `size` wants it."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    if half and size <= WIDEST and kernels_for(real.device) is not None:
+        return Shown(real.contiguous(), ((real.cumsum(1) - 1) * real).float(), slopes)
+    seen = real.shape[1]
+    columns = torch.arange(seen - new, seen, device=real.device)
+    return bias_of(real, columns, slopes=slopes, dtype=dtype)
 
 
 def avoid_plans_of_attention() -> None:

@@ -22,10 +22,11 @@ from torch import Tensor
 from ppo_lab.models.fast.attention import (
     Block,
     KeysAndValues,
+    Shown,
     attend,
-    bias_of,
     blocks_of,
     last_columns,
+    shown_of,
 )
 from ppo_lab.models.fast.elementwise import ACTIVATIONS, normed, rotated, spread_angles
 from ppo_lab.models.fast.families import read
@@ -49,7 +50,7 @@ class Pass:
     """
 
     places: Places
-    blocks: tuple[Block, ...] | Tensor
+    blocks: tuple[Block, ...] | Tensor | Shown
     angles: Sequence[Angles]
     cache: KeysAndValues | None
 
@@ -121,7 +122,7 @@ class FastDecoder:
         for index, layer in lower[0 if below is None else self.first_trained() :]:
             x = through(layer, index, x, shared)
         end = None
-        if columns < new and not isinstance(shared.blocks, Tensor):
+        if columns < new and isinstance(shared.blocks, tuple):
             end = LastColumns(shared.places, columns)
             shared = replace(shared, blocks=last_columns(shared.blocks, new - columns))
         x = normed(self.anatomy.norm, through(final[1], final[0], x, shared, end))
@@ -174,14 +175,13 @@ class FastDecoder:
 
     def _blocks(
         self, attention: Tensor, new: int, dtype: torch.dtype
-    ) -> tuple[Block, ...] | Tensor:
+    ) -> tuple[Block, ...] | Tensor | Shown:
         first, slopes = self.anatomy.layers[0], self.anatomy.slopes
         if self._passes_whole(attention):
-            seen, device = attention.shape[1], attention.device
-            columns = torch.arange(seen - new, seen, device=device)
+            device = attention.device
             if slopes is not None and (self._slopes is None or self._slopes.device != device):
                 self._slopes = slopes.to(device)
-            return bias_of(attention, columns, slopes=self._slopes, dtype=dtype)
+            return shown_of(attention, new=new, size=first.size, slopes=self._slopes, dtype=dtype)
         return blocks_of(
             attention,
             new=new,

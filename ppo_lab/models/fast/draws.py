@@ -7,7 +7,7 @@ is chosen by, where m is the largest logit and S = sum_v e_v:
     H         =  m + log S - sum_v e_v z_v / S
 
 Of a row's exponentials only sums over FAN are kept; those of the chosen sum are taken again. On a
-GPU two kernels make them out of the head's products as they are.
+GPU kernels do all of it.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def draw_from(
     scale: float = 1.0,
 ) -> Drawn:
     """One token a row at that row's uniform numbers in [0, 1), from softmax(scale * products)."""
+    if (kernels := kernels_for(products.device)) is not None:
+        return Drawn(*kernels.draw_rows(products, uniforms, scale))
     rows = _weighed(products, scale)
     parents, many = choose(rows.sums, uniforms), rows.sums.shape[1]
     members = parents[:, None] + many * torch.arange(FAN, device=products.device)
@@ -61,10 +63,6 @@ def draw_from(
 
 
 def _weighed(products: Float[Tensor, "batch vocab"], scale: float) -> Weighed:
-    if (kernels := kernels_for(products.device)) is not None:
-        largest, totals, means, sums = kernels.weigh_rows(products, scale)
-        total, mean = totals.sum(1, dtype=torch.float64), means.sum(1)
-        return _summed(largest, total, mean, sums)
     z = _logits(products, scale)
     by_rows = z.shape[1] >= LARGE_VOCABULARY and z.device.type == "cpu"
     parts = [_weigh(part) for part in (z.split(1) if by_rows else [z])]
@@ -75,14 +73,10 @@ def _weigh(logits: Float[Tensor, "batch vocab"]) -> Weighed:
     largest = logits.amax(1)
     terms = _terms(logits, largest[:, None])
     sums = branched(terms).sum(1)
-    mean = torch.linalg.vecdot(terms, logits)
-    return _summed(largest, sums.sum(1, dtype=torch.float64), mean, sums)
-
-
-def _summed(largest: Tensor, total: Tensor, mean: Tensor, sums: Tensor) -> Weighed:
-    """Given sum e_v in float64 and sum e_v z_v."""
+    total = sums.sum(1, dtype=torch.float64)
     log_total = largest + total.log().float()
-    return Weighed(largest, log_total, log_total - mean / total.float(), sums)
+    mean = torch.linalg.vecdot(terms, logits) / total.float()
+    return Weighed(largest, log_total, log_total - mean, sums)
 
 
 def _logits(products: Tensor, scale: float) -> Tensor:

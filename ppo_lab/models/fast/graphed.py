@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ppo_lab.models.fast.attention import KeysAndValues, bias_of
+from ppo_lab.models.fast.attention import KeysAndValues, bias_of, shown_of
 from ppo_lab.models.fast.decoder import Pass, angles_of, embedded, through
 from ppo_lab.models.fast.elementwise import normed
 from ppo_lab.models.fast.kernels import kernels_for
@@ -118,22 +118,31 @@ class Standing(KeysAndValues):
         real = self.real[:, : self.width]
         columns = torch.arange(self.width, device=real.device)
         positions = (columns - self.first[:, None]).clamp(min=0)
-        return self._states(self.prompts, positions, self._bias(real, columns))
+        shown = shown_of(
+            real,
+            new=self.width,
+            size=self.anatomy.layers[0].size,
+            slopes=self.slopes,
+            dtype=self._dtype,
+        )
+        return self._states(self.prompts, positions, shown)
 
     def states(self) -> Float[Tensor, "batch hidden"]:
         """The hidden states of the newest tokens."""
-        bias = () if self.kernels is not None else self._bias(self.real, self.column)
-        return self._states(self.ids, self.column - self.first[:, None], bias)
+        shown: Any = ()
+        if self.kernels is None:
+            shown = bias_of(self.real, self.column, slopes=self.slopes, dtype=self._dtype)
+        return self._states(self.ids, self.column - self.first[:, None], shown)
 
-    def _bias(self, real: Tensor, columns: Tensor) -> Tensor:
-        dtype = self._layers[0][0].dtype
-        return bias_of(real, columns, slopes=self.slopes, dtype=dtype)
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self._layers[0][0].dtype
 
-    def _states(self, ids: Tensor, positions: Tensor, bias: Any) -> Float[Tensor, "batch hidden"]:
+    def _states(self, ids: Tensor, positions: Tensor, shown: Any) -> Float[Tensor, "batch hidden"]:
         x = embedded(self.anatomy, ids.flatten(), positions.flatten())
         shared = Pass(
             places=Everywhere(ids),
-            blocks=bias,
+            blocks=shown,
             angles=angles_of(self.anatomy, x, positions),
             cache=self,
         )
@@ -146,7 +155,7 @@ class Standing(KeysAndValues):
         held: list[Tensor] = []
         fresh: list[Tensor] = []
         for module, was in self.linears.items():
-            now = Linear.read(module, self._layers[0][0].dtype)
+            now = Linear.read(module, self._dtype)
             same = was.weight.data_ptr() == now.weight.data_ptr() and was.scalings == now.scalings
             if not same or len(was.matrices) != len(now.matrices):
                 return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ class Kernels(NamedTuple):
     """One function each; see the modules that they come from."""
 
     attend_newest: Any
-    weigh_rows: Any
+    attend_texts: Any
+    draw_rows: Any
+    sweep_rows: Any
 
 
 def kernels_for(device: torch.device) -> Kernels | None:
@@ -25,7 +28,23 @@ def kernels_for(device: torch.device) -> Kernels | None:
 def _kernels() -> Kernels | None:
     if find_spec("triton") is None:
         return None
+    from ppo_lab.models.fast.draw_rows import draw_rows
     from ppo_lab.models.fast.one_query import attend_newest
-    from ppo_lab.models.fast.weigh_rows import weigh_rows
+    from ppo_lab.models.fast.sweep_rows import sweep_rows
+    from ppo_lab.models.fast.whole_texts import attend_texts
 
-    return Kernels(attend_newest, weigh_rows)
+    functions: list[Any] = [attend_newest, attend_texts, draw_rows, sweep_rows]
+    return Kernels(*map(_there, functions))
+
+
+def _there(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function on the device of its first argument, where Triton would launch on the current
+    one.
+    """
+
+    @functools.wraps(function)
+    def on_device(x: torch.Tensor, *args: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return function(x, *args)
+
+    return on_device

@@ -16,8 +16,9 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Columns at a time.
+# Columns at a time, and warps of a program: the fastest of twelve pairs for heads of 64 on an H200.
 BLOCK = 64
+WARPS = 2
 
 
 def attend_newest(
@@ -42,7 +43,7 @@ def attend_newest(
         q, k, v, keys, values, mixed, first, column, q if slopes is None else slopes, scaling,
         *q.stride(), *k.stride(), *v.stride(), *keys.stride(), *values.stride(),
         heads=heads, group=heads // k.shape[1], size=size, width=triton.next_power_of_2(size),
-        alibi=slopes is not None, block=BLOCK,
+        alibi=slopes is not None, block=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return mixed
 
