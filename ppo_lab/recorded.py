@@ -15,7 +15,9 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from ppo_lab.models.fast.recording import ByShape, Recorder, has_room
@@ -96,7 +98,7 @@ class RecordedPasses:
 
         def reading(*given: Tensor) -> tuple[Tensor, ...]:
             result = function(with_tensors(part, given), **at)
-            self._templates[key] = result
+            self._templates[key] = without_numbers(result)
             return tuple(tensors_of(result))
 
         found = passes(key, reading, *tensors_of(part))
@@ -157,12 +159,20 @@ def fitted(record: Record) -> Record:
     )
     tokens = wide.tokens if isinstance(wide, Batch) else wide
     mask = tokens.mask.cpu() if tokens.mask_on_host is None else tokens.mask_on_host
-    mask = mask.flatten()
-    real, padding = mask.nonzero().squeeze(1), (~mask).nonzero().squeeze(1)
-    more = _rounded(max(len(real), 1), -(-len(mask) // STEPS)) - len(real)
-    kept = torch.cat([real, padding[:more]]).sort().values.to(tokens.mask.device)
+    kept = _places_to_look_at(mask, tokens.mask.device)
     tokens = replace(tokens, kept=kept, mask_on_host=None)
     return replace(wide, tokens=tokens) if isinstance(wide, Batch) else tokens  # type: ignore
+
+
+def _places_to_look_at(mask: Bool[Tensor, "batch time"], device: torch.device) -> Tensor:
+    """The places where the mask is True, and as many more as make one of STEPS numbers."""
+    if bool(mask.all()):
+        return torch.arange(mask.numel(), device=device)
+    flat = mask.flatten().numpy()  # NumPy starts no threads for so little
+    real, padding = np.flatnonzero(flat), np.flatnonzero(~flat)
+    more = _rounded(max(len(real), 1), -(-len(flat) // STEPS)) - len(real)
+    kept = torch.from_numpy(np.sort(np.concatenate([real, padding[:more]])))
+    return kept.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else kept
 
 
 def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
@@ -190,6 +200,11 @@ def tensors_of(record: Any) -> list[Tensor]:
 
     record.each(note)
     return found
+
+
+def without_numbers(record: Any) -> Any:
+    """What `with_tensors` needs of a record, and none of its memory."""
+    return with_tensors(record, [x.new_empty(0) for x in tensors_of(record)])
 
 
 def with_tensors(record: Any, tensors: Sequence[Tensor]) -> Any:

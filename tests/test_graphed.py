@@ -245,7 +245,17 @@ def test_an_adapter_switched_off_and_on_is_read_anew(
     assert_close(weights(made), before, rtol=0, atol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="_read_again copies one adapter's weights over another's")
+def test_an_adapter_that_is_scaled_otherwise_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = adapted(monkeypatch, torch.float32)
+    text, passes = text_of(3, 11, 0), generation(made.trunk.decoder, Tape())
+    for _ in range(3):
+        passes.again(ROOM)
+        assert_close(by_parts(passes, *text), fresh(made, *text))
+        for module in made.modules():
+            if hasattr(module, "scaling") and hasattr(module, "lora_A"):
+                module.scaling["default"] *= 2.0
+
+
 def test_another_adapter_takes_the_place_of_one_and_changes_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -266,7 +276,6 @@ def test_another_adapter_takes_the_place_of_one_and_changes_none(
     assert not torch.allclose(seen[0], seen[1], atol=1e-2)
 
 
-@pytest.mark.xfail(strict=True, reason="_read_again compares an address with itself")
 def test_weights_at_other_addresses_are_read_anew() -> None:
     """As after a model went to another device and came back."""
     trunk, tape = Trunk(tiny_model("llama")), Tape()
@@ -404,6 +413,7 @@ def a_gpu_without_one() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
         for method, does in LOOKING.items():
             patch.setattr(FakeTensor, method, does, raising=False)
+        patch.setattr(graphed, "_where_linears_lie", lambda _: [])  # shapes lie nowhere
         yield
 
 

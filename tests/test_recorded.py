@@ -310,7 +310,6 @@ def test_weights_at_other_addresses_are_recorded_anew(a_gpu_with: Take) -> None:
     assert tape.played == 3 * 2
 
 
-@pytest.mark.xfail(strict=True, reason="ByShape forgets before let_go can say that there was any")
 @pytest.mark.parametrize(
     ("kind", "size"), [("reading", 4), ("learning", 4), ("learning", 1)], ids=str
 )
@@ -351,7 +350,6 @@ def test_nothing_is_let_go_where_nothing_was_recorded(a_gpu_with: Take) -> None:
     assert read(passes, by_lengths, ragged()) is None
 
 
-@pytest.mark.xfail(strict=True, reason="_templates holds results of the passes that are let go of")
 def test_what_recorded_passes_worked_in_is_given_back(a_gpu_with: Take) -> None:
     a_gpu_with(Tape())
     passes, made = by_hand(), []

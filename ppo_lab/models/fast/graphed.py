@@ -62,6 +62,7 @@ class Standing(KeysAndValues):
         self.first = self.prompts.new_zeros(batch)
         self.real = torch.zeros(batch, self.positions, dtype=torch.bool, device=device)
         self.given: list[Tensor] = []
+        self._read_from = _where_linears_lie(anatomy)
         dtype = embedded(anatomy, self.ids[:1, 0], self.ids[:1, 0]).dtype
         for layer in anatomy.layers:
             shape = (batch, layer.kv_heads, self.positions, layer.size)
@@ -70,8 +71,8 @@ class Standing(KeysAndValues):
             self._layers.append((keys, values))
 
     def begin(self, ids: Tensor, attention: Tensor) -> bool:
-        """Put prompts in their place; False where the linear layers are no longer those that were
-        read for the tokens before.
+        """Put prompts in their place; False where the linear layers are no longer where those were
+        that were read for the tokens before.
         """
         self.prompts.copy_(ids)
         self.real.fill_(False)
@@ -151,20 +152,23 @@ class Standing(KeysAndValues):
         return normed(self.anatomy.norm, x).view(*ids.shape, -1)[:, -1]
 
     def _read_again(self) -> bool:
-        """Bring what was read of the linear layers up to date, in its places."""
-        held: list[Tensor] = []
-        fresh: list[Tensor] = []
-        for module, was in self.linears.items():
-            now = Linear.read(module, self._dtype)
-            same = was.weight.data_ptr() == now.weight.data_ptr() and was.scalings == now.scalings
-            if not same or len(was.matrices) != len(now.matrices):
-                return False
-            held += was.matrices
-            fresh += now.matrices
-        for there, new in zip(held, fresh, strict=True):
-            if there.data_ptr() != new.data_ptr():
-                there.copy_(new)
+        """Bring copies of the linear layers' adapters up to date, where they lie."""
+        if self._read_from != _where_linears_lie(self.anatomy):
+            return False
+        for module, linear in self.linears.items():
+            for there, now in zip(linear.matrices, Linear.read(module).matrices, strict=True):
+                if there.data_ptr() != now.data_ptr():
+                    there.copy_(now)
         return True
+
+
+def _where_linears_lie(anatomy: Anatomy) -> list[tuple[Any, ...]]:
+    """The addresses of all that linear layers are read from, and how adapters are scaled."""
+    found = [Linear.read(module) for layer in anatomy.layers for module in layer.linears]
+    return [
+        (*(x.data_ptr() for x in (linear.weight, *linear.matrices)), *linear.scalings)
+        for linear in found
+    ]
 
 
 class Graphed:

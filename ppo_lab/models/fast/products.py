@@ -205,8 +205,10 @@ class Linear(NamedTuple):
     matrices: tuple[Tensor, ...] = ()
 
     @classmethod
-    def read(cls, module: Any, dtype: torch.dtype) -> Linear:
-        """That of a module, its adapters in the precision that they are computed in."""
+    def read(cls, module: Any, dtype: torch.dtype | None = None) -> Linear:
+        """That of a module, its adapters in the precision that they are computed in, or as they
+        are.
+        """
         base = module.base_layer if hasattr(module, "base_layer") else module
         # GPT-2's layers hold the transposed weight.
         weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
@@ -218,7 +220,7 @@ class Linear(NamedTuple):
             weight,
             base.bias,
             tuple(module.scaling[name] for name in names),
-            tuple(matrix.to(dtype) for matrix in matrices),
+            tuple(matrix.to(dtype or matrix.dtype) for matrix in matrices),
         )
 
     def __call__(self, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:

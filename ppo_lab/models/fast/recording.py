@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import OutOfMemoryError, Tensor
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -147,11 +147,7 @@ class ByShape:
         places, recorded, step = self._made[key]
         for place, x in zip(places, given, strict=True):
             place.copy_(x)
-        try:
-            results = recorded(step, worth_it=True)
-        except OutOfMemoryError:
-            self.forget()
-            raise
+        results = recorded(step, worth_it=True)
         self.was_recorded = recorded.launches
         return results
 

@@ -76,8 +76,9 @@ class _Attention(torch.autograd.Function):
         kv_heads, seen = k.shape[1:3]
         for_mixed = grads[0].contiguous().view(mixed.shape)
         inner = torch.empty_like(sums)
-        for_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for_k, for_v = (q.new_empty(batch, heads, seen, size) for _ in range(2))
+        # As (batch, time, heads, size), which is how products of the layer lie.
+        for_q = q.new_empty(batch, new, heads, size)
+        for_k, for_v = (q.new_empty(batch, seen, heads, size) for _ in range(2))
         given = (
             q, k, v, for_mixed, sums, inner, real, positions, real if slopes is None else slopes,
         )  # fmt: skip
@@ -90,8 +91,9 @@ class _Attention(torch.autograd.Function):
             *given, for_k, for_v, ctx.scaling, *strides, **shape
         )
         if kv_heads < heads:
-            for_k, for_v = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (for_k, for_v))
-        return for_q, for_k, for_v, None, None, None, None
+            for_k, for_v = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (for_k, for_v))
+        slopes_of = (x.transpose(1, 2) for x in (for_q, for_k, for_v))
+        return *slopes_of, None, None, None, None
 
 
 def _by_head(x: Float[Tensor, "batch time heads size"]) -> tuple[int, ...]:
@@ -240,8 +242,8 @@ def _backward_of_queries(
         for_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
         for_s = p * (for_p - inner[:, None])
         for_q += tl.dot(for_s.to(k.dtype), k, input_precision="ieee")
-    for_q_ptr += number * new * size
-    _put_rows(for_q_ptr, for_q * scaling, size, first, new, 1, size, width, queries)
+    for_q_ptr += (sample * new * heads + head) * size
+    _put_rows(for_q_ptr, for_q * scaling, heads * size, first, new, 1, size, width, queries)
 
 
 @triton.jit
@@ -288,7 +290,7 @@ def _backward_of_keys(
         for_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
         for_s = p * (for_p - inner[:, None])
         for_k += tl.dot(tl.trans(for_s.to(q.dtype)), q, input_precision="ieee")
-    for_k_ptr += number * seen * size
-    for_v_ptr += number * seen * size
-    _put_rows(for_k_ptr, for_k * scaling, size, start, seen, 1, size, width, keys)
-    _put_rows(for_v_ptr, for_v, size, start, seen, 1, size, width, keys)
+    for_k_ptr += (sample * seen * heads + head) * size
+    for_v_ptr += (sample * seen * heads + head) * size
+    _put_rows(for_k_ptr, for_k * scaling, heads * size, start, seen, 1, size, width, keys)
+    _put_rows(for_v_ptr, for_v, heads * size, start, seen, 1, size, width, keys)
