@@ -28,7 +28,13 @@ from ppo_lab.models.fast.attention import (
     last_columns,
     shown_of,
 )
-from ppo_lab.models.fast.elementwise import ACTIVATIONS, normed, rotated, spread_angles
+from ppo_lab.models.fast.elementwise import (
+    ACTIVATIONS,
+    added_and_normed,
+    normed,
+    rotated,
+    spread_angles,
+)
 from ppo_lab.models.fast.families import read
 from ppo_lab.models.fast.layers import Anatomy, Layer
 from ppo_lab.models.fast.places import Everywhere, LastColumns, Places
@@ -39,6 +45,10 @@ KERNELS = ("eager", "sdpa")
 
 
 Angles = tuple[Tensor, Tensor, int]
+
+# States between layers, (rows, hidden), and what is still to be added to them: that and the norm
+# that follows are one step.
+Stream = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -119,13 +129,15 @@ class FastDecoder:
         x, shared = self._enter(ids, attention, cache, below)
         new, columns = ids.shape[1], last or ids.shape[1]
         *lower, final = enumerate(self.anatomy.layers)
+        stream: Stream = (x, None)
         for index, layer in lower[0 if below is None else self.first_trained() :]:
-            x = through(layer, index, x, shared)
+            stream = through(layer, index, stream, shared)
         end = None
         if columns < new and isinstance(shared.blocks, tuple):
             end = LastColumns(shared.places, columns)
             shared = replace(shared, blocks=last_columns(shared.blocks, new - columns))
-        x = normed(self.anatomy.norm, through(final[1], final[0], x, shared, end))
+        stream = through(final[1], final[0], stream, shared, end)
+        _, x = added_and_normed(self.anatomy.norm, *stream)
         if cache is not None:
             cache.seen += new
         places = shared.places if end is None else end.places
@@ -137,9 +149,12 @@ class FastDecoder:
     ) -> Float[Tensor, "batch new hidden"]:
         """The hidden states that enter the first trained layer; without meaning on padding."""
         x, shared = self._enter(ids, attention)
+        stream: Stream = (x, None)
         for index, layer in enumerate(self.anatomy.layers[: self.first_trained()]):
-            x = through(layer, index, x, shared)
-        return shared.places.spread(x).view(*ids.shape, -1)
+            stream = through(layer, index, stream, shared)
+        x, added = stream
+        whole = x if added is None else x + added
+        return shared.places.spread(whole).view(*ids.shape, -1)
 
     def first_trained(self) -> int:
         """The number of layers, from the first on, that nothing trained is in or under."""
@@ -218,22 +233,22 @@ def angles_of(
 def through(
     layer: Layer,
     index: int,
-    x: Float[Tensor, "rows hidden"],
+    stream: Stream,
     shared: Pass,
     end: LastColumns | None = None,
-) -> Float[Tensor, "rows_out hidden"]:
+) -> Stream:
     """One layer; with `end`, its output in the last columns alone."""
-    inner = normed(layer.norm, x)
+    x, inner = added_and_normed(layer.norm, *stream)
     attended = shared.linear(layer.out, _attention(layer, index, inner, shared, end))
     attended = normed(layer.after_attention, attended)
     kept = inner if layer.after_norm else x
     kept = kept if end is None else end.pick(kept)
     if layer.parallel:
-        return kept + attended + _feed_forward(layer, normed(layer.second_norm, kept), shared)
-    x = kept + attended
-    inner = normed(layer.second_norm, x)
+        fed = _feed_forward(layer, normed(layer.second_norm, kept), shared)
+        return kept + attended, fed
+    x, inner = added_and_normed(layer.second_norm, kept, attended)
     fed = normed(layer.after_feed_forward, _feed_forward(layer, inner, shared))
-    return (inner if layer.after_norm else x) + fed
+    return (inner if layer.after_norm else x), fed
 
 
 def _attention(

@@ -21,8 +21,8 @@ from torch import Tensor
 from ppo_lab.models.choice import FAN, LEVELS
 
 # Logits, and parents of FAN logits, of one program; parents of FAN sums that are made at once.
-CHUNK = 4096
-PARENTS = 256
+CHUNK = 8192
+PARENTS = 1024
 NODES = 512
 
 

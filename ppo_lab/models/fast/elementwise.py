@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ppo_lab.models.fast.kernels import kernels_for
+
 # gelu by tanh: x sigmoid(A x + B x^3), since (1 + tanh(u)) / 2 = sigmoid(2 u).
 A = 2.0 * math.sqrt(2.0 / math.pi)
 B = A * 0.044715
@@ -68,6 +70,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Rows that a kernel holds at once are at most so wide.
+WIDEST = 2**14
+
 # Norms whose factor is 1 + w, multiplied before the result is rounded.
 AROUND_ONE = ("GemmaRMSNorm", "Gemma3RMSNorm")
 
@@ -85,6 +90,28 @@ def normed(module: Any, x: Float[Tensor, "... width"]) -> Float[Tensor, "... wid
         bias = None if module.bias is None else module.bias.to(x.dtype)
         return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
     return _scaled_to_one(x, weight, module.variance_epsilon)
+
+
+def added_and_normed(
+    module: Any, x: Float[Tensor, "rows width"], y: Float[Tensor, "rows width"] | None
+) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width"]]:
+    """x + y, or x where there is nothing to add, and what a norm gives for it."""
+    if y is None:
+        return x, normed(module, x)
+    kernels = kernels_for(x.device)
+    if kernels is None or not _is_frozen_and_usual(module, x):
+        x = x + y
+        return x, normed(module, x)
+    centred = isinstance(module, torch.nn.LayerNorm)
+    eps = module.eps if centred else module.variance_epsilon
+    return kernels.add_norm(x, y, module.weight, getattr(module, "bias", None), eps, centred)
+
+
+def _is_frozen_and_usual(module: Any, x: Tensor) -> bool:
+    """Whether a kernel knows a norm, and nothing in it is to be learnt now."""
+    if module is None or type(module).__name__ in AROUND_ONE or x.shape[1] > WIDEST:
+        return False
+    return not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
 
 
 def _scaled_to_one(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ppo_lab.models.fast.attention import KeysAndValues, bias_of, shown_of
-from ppo_lab.models.fast.decoder import Pass, angles_of, embedded, through
-from ppo_lab.models.fast.elementwise import normed
+from ppo_lab.models.fast.decoder import Pass, Stream, angles_of, embedded, through
+from ppo_lab.models.fast.elementwise import added_and_normed
 from ppo_lab.models.fast.kernels import kernels_for
 from ppo_lab.models.fast.layers import Anatomy
 from ppo_lab.models.fast.places import Everywhere
@@ -147,9 +147,10 @@ class Standing(KeysAndValues):
             angles=angles_of(self.anatomy, x, positions),
             cache=self,
         )
+        stream: Stream = (x, None)
         for index, layer in enumerate(self.anatomy.layers):
-            x = through(layer, index, x, shared)
-        return normed(self.anatomy.norm, x).view(*ids.shape, -1)[:, -1]
+            stream = through(layer, index, stream, shared)
+        return added_and_normed(self.anatomy.norm, *stream)[1].view(*ids.shape, -1)[:, -1]
 
     def _read_again(self) -> bool:
         """Bring copies of the linear layers' adapters up to date, where they lie."""

@@ -13,6 +13,7 @@ import torch
 class Kernels(NamedTuple):
     """One function each; see the modules that they come from."""
 
+    add_norm: Any
     attend_newest: Any
     attend_texts: Any
     draw_rows: Any
@@ -28,12 +29,13 @@ def kernels_for(device: torch.device) -> Kernels | None:
 def _kernels() -> Kernels | None:
     if find_spec("triton") is None:
         return None
+    from ppo_lab.models.fast.add_norm import add_norm
     from ppo_lab.models.fast.draw_rows import draw_rows
     from ppo_lab.models.fast.one_query import attend_newest
     from ppo_lab.models.fast.sweep_rows import sweep_rows
     from ppo_lab.models.fast.whole_texts import attend_texts
 
-    functions: list[Any] = [attend_newest, attend_texts, draw_rows, sweep_rows]
+    functions: list[Any] = [add_norm, attend_newest, attend_texts, draw_rows, sweep_rows]
     return Kernels(*map(_there, functions))
 
 

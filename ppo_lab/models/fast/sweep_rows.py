@@ -25,9 +25,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 # Rows of the vocabulary, and tokens, of a tile; logits that a program looks at together.
-TILE = 2**15
+TILE = 2**14
 TOKENS = 2**12
-BLOCK = 4096
+BLOCK = 2048
 
 
 def sweep_rows(
