@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from ppo_lab.errors import ConfigError
 from ppo_lab.models.fast.attention import KeysAndValues, avoid_plans_of_attention
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.graphed import Graphed, Then
-from ppo_lab.models.fast.proof import ROOM, Proof
+from ppo_lab.models.fast.kernels import kernels_for, leave_out
+from ppo_lab.models.fast.proof import ROOM, Proof, prove_draws
 from ppo_lab.models.fast.recording import Recorder, Results, has_room
 from ppo_lab.models.logprobs import Head
 
@@ -231,32 +233,46 @@ class Trunk:
         fast = FastDecoder.of(self.decoder)
         if fast is None or not fast.usable():
             return None
-        try:
-            proof = self._proof()
-            equal = proof.of_passes(fast) if self._device == "cpu" else proof.of_learning(fast)
-        except RuntimeError as error:
-            log.warning("layers are passed transformers' way, for the fast ones fail: %s", error)
-            return None
-        if not equal:
-            log.warning(
-                "layers are passed transformers' way: the fast ones do not prove equal on %s",
-                type(self.model).__name__,
-            )
-        return fast if equal else None
+        problem = self._problem(lambda: self._proves(fast))
+        if problem:
+            log.warning("layers are passed transformers' way, for the fast ones %s", problem)
+        return None if problem else fast
+
+    def _proves(self, fast: FastDecoder) -> bool:
+        proof = self._proof()
+        if self._device == "cpu":
+            return proof.of_passes(fast)
+        output = self.model.get_output_embeddings()
+        return proof.of_learning(fast) and (output is None or prove_draws(self.head))
 
     def _may_record(self, fast: FastDecoder) -> bool:
         """Whether a token's pass may be recorded: it is asked for, and has proved equal."""
         if self.records_graphs and self._recorder is None:
-            self._recorder = Recorder(self.head.weight.device)
-            try:
-                made = Graphed(fast.anatomy, ROOM, self._recorder)
-                self.records_graphs = self._proof().of_decoding(made)
-                if not self.records_graphs:
-                    log.warning("decoding goes transformers' way: recorded passes differ from it")
-            except RuntimeError as error:
-                log.warning("decoding goes transformers' way, for recorded passes fail: %s", error)
-                self.records_graphs = False
+            problem = self._problem(lambda: self._proves_recorded(fast))
+            if problem:
+                log.warning("decoding goes transformers' way, for recorded passes %s", problem)
+            self.records_graphs = not problem
         return self.records_graphs
+
+    def _proves_recorded(self, fast: FastDecoder) -> bool:
+        self._recorder = Recorder(self.head.weight.device)
+        return self._proof().of_decoding(Graphed(fast.anatomy, ROOM, self._recorder))
+
+    def _problem(self, proves: Callable[[], bool]) -> str:
+        """What is wrong with a road, "" if nothing; where it is this project's kernels, they are
+        left out.
+        """
+        found = self._tried(proves)
+        if found and kernels_for(torch.device(self._device)) is not None:
+            leave_out(found)
+            found = self._tried(proves)
+        return found
+
+    def _tried(self, proves: Callable[[], bool]) -> str:
+        try:
+            return "" if proves() else f"do not prove equal on {type(self.model).__name__}"
+        except Exception as error:  # of a compiler, a driver, a device
+            return f"fail: {error}"
 
     def _generation(self, fast: FastDecoder, positions: int) -> Graphed:
         """The passes of the next generation, which begins when the one before has ended."""

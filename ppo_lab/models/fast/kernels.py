@@ -1,13 +1,22 @@
-"""The kernels of this project's own that a device takes: Triton's on a GPU, where Triton is."""
+"""The kernels of this project's own that a device takes: Triton's on a GPU, where Triton is.
+
+Before any is relied on, a trunk proves them with its own shapes; where they fail, as on a GPU that
+Triton has no compiler for, they are left out, and torch's own operations do the same.
+"""
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+
+log = logging.getLogger(__name__)
+
+_left_out: list[str] = []
 
 
 class Kernels(NamedTuple):
@@ -22,7 +31,13 @@ class Kernels(NamedTuple):
 
 def kernels_for(device: torch.device) -> Kernels | None:
     """The kernels for tensors on a device; None where torch's own operations are taken."""
-    return _kernels() if device.type == "cuda" else None
+    return _kernels() if device.type == "cuda" and not _left_out else None
+
+
+def leave_out(why: str) -> None:
+    """Take torch's own operations from now on, in this process."""
+    log.warning("this project's kernels are left out, for with them %s", why)
+    _left_out.append(why)
 
 
 @functools.cache

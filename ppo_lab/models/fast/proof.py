@@ -5,14 +5,17 @@ states of transformers' own layers, and the gradients that they give.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ppo_lab.models.choice import LEVELS
 from ppo_lab.models.fast.attention import KeysAndValues
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.graphed import WORTH_RECORDING, Graphed
+from ppo_lab.models.fast.kernels import kernels_for
 
 TOKENS = 9  # of each of two texts; the second begins with padding
 ROOM = TOKENS + WORTH_RECORDING
@@ -88,3 +91,29 @@ class Proof:
 
 def _alone(states: Tensor) -> tuple[Tensor, ...]:
     return (states,)
+
+
+@torch.enable_grad()
+def prove_draws(head: Any) -> bool:
+    """Whether the kernels that walk through a head's vocabulary give what its logits do: tokens,
+    log-probabilities, entropies, gradients. `head` is a `logprobs.Head`.
+    """
+    kernels, weight = kernels_for(head.weight.device), head.weight.detach()
+    if kernels is None or head.softcap:
+        return True
+    bias = None if head.bias is None else head.bias.detach()
+    # The states of tokens that the model has words for, as far from one another as any.
+    states = weight[:: max(1, len(weight) // TOKENS)][:TOKENS].clone().requires_grad_()
+    products = F.linear(states, weight, bias)
+    uniforms = torch.arange(len(states), device=weight.device).double() / len(states)
+    uniforms = uniforms[:, None].expand(-1, LEVELS).contiguous()
+    tokens, logprobs, entropies = kernels.draw_rows(products.detach(), uniforms, head.scale)
+    log_p = (products.float() * head.scale).log_softmax(1)
+    chosen = log_p.gather(1, tokens[:, None])[:, 0]
+    swept = kernels.sweep_rows(states, weight, bias, tokens, head.scale)
+    pairs = [(logprobs, chosen), (swept, chosen), (entropies, -(log_p.exp() * log_p).sum(1))]
+    close = all(bool(((a - b).abs() <= 1e-2 * (1.0 + b.abs())).all()) for a, b in pairs)
+    ours, theirs = (
+        torch.autograd.grad(x.sum(), states, retain_graph=True)[0].float() for x in (swept, chosen)
+    )
+    return close and bool((ours - theirs).norm() <= 0.05 * theirs.norm() + 1e-6)

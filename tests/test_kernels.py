@@ -1,0 +1,276 @@
+"""The Triton kernels give what torch's operations do, and are left out where they do not.
+
+Those marked `gpu` also run in Triton's interpreter, where that is installed: TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_fast import assert_states_close, ragged_ids, tiny_model
+from torch import Tensor
+from torch.testing import assert_close
+
+from ppo_lab.models.choice import LEVELS
+from ppo_lab.models.fast import kernels as kernels_module
+from ppo_lab.models.fast.attention import bias_of, by_one_kernel
+from ppo_lab.models.fast.draws import draw_from
+from ppo_lab.models.fast.kernels import Kernels
+from ppo_lab.models.fast.proof import prove_draws
+from ppo_lab.models.logprobs import Head
+from ppo_lab.models.trunk import Trunk
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    ours, theirs = ours.detach().float(), theirs.detach().float()
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-9))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return 1e-5 if dtype == torch.float32 else 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "new", "seen", "alibi"),
+    [
+        (4, 4, 64, 37, 37, True),
+        (4, 2, 24, 20, 33, False),
+        (2, 1, 128, 130, 130, False),
+        (3, 3, 16, 5, 140, True),
+        (2, 2, 80, 64, 64, False),
+    ],
+)
+def test_attention_over_whole_texts_and_its_gradients(
+    heads: int, kv_heads: int, size: int, new: int, seen: int, alibi: bool
+) -> None:
+    from ppo_lab.models.fast.whole_texts import attend_texts
+
+    torch.manual_seed(0)
+    dtype = DTYPES[-1]
+    # As the layers have them: (batch, time, heads, size), seen the other way round.
+    q = normal(3, new, heads, size, dtype=dtype).transpose(1, 2).requires_grad_()
+    k, v = (
+        normal(3, seen, kv_heads, size, dtype=dtype).transpose(1, 2).requires_grad_()
+        for _ in range(2)
+    )
+    real = torch.ones(3, seen, dtype=torch.bool, device=DEVICE)
+    real[1, : seen // 3] = False
+    real[2, -2:] = False
+    slopes = 2.0 * torch.rand(heads, device=DEVICE) if alibi else None
+    positions = ((real.cumsum(1) - 1) * real).float()
+    columns = torch.arange(seen - new, seen, device=DEVICE)
+    bias = bias_of(real, columns, slopes=slopes, dtype=dtype).float().clamp(min=-1e30)
+
+    ours = attend_texts(q, k, v, real, positions, slopes, 0.2)
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    theirs = by_one_kernel(*exact, bias, 0.2)
+    asks = real[:, -new:, None].float()  # padding asks nothing
+    pull = normal(*ours.shape) * asks
+    assert ours.isfinite().all()
+    assert relative(ours * asks, theirs * asks) < tolerance(dtype)
+    for one, other in zip(
+        torch.autograd.grad((ours.float() * pull).sum(), (q, k, v)),
+        torch.autograd.grad((theirs * pull).sum(), exact),
+        strict=True,
+    ):
+        assert relative(one, other) < tolerance(dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [300, 5003])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_sweep_gives_log_probabilities_and_their_gradient(
+    vocabulary: int, biased: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ppo_lab.models.fast import sweep_rows as module
+
+    monkeypatch.setattr(module, "TILE", 128)
+    monkeypatch.setattr(module, "TOKENS", 8)
+    torch.manual_seed(0)
+    hidden = normal(13, 24, dtype=dtype).requires_grad_()
+    weight = normal(vocabulary, 24, dtype=dtype)
+    bias = normal(vocabulary, dtype=dtype) if biased else None
+    targets = torch.randint(0, vocabulary, (13,), device=DEVICE)
+    targets[0] = vocabulary - 1
+    ours = module.sweep_rows(hidden, weight, bias, targets, 0.7)
+
+    exact = hidden.detach().float().requires_grad_()
+    logits = F.linear(exact, weight.float(), None if bias is None else bias.float())
+    theirs = (0.7 * logits).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    pull = normal(13)
+    (slope,) = torch.autograd.grad((ours * pull).sum(), hidden)
+    (exact_slope,) = torch.autograd.grad((theirs * pull).sum(), exact)
+    assert relative(ours, theirs) < tolerance(dtype)
+    assert relative(slope, exact_slope) < tolerance(dtype)
+    with torch.no_grad():
+        assert_close(module.sweep_rows(hidden, weight, bias, targets, 0.7), ours.detach())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [9, 16, 17, 300, 5003, 70000])
+def test_tokens_are_drawn_as_on_a_cpu(vocabulary: int, dtype: torch.dtype) -> None:
+    from ppo_lab.models.fast.draw_rows import draw_rows
+
+    torch.manual_seed(0)
+    products = 3.0 * normal(7, vocabulary, dtype=dtype)
+    uniforms = torch.rand(7, LEVELS, dtype=torch.float64, device=DEVICE)
+    tokens, logprobs, entropies = draw_rows(products, uniforms, 0.8)
+    wanted = draw_from(products.cpu(), uniforms.cpu(), scale=0.8)
+    assert torch.equal(tokens.cpu(), wanted.tokens)
+    assert_close(logprobs.cpu(), wanted.logprobs, atol=1e-5, rtol=1e-5)
+    assert_close(entropies.cpu(), wanted.entropy, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "centred"), [(48, True), (64, False), (1000, True)])
+def test_a_sum_and_its_norm(width: int, centred: bool, dtype: torch.dtype) -> None:
+    from ppo_lab.models.fast.add_norm import add_norm
+
+    torch.manual_seed(0)
+    x, y = (normal(5, width, dtype=dtype).requires_grad_() for _ in range(2))
+    weight = normal(width, dtype=dtype)
+    bias = normal(width, dtype=dtype) if centred else None
+    total, normed = add_norm(x, y, weight, bias, 1e-5, centred)
+
+    exact = [p.detach().float().requires_grad_() for p in (x, y)]
+    summed = exact[0] + exact[1]
+    norm = F.layer_norm if centred else F.rms_norm
+    more = [bias.float()] if bias is not None else []
+    wanted = norm(summed, (width,), weight.float(), *more, eps=1e-5)
+    pulls = normal(5, width), normal(5, width)
+    assert relative(total, summed) < tolerance(dtype)
+    assert relative(normed, wanted) < tolerance(dtype)
+    ours = torch.autograd.grad((total * pulls[0] + normed * pulls[1]).sum(), (x, y))
+    theirs = torch.autograd.grad((summed * pulls[0] + wanted * pulls[1]).sum(), exact)
+    for one, other in zip(ours, theirs, strict=True):
+        assert relative(one, other) < tolerance(dtype)
+
+
+@pytest.mark.gpu
+def test_a_head_proves_them() -> None:
+    torch.manual_seed(0)
+    kernels = kernels_module._kernels()
+    assert kernels is not None
+    assert not kernels_module._left_out
+    for dtype in DTYPES:
+        head = Head(normal(5003, 32, dtype=dtype), normal(5003, dtype=dtype), scale=0.5)
+        assert prove_draws(head)
+
+
+# --- where they fail
+
+
+def like_torch(**changed: Callable[..., Any]) -> Kernels:
+    """Kernels by torch's operations, some of them others."""
+
+    def attend_texts(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        real: Tensor,
+        positions: Tensor,
+        slopes: Any,
+        scaling: float,
+    ) -> Tensor:
+        seen, new = k.shape[2], q.shape[2]
+        columns = torch.arange(seen - new, seen)
+        return by_one_kernel(q, k, v, bias_of(real, columns, slopes=slopes, dtype=q.dtype), scaling)
+
+    def add_norm(
+        x: Tensor, y: Tensor, weight: Tensor, bias: Any, eps: float, centred: bool
+    ) -> tuple[Tensor, Tensor]:
+        norm = F.layer_norm if centred else F.rms_norm
+        more = [bias] if centred else []
+        return x + y, norm(x + y, weight.shape, weight, *more, eps=eps)
+
+    return Kernels(
+        **{
+            "add_norm": add_norm,
+            "attend_newest": None,
+            "attend_texts": attend_texts,
+            "draw_rows": None,
+            "sweep_rows": None,
+        }
+        | changed  # type: ignore[arg-type]
+    )
+
+
+def refuse(*_: Any) -> Any:
+    raise FileNotFoundError("ptxas")
+
+
+def wrong(x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x + y, x - y
+
+
+@pytest.fixture
+def a_gpu_with_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernels], None]:
+    """Trunks believe to be on a GPU with these kernels."""
+
+    def take(kernels: Kernels) -> None:
+        found = lambda _: None if kernels_module._left_out else kernels  # noqa: E731
+        for module in ("attention", "elementwise"):
+            monkeypatch.setattr(f"ppo_lab.models.fast.{module}.kernels_for", found)
+        monkeypatch.setattr("ppo_lab.models.trunk.kernels_for", found)
+        monkeypatch.setattr(
+            "ppo_lab.models.fast.decoder.FastDecoder._passes_whole", lambda *_: True
+        )
+        monkeypatch.setattr(Trunk, "_device", "cuda")
+        monkeypatch.setattr(kernels_module, "_left_out", [])
+
+    return take
+
+
+def assert_fast_and_equal(trunk: Trunk) -> None:
+    ids, attention = ragged_ids()
+    fast = trunk._fast_here()
+    assert fast is not None
+    theirs = trunk._by_transformers(ids, attention)
+    assert_states_close(fast.hidden(ids, attention)[attention], theirs[attention])
+
+
+@pytest.mark.parametrize("name", ["bloom", "llama"])
+def test_a_layer_made_of_them_is_the_layer(
+    name: str, a_gpu_with_kernels: Callable[[Kernels], None]
+) -> None:
+    a_gpu_with_kernels(like_torch())
+    trunk = Trunk(tiny_model(name))
+    trunk.model.requires_grad_(False)
+    _, attention = ragged_ids()
+    assert_states_close(
+        fast_states(trunk)[attention], trunk._by_transformers(*ragged_ids())[attention]
+    )
+    assert not kernels_module._left_out
+
+
+@pytest.mark.parametrize("bad", [refuse, wrong])
+def test_those_that_fail_or_differ_are_left_out_and_the_layers_stay_fast(
+    bad: Callable[..., Any],
+    a_gpu_with_kernels: Callable[[Kernels], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    a_gpu_with_kernels(like_torch(add_norm=bad))
+    model = tiny_model("bloom")
+    trunk = Trunk(model.requires_grad_(False))
+    assert len(kernels_module._left_out) == 1
+    assert "kernels are left out" in caplog.text
+    assert_states_close(
+        fast_states(trunk)[attention], trunk._by_transformers(*ragged_ids())[attention]
+    )
