@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from ppo_lab.models.choice import LEVELS
 from ppo_lab.models.fast import kernels as kernels_module
 from ppo_lab.models.fast.attention import bias_of, by_one_kernel
+from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.draws import draw_from
 from ppo_lab.models.fast.kernels import Kernels
 from ppo_lab.models.fast.proof import prove_draws
@@ -177,39 +178,12 @@ def test_a_head_proves_them() -> None:
 # --- where they fail
 
 
-def like_torch(**changed: Callable[..., Any]) -> Kernels:
-    """Kernels by torch's operations, some of them others."""
-
-    def attend_texts(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        real: Tensor,
-        positions: Tensor,
-        slopes: Any,
-        scaling: float,
-    ) -> Tensor:
-        seen, new = k.shape[2], q.shape[2]
-        columns = torch.arange(seen - new, seen)
-        return by_one_kernel(q, k, v, bias_of(real, columns, slopes=slopes, dtype=q.dtype), scaling)
-
-    def add_norm(
-        x: Tensor, y: Tensor, weight: Tensor, bias: Any, eps: float, centred: bool
-    ) -> tuple[Tensor, Tensor]:
-        norm = F.layer_norm if centred else F.rms_norm
-        more = [bias] if centred else []
-        return x + y, norm(x + y, weight.shape, weight, *more, eps=eps)
-
-    return Kernels(
-        **{
-            "add_norm": add_norm,
-            "attend_newest": None,
-            "attend_texts": attend_texts,
-            "draw_rows": None,
-            "sweep_rows": None,
-        }
-        | changed  # type: ignore[arg-type]
-    )
+def like_torch(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Any, eps: float, centred: bool
+) -> tuple[Tensor, Tensor]:
+    norm = F.layer_norm if centred else F.rms_norm
+    more = [bias] if centred else []
+    return x + y, norm(x + y, weight.shape, weight, *more, eps=eps)
 
 
 def refuse(*_: Any) -> Any:
@@ -221,17 +195,16 @@ def wrong(x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture
-def a_gpu_with_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernels], None]:
-    """Trunks believe to be on a GPU with these kernels."""
+def a_gpu_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Trunks believe to be on a GPU with this kernel for a sum and its norm."""
 
-    def take(kernels: Kernels) -> None:
+    def take(add_norm: Callable[..., Any]) -> None:
+        kernels = Kernels(add_norm, *[None] * 4)  # the others are for half precision
         found = lambda _: None if kernels_module._left_out else kernels  # noqa: E731
         for module in ("attention", "elementwise"):
             monkeypatch.setattr(f"ppo_lab.models.fast.{module}.kernels_for", found)
         monkeypatch.setattr("ppo_lab.models.trunk.kernels_for", found)
-        monkeypatch.setattr(
-            "ppo_lab.models.fast.decoder.FastDecoder._passes_whole", lambda *_: True
-        )
+        monkeypatch.setattr(FastDecoder, "_passes_whole", lambda *_: True)
         monkeypatch.setattr(Trunk, "_device", "cuda")
         monkeypatch.setattr(kernels_module, "_left_out", [])
 
@@ -247,30 +220,21 @@ def assert_fast_and_equal(trunk: Trunk) -> None:
 
 
 @pytest.mark.parametrize("name", ["bloom", "llama"])
-def test_a_layer_made_of_them_is_the_layer(
-    name: str, a_gpu_with_kernels: Callable[[Kernels], None]
-) -> None:
-    a_gpu_with_kernels(like_torch())
-    trunk = Trunk(tiny_model(name))
-    trunk.model.requires_grad_(False)
-    _, attention = ragged_ids()
-    assert_states_close(
-        fast_states(trunk)[attention], trunk._by_transformers(*ragged_ids())[attention]
-    )
+def test_a_layer_made_of_them_is_the_layer(name: str, a_gpu_with: Callable[[Any], None]) -> None:
+    a_gpu_with(like_torch)
+    trunk = Trunk(tiny_model(name).requires_grad_(False))
+    assert_fast_and_equal(trunk)
     assert not kernels_module._left_out
 
 
 @pytest.mark.parametrize("bad", [refuse, wrong])
 def test_those_that_fail_or_differ_are_left_out_and_the_layers_stay_fast(
     bad: Callable[..., Any],
-    a_gpu_with_kernels: Callable[[Kernels], None],
+    a_gpu_with: Callable[[Any], None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    a_gpu_with_kernels(like_torch(add_norm=bad))
-    model = tiny_model("bloom")
-    trunk = Trunk(model.requires_grad_(False))
+    a_gpu_with(bad)
+    trunk = Trunk(tiny_model("bloom").requires_grad_(False))
     assert len(kernels_module._left_out) == 1
     assert "kernels are left out" in caplog.text
-    assert_states_close(
-        fast_states(trunk)[attention], trunk._by_transformers(*ragged_ids())[attention]
-    )
+    assert_fast_and_equal(trunk)

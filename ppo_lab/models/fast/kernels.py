@@ -36,7 +36,7 @@ def kernels_for(device: torch.device) -> Kernels | None:
 
 def leave_out(why: str) -> None:
     """Take torch's own operations from now on, in this process."""
-    log.warning("this project's kernels are left out, for with them %s", why)
+    log.warning("this project's kernels are left out: with them, layers %s", why)
     _left_out.append(why)
 
 
