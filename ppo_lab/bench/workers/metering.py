@@ -100,7 +100,8 @@ def random_model(spec: dict[str, Any]) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, spec["dtype"]))
     try:
-        model = AutoModelForCausalLM.from_config(model_config(spec))
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = AutoModelForCausalLM.from_config(model_config(spec))
     finally:
         torch.set_default_dtype(before)
     model.generation_config.eos_token_id = None
