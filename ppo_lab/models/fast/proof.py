@@ -112,8 +112,9 @@ def prove_draws(head: Any) -> bool:
     chosen = log_p.gather(1, tokens[:, None])[:, 0]
     swept = kernels.sweep_rows(states, weight, bias, tokens, head.scale)
     pairs = [(logprobs, chosen), (swept, chosen), (entropies, -(log_p.exp() * log_p).sum(1))]
-    close = all(bool(((a - b).abs() <= 1e-2 * (1.0 + b.abs())).all()) for a, b in pairs)
+    rounding = torch.finfo(products.dtype).eps * float(products.detach().abs().max()) * head.scale
+    close = all(bool(((a - b).abs() <= 4.0 * rounding + 1e-3).all()) for a, b in pairs)
     ours, theirs = (
         torch.autograd.grad(x.sum(), states, retain_graph=True)[0].float() for x in (swept, chosen)
     )
-    return close and bool((ours - theirs).norm() <= 0.05 * theirs.norm() + 1e-6)
+    return close and bool((ours - theirs).norm() <= 0.1 * theirs.norm() + 1e-6)

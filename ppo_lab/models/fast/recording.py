@@ -10,9 +10,11 @@ Where recording fails, the same is done kernel by kernel.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,7 +72,8 @@ class Recorder:
             graph.capture_end()
             return result
 
-        result = self.warm(recorded)
+        with _no_garbage_collected():
+            result = self.warm(recorded)
         self.last = graph
         return graph.replay, result
 
@@ -85,6 +88,18 @@ class Recorder:
             torch._C._cuda_endAllocateToPool(device, self.pool)
             generator = torch.cuda.default_generators[device]
             generator.graphsafe_set_state(generator.clone_state())
+
+
+@contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """What a collector would destroy, another recording say, must not be destroyed in one."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Recorded:

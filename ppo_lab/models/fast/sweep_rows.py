@@ -81,9 +81,10 @@ def _swept(
     for start in range(0, len(weight), TILE):
         rows = weight[start : start + TILE]
         products = buffer[:, : len(rows)]
-        torch.mm(hidden, rows.t(), out=products)
-        if bias is not None:
-            products += bias[start : start + TILE]
+        if bias is None:
+            torch.mm(hidden, rows.t(), out=products)
+        else:
+            torch.addmm(bias[start : start + TILE], hidden, rows.t(), out=products)
         _fold[(tokens,)](
             products, products.stride(0), targets, largest, total, of_target, rescale,
             start, len(rows), scale, keeps=pulls, block=BLOCK, num_warps=8,
