@@ -100,8 +100,8 @@ def test_a_sweep_gives_log_probabilities_and_their_gradient(
 ) -> None:
     from ppo_lab.models.fast import sweep_rows as module
 
-    monkeypatch.setattr(module, "TILE", 128)
-    monkeypatch.setattr(module, "TOKENS", 8)
+    monkeypatch.setattr(module, "GPU_TILE", 128)
+    monkeypatch.setattr(module, "GPU_TOKENS", 8)
     torch.manual_seed(0)
     hidden = normal(13, 24, dtype=dtype).requires_grad_()
     weight = normal(vocabulary, 24, dtype=dtype)

@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def bench(asked: argparse.Namespace, console: Console) -> int:
     """The benchmark as asked for on the command line."""
+    import torch
+
     from ppo_lab.bench.equality import gate
     from ppo_lab.bench.report import record, show, show_gates
     from ppo_lab.bench.runs import interleaved
@@ -49,7 +51,8 @@ def bench(asked: argparse.Namespace, console: Console) -> int:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    gates = [gate(precision, asked.architecture) for precision in asked.precision]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gates = [gate(precision, asked.architecture, device) for precision in asked.precision]
     show_gates(gates, console)
     if not all(g.passed for g in gates):
         return 1

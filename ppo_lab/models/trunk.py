@@ -55,6 +55,10 @@ class Trunk:
         self._proved_on = self._device
         self._fast = self._proved()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is recorded on a device, which a copy makes anew."""
+        return {**self.__dict__, "_recorder": None, "_kept": None}
+
     @property
     def hidden_size(self) -> int:
         """The width of the hidden states."""

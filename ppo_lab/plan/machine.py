@@ -44,9 +44,11 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
 
 def product_rate(dtype: torch.dtype, device: str) -> float:
     """FLOPs a second of a large product, the best of several."""
-    a = torch.ones(512, 2048, device=device, dtype=dtype)
-    b = torch.ones(2048, 2048, device=device, dtype=dtype)
-    return 2 * 512 * 2048 * 2048 / seconds_of(lambda: a @ b, tries=5)
+    rows, width = (512, 2048) if torch.device(device).type == "cpu" else (8192, 8192)
+    # Not of ones: a GPU multiplies those faster than what models hold.
+    a = torch.randn(rows, width, device=device).to(dtype)
+    b = torch.randn(width, width, device=device).to(dtype)
+    return 2 * rows * width * width / seconds_of(lambda: a @ b, tries=5)
 
 
 def _kept(name: str, measure: Callable[[], float]) -> float:
@@ -63,8 +65,9 @@ def _kept(name: str, measure: Callable[[], float]) -> float:
 
 def measure_rates(dtype: torch.dtype, device: str) -> Rates:
     """The best of several tries of one large product, and of reading one large array."""
-    array = torch.ones(2**25, device=device)
-    flops = product_rate(computed_in(dtype) if device == "cpu" else dtype, device)
+    on_cpu = torch.device(device).type == "cpu"
+    array = torch.ones(2**25 if on_cpu else 2**28, device=device)
+    flops = product_rate(computed_in(dtype) if on_cpu else dtype, device)
     return Rates(flops, array.nbytes / seconds_of(array.sum, tries=5))
 
 

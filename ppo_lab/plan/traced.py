@@ -18,6 +18,7 @@ from ppo_lab.models.fast.decoder import KERNELS, FastDecoder
 from ppo_lab.models.fast.families import read
 from ppo_lab.models.fast.graphed import Standing
 from ppo_lab.models.fast.layers import Anatomy
+from ppo_lab.models.fast.sweep import GPU_TILE, GPU_TOKENS
 from ppo_lab.models.policy import enable_checkpointing
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.plan.architecture import blueprint
@@ -82,11 +83,15 @@ def traced(
 
 
 def published_head_bytes(head: HeadShape, tokens: int, *, gradients: bool) -> float:
-    """The most that log-probs hold on a GPU: logits in float32, their softmax and its gradient; of
-    many tokens, those of a tile.
+    """The most that log-probs hold on a GPU: of a frozen head the products of a tile, and with
+    gradients what they pull the states by; of one that is trained logits in float32, their softmax
+    and its gradient, of many tokens those of a tile.
     """
-    entries = min(tokens * head.vocabulary, max(logprobs.TILE, tokens * CHUNK if gradients else 0))
-    return entries * 4.0 * (3 if gradients else 2)
+    if not (head.trained and gradients):
+        tile = min(tokens, GPU_TOKENS) * min(head.vocabulary, GPU_TILE) * head.dtype.itemsize
+        return tile + 8.0 * tokens * head.hidden * gradients
+    entries = min(tokens * head.vocabulary, max(logprobs.TILE, tokens * CHUNK))
+    return entries * 12.0
 
 
 def _trace(model: Any, training: Sequence[Row], reading: Sequence[Row], *, config: Config) -> _Seen:

@@ -22,8 +22,11 @@ from torch import Tensor
 
 from ppo_lab.models.fast.products import computed_in
 
-# Rows of the vocabulary at a time: tiles of z that stay in a core's cache.
+# Rows of the vocabulary at a time: tiles of z that stay in a core's cache. `sweep_rows` takes more
+# on a GPU, and so many tokens.
 TILE = 2048
+GPU_TILE = 2**14
+GPU_TOKENS = 2**12
 
 
 def swept_logprobs(

@@ -24,9 +24,9 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Rows of the vocabulary, and tokens, of a tile; logits that a program looks at together.
-TILE = 2**14
-TOKENS = 2**12
+from ppo_lab.models.fast.sweep import GPU_TILE, GPU_TOKENS
+
+# Logits that a program looks at together.
 BLOCK = 2048
 
 
@@ -48,7 +48,7 @@ class _Sweep(torch.autograd.Function):
     ) -> Tensor:
         parts = [
             _swept(h, weight, bias, t, scale, pulls=ctx.needs_input_grad[0])
-            for h, t in zip(hidden.split(TOKENS), targets.split(TOKENS), strict=True)
+            for h, t in zip(hidden.split(GPU_TOKENS), targets.split(GPU_TOKENS), strict=True)
         ]
         ctx.dtype = hidden.dtype
         slopes = [slope for _, slope in parts if slope is not None]
@@ -77,14 +77,14 @@ def _swept(
     largest, total = zeros(tokens) - torch.inf, zeros(tokens)
     of_target, rescale = zeros(tokens), zeros(tokens)
     pulled = zeros((tokens, width)) if pulls else None
-    buffer = hidden.new_empty(tokens, min(TILE, len(weight)))
-    for start in range(0, len(weight), TILE):
-        rows = weight[start : start + TILE]
+    buffer = hidden.new_empty(tokens, min(GPU_TILE, len(weight)))
+    for start in range(0, len(weight), GPU_TILE):
+        rows = weight[start : start + GPU_TILE]
         products = buffer[:, : len(rows)]
         if bias is None:
             torch.mm(hidden, rows.t(), out=products)
         else:
-            torch.addmm(bias[start : start + TILE], hidden, rows.t(), out=products)
+            torch.addmm(bias[start : start + GPU_TILE], hidden, rows.t(), out=products)
         _fold[(tokens,)](
             products, products.stride(0), targets, largest, total, of_target, rescale,
             start, len(rows), scale, keeps=pulls, block=BLOCK, num_warps=8,
