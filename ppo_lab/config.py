@@ -205,8 +205,8 @@ class ModelSection:
     )
     cuda_graphs: bool = knob(
         True,
-        "on a GPU, launch all kernels of a sampled token at once, and those of a pass over a batch; "
-        "false = one by one",
+        "on a GPU, launch all kernels of a sampled token at once, and those of a pass over a "
+        "batch; false = one by one",
     )
     pad_token: str = knob("", "token that pads; empty = the tokenizer's, or else its EOS")
     eos_token: str = knob("", "token that ends a text; empty = the tokenizer's")

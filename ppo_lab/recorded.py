@@ -120,7 +120,9 @@ class RecordedPasses:
         have moved to other addresses.
         """
         seen = tokens.queries.shape[1] + tokens.responses.shape[1] + 2 * COLUMNS
-        if not self.alone or not all(trunk.passes_may_be_recorded(seen) for trunk in self.trunks):
+        if not self.alone or any(map(is_watched, self.trained)):
+            return None
+        if not all(trunk.passes_may_be_recorded(seen) for trunk in self.trunks):
             return None
         device = tokens.responses.device
         if self._passes is None:
@@ -136,11 +138,13 @@ class RecordedPasses:
 
     def _prove(self, launched: Sequence[Tensor], found: Sequence[Tensor]) -> Sequence[Tensor]:
         """The results of the pass as launched; where the recorded one's gradients are others, no
-        pass is recorded from now on.
+        pass is recorded from now on. What is not finite proves nothing.
         """
         pairs = list(zip(launched[2:], found, strict=True))
-        self._proved = all(bool((a - b).norm() <= TOLERANCE * a.norm() + 1e-12) for a, b in pairs)
-        if not self._proved:
+        equal = all(bool((a - b).norm() <= TOLERANCE * a.norm() + 1e-12) for a, b in pairs)
+        finite = all(bool(a.isfinite().all()) for a, _ in pairs)
+        self._proved = equal and finite
+        if finite and not equal:
             log.warning("passes are not recorded as CUDA graphs: their gradients prove unequal")
             self._stop()
         return launched
@@ -148,6 +152,7 @@ class RecordedPasses:
     def _stop(self) -> None:
         assert self._passes is not None
         self._passes.forget()
+        self._passes.recorder.let_go()
         self._passes.recorder.works = False
 
 
@@ -186,6 +191,12 @@ def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> 
         parameters, torch._foreach_add(list(gradients), 0.0), strict=True
     ):
         parameter.grad = gradient
+
+
+def is_watched(parameter: Tensor) -> bool:
+    """Whether Python is to be called with its gradient, which a recording would not do."""
+    hooks = parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return bool(hooks)
 
 
 def tensors_of(record: Any) -> list[Tensor]:

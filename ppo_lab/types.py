@@ -9,6 +9,7 @@ the end-of-sequence token).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
@@ -56,8 +57,8 @@ class _Rows:
         """These samples of every tensor; nested records and absent (None) tensors included."""
         if not isinstance(rows, Tensor):
             return self.each(lambda value: value[rows])
-        there: dict[torch.device, Tensor] = {}  # brought to each device once
-        return self.each(lambda x: x[there.setdefault(x.device, rows.to(x.device))])
+        brought = functools.cache(rows.to)  # to each device once
+        return self.each(lambda x: x[brought(x.device)])
 
     def to(self, device: torch.device | str) -> Self:
         """The same record on another device."""

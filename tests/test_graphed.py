@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -43,6 +44,9 @@ class Tape:
 
     def __init__(self) -> None:
         self.recorded, self.played, self.works = 0, 0, True
+
+    def let_go(self) -> None:
+        """Holds nothing that could be given back."""
 
     def warm(self, function: Callable[[], Any]) -> Any:
         return function()
@@ -587,6 +591,18 @@ def test_a_recording_that_gives_other_states_is_not_taken(monkeypatch: pytest.Mo
     played = tape.played
     drawn(made)
     assert tape.played == played
+
+
+def test_a_copy_of_a_policy_records_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = policy("bloom", lora=True)
+    take_the_way_of_a_gpu(monkeypatch, Tape())
+    wanted = drawn(made)
+    copied = copy.deepcopy(made)
+    assert made.trunk._kept is not None
+    assert copied.trunk._kept is copied.trunk._recorder is None
+    train_adapter(copied)
+    assert torch.equal(drawn(made)[0].responses, wanted[0].responses)
+    assert not torch.equal(drawn(copied)[1].values, wanted[1].values)
 
 
 def test_a_hook_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:

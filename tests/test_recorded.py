@@ -599,6 +599,21 @@ def test_other_shapes_types_and_keys_are_other_recordings() -> None:
     assert len(passes) == 0
 
 
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_nothing_is_recorded_where_gradients_are_watched(hook: str, a_gpu_with: Take) -> None:
+    """As `wandb.watch` does: a recording would call nobody."""
+    seen: list[int] = []
+    tape, model = Watched(), adapted()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            getattr(parameter, hook)(lambda _: seen.append(1))
+    a_gpu_with(tape)
+    learn(model=model)
+    assert tape.learnt == 0
+    passes = 2 * 2 * 2  # iterations, epochs, mini-batches of an optimizer batch
+    assert len(seen) >= passes * sum(p.requires_grad for p in model.parameters())
+
+
 # --- on a GPU
 
 

@@ -160,6 +160,8 @@ class Trunk:
         any.
         """
         kept, self._kept, self._keeps = self._kept, None, False
+        if kept is not None and self._recorder is not None:
+            self._recorder.let_go()
         return kept is not None
 
     def passes_may_be_recorded(self, positions: int) -> bool:

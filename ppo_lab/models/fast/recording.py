@@ -44,6 +44,10 @@ class Recorder:
         self.last: torch.cuda.CUDAGraph | None = None
         self.works = True
 
+    def let_go(self) -> None:
+        """Give back the pool once no graph uses it; later graphs share another."""
+        self.last, self.pool = None, torch.cuda.graph_pool_handle()
+
     def warm(self, function: Callable[[], Any]) -> Any:
         """What the function gives, with all prepared that recording must not meet unprepared."""
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
