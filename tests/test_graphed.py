@@ -761,7 +761,7 @@ def check_attend_newest(
     *, heads: int, kv_heads: int, size: int, alibi: bool, dtype: torch.dtype, device: str
 ) -> None:
     """At columns about the edges of blocks, of views, with no number in all that is not seen."""
-    from ppo_lab.models.fast.one_query import BLOCK, attend_newest
+    from ppo_lab.models.fast.kernels.one_query import BLOCK, attend_newest
 
     torch.manual_seed(size)
     firsts, positions = torch.tensor([0, 1, BLOCK - 1, BLOCK, BLOCK + 3]), 3 * BLOCK

@@ -58,7 +58,7 @@ def tolerance(dtype: torch.dtype) -> float:
 def test_attention_over_whole_texts_and_its_gradients(
     heads: int, kv_heads: int, size: int, new: int, seen: int, alibi: bool
 ) -> None:
-    from ppo_lab.models.fast.whole_texts import attend_texts
+    from ppo_lab.models.fast.kernels.whole_texts import attend_texts
 
     torch.manual_seed(0)
     dtype = DTYPES[-1]
@@ -98,7 +98,7 @@ def test_attention_over_whole_texts_and_its_gradients(
 def test_a_sweep_gives_log_probabilities_and_their_gradient(
     vocabulary: int, biased: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ppo_lab.models.fast import sweep_rows as module
+    from ppo_lab.models.fast.kernels import sweep_rows as module
 
     monkeypatch.setattr(module, "GPU_TILE", 128)
     monkeypatch.setattr(module, "GPU_TOKENS", 8)
@@ -126,7 +126,7 @@ def test_a_sweep_gives_log_probabilities_and_their_gradient(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [9, 16, 17, 300, 5003, 70000])
 def test_tokens_are_drawn_as_on_a_cpu(vocabulary: int, dtype: torch.dtype) -> None:
-    from ppo_lab.models.fast.draw_rows import draw_rows
+    from ppo_lab.models.fast.kernels.draw_rows import draw_rows
 
     torch.manual_seed(0)
     products = 3.0 * normal(7, vocabulary, dtype=dtype)
@@ -142,7 +142,7 @@ def test_tokens_are_drawn_as_on_a_cpu(vocabulary: int, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "centred"), [(48, True), (64, False), (1000, True)])
 def test_a_sum_and_its_norm(width: int, centred: bool, dtype: torch.dtype) -> None:
-    from ppo_lab.models.fast.add_norm import add_norm
+    from ppo_lab.models.fast.kernels.add_norm import add_norm
 
     torch.manual_seed(0)
     x, y = (normal(5, width, dtype=dtype).requires_grad_() for _ in range(2))

@@ -44,11 +44,11 @@ def leave_out(why: str) -> None:
 def _kernels() -> Kernels | None:
     if find_spec("triton") is None:
         return None
-    from ppo_lab.models.fast.add_norm import add_norm
-    from ppo_lab.models.fast.draw_rows import draw_rows
-    from ppo_lab.models.fast.one_query import attend_newest
-    from ppo_lab.models.fast.sweep_rows import sweep_rows
-    from ppo_lab.models.fast.whole_texts import attend_texts
+    from ppo_lab.models.fast.kernels.add_norm import add_norm
+    from ppo_lab.models.fast.kernels.draw_rows import draw_rows
+    from ppo_lab.models.fast.kernels.one_query import attend_newest
+    from ppo_lab.models.fast.kernels.sweep_rows import sweep_rows
+    from ppo_lab.models.fast.kernels.whole_texts import attend_texts
 
     functions: list[Any] = [add_norm, attend_newest, attend_texts, draw_rows, sweep_rows]
     return Kernels(*map(_there, functions))
