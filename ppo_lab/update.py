@@ -197,13 +197,7 @@ class ClippedUpdates:
         extremes = torch.ones(2, device=n_tokens.device)
         passes = self.models.evened(passes)
         for i, rows in enumerate(passes):
-            part = (
-                batch.blank()
-                if not len(rows)
-                else batch
-                if len(rows) == len(batch)
-                else batch[rows]
-            )
+            part = _part(batch, rows)
             with self.models.accumulating(last=i == len(passes) - 1):
                 pass_sums, pass_extremes = self._pass(part, n_tokens, temperature, turn)
             sums += pass_sums
@@ -400,6 +394,13 @@ def hash_seed(*numbers: int) -> int:
     import numpy as np
 
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _part(batch: Batch, rows: Tensor) -> Batch:
+    """These samples in any order: the batch itself where they are all, a blank one for none."""
+    if len(rows) == len(batch):
+        return batch
+    return batch[rows] if len(rows) else batch.blank()
 
 
 def _by_model(parameters: list[Any], critic: Any) -> list[list[Any]]:

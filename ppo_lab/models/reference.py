@@ -52,6 +52,7 @@ class Reference:
             )
 
         self._trunk.fast_layers = policy.trunk.fast_layers
+        self._trunk.records_graphs = policy.trunk.records_graphs
 
     @property
     def trunk(self) -> Trunk:

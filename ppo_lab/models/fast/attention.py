@@ -1,4 +1,4 @@
-"""Attention over rectangles of queries, keys and values, by plain products.
+"""Attention over rectangles of queries, keys and values, by plain products; on a GPU by one kernel.
 
     softmax(scaling q k^T + bias) v
 
