@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ppo_lab.models.fast.recording import ByShape, Recorder, has_room
+from ppo_lab.models.fast.recording import ByShape, Recorder, has_room, rounded_up
+from ppo_lab.processes.alone import Whole
 from ppo_lab.types import Batch, Tokens
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,12 @@ class RecordedPasses:
         self._addresses: list[int] = []
         self._proved = False
         self._begun: ByShape | None = None
+
+    @classmethod
+    def of(cls, policy: Any, critic: Any, reference: Any, models: Whole) -> RecordedPasses:
+        """Those of a trainer's models."""
+        trunks = list(dict.fromkeys((policy.trunk, critic.trunk, reference.trunk)))
+        return cls(trunks, models.parameters, alone=type(models) is Whole)
 
     def begin(self, tokens: Tokens) -> Tokens:
         """Ask what must be asked before passes over parts of these tokens: whether they may be
@@ -160,7 +167,7 @@ def fitted(record: Record) -> Record:
     """The record in one of a few shapes, and with the places that are looked at."""
     tokens = record.tokens if isinstance(record, Batch) else record
     wide = record.padded(
-        _rounded(tokens.queries.shape[1], COLUMNS), _rounded(tokens.responses.shape[1], COLUMNS)
+        rounded_up(tokens.queries.shape[1], COLUMNS), rounded_up(tokens.responses.shape[1], COLUMNS)
     )
     tokens = wide.tokens if isinstance(wide, Batch) else wide
     mask = tokens.mask.cpu() if tokens.mask_on_host is None else tokens.mask_on_host
@@ -175,7 +182,7 @@ def _places_to_look_at(mask: Bool[Tensor, "batch time"], device: torch.device) -
         return torch.arange(mask.numel(), device=device)
     flat = mask.flatten().numpy()  # NumPy starts no threads for so little
     real, padding = np.flatnonzero(flat), np.flatnonzero(~flat)
-    more = _rounded(max(len(real), 1), -(-len(flat) // STEPS)) - len(real)
+    more = rounded_up(max(len(real), 1), -(-len(flat) // STEPS)) - len(real)
     kept = torch.from_numpy(np.sort(np.concatenate([real, padding[:more]])))
     return kept.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else kept
 
@@ -224,7 +231,3 @@ def with_tensors(record: Any, tensors: Sequence[Tensor]) -> Any:
         return tensors[0]
     following: Iterator[Tensor] = iter(tensors)
     return record.each(lambda _: next(following))
-
-
-def _rounded(n: int, step: int) -> int:
-    return -(-n // step) * step

@@ -30,7 +30,7 @@ from ppo_lab.optim import advance, make_optimizer, make_schedule
 from ppo_lab.plan.machine import peak_flops
 from ppo_lab.plan.meter import Meter
 from ppo_lab.processes import launch
-from ppo_lab.processes.alone import Alone, Whole
+from ppo_lab.processes.alone import Alone
 from ppo_lab.recorded import RecordedPasses
 from ppo_lab.rollout import NoiseKey, Sampling, sample
 from ppo_lab.scaling import RunningMoments, penalise_unended, scale_scores
@@ -125,11 +125,7 @@ class PPOTrainer:
         modules = {"policy": self.policy, "critic": self.critic, **self.reference.modules}
         self.models = self.processes.wrap(modules, self.optimizer)
         self.average = self._moving_average()
-        self.recorded = RecordedPasses(
-            list(dict.fromkeys((self.policy.trunk, self.critic.trunk, self.reference.trunk))),
-            self.models.parameters,
-            alone=type(self.models) is Whole,
-        )
+        self.recorded = RecordedPasses.of(self.policy, self.critic, self.reference, self.models)
         self.updates = ClippedUpdates(
             self.policy, self.critic, self.models, self.config, self.processes, self.recorded
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ppo_lab.models.choice import LEVELS
+from ppo_lab.models.fast import decoder as decoder_module
 from ppo_lab.models.fast import kernels as kernels_module
 from ppo_lab.models.fast.attention import bias_of, by_one_kernel
 from ppo_lab.models.fast.decoder import FastDecoder
@@ -238,3 +239,13 @@ def test_those_that_fail_or_differ_are_left_out_and_the_layers_stay_fast(
     assert len(kernels_module._left_out) == 1
     assert "kernels are left out" in caplog.text
     assert_fast_and_equal(trunk)
+
+
+def test_they_stay_where_it_is_not_they_that_differ(
+    a_gpu_with: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_gpu_with(like_torch)
+    monkeypatch.setattr(decoder_module, "attend", lambda q, *_: torch.zeros_like(q).flatten(2))
+    trunk = Trunk(tiny_model("bloom").requires_grad_(False))
+    assert trunk._fast_here() is None
+    assert not kernels_module._left_out

@@ -21,7 +21,7 @@ from ppo_lab.errors import ConfigError
 from ppo_lab.models.fast.attention import KeysAndValues, avoid_plans_of_attention
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.graphed import Graphed, Then
-from ppo_lab.models.fast.kernels import kernels_for, leave_out
+from ppo_lab.models.fast.kernels import kernels_for, leave_out, without_kernels
 from ppo_lab.models.fast.proof import ROOM, Proof, prove_draws
 from ppo_lab.models.fast.recording import Recorder, Results, has_room
 from ppo_lab.models.logprobs import Head
@@ -265,14 +265,17 @@ class Trunk:
         return self._proof().of_decoding(Graphed(fast.anatomy, ROOM, self._recorder))
 
     def _problem(self, proves: Callable[[], bool]) -> str:
-        """What is wrong with a road, "" if nothing; where it is this project's kernels, they are
-        left out.
+        """What is wrong with a road, "" if nothing; where it is right without this project's
+        kernels, they are left out.
         """
         found = self._tried(proves)
-        if found and kernels_for(torch.device(self._device)) is not None:
+        if not found or kernels_for(torch.device(self._device)) is None:
+            return found
+        with without_kernels():
+            without = self._tried(proves)
+        if not without:
             leave_out(found)
-            found = self._tried(proves)
-        return found
+        return without
 
     def _tried(self, proves: Callable[[], bool]) -> str:
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ppo_lab.models.fast.graphed import ALIGNED, ROOMY
-from ppo_lab.models.fast.recording import ROOM
+from ppo_lab.models.fast.recording import ROOM, rounded_up
 from ppo_lab.plan.memory import Memory, cache_bytes
 from ppo_lab.plan.subject import Subject, seen
 from ppo_lab.plan.workload import Row
@@ -45,7 +45,7 @@ def recorded_by(subject: Subject, *, known: bool) -> Recorded:
 
 def records_again(subject: Subject) -> bool:
     """Whether a generation's parts are of more than one shape: only the latest is kept."""
-    shapes = {(len(part), _rounded(_prompt(part), ALIGNED)) for part in subject.workload.chunks()}
+    shapes = {(len(part), rounded_up(_prompt(part), ALIGNED)) for part in subject.workload.chunks()}
     return len(shapes) > 1
 
 
@@ -75,14 +75,10 @@ def has_room(memory: Memory, room: float) -> bool:
 def _buffers(subject: Subject) -> float:
     """Bytes of the buffers of a generation, which has room for the longest response."""
     chunk = max(subject.workload.chunks(), key=seen)
-    width = _rounded(_prompt(chunk), ALIGNED)
-    columns = _rounded(width + subject.config.generation.max_new_tokens, ROOMY)
+    width = rounded_up(_prompt(chunk), ALIGNED)
+    columns = rounded_up(width + subject.config.generation.max_new_tokens, ROOMY)
     return cache_bytes(subject.of, len(chunk) * columns)
 
 
 def _prompt(rows: tuple[Row, ...]) -> int:
     return max(row.prompt for row in rows)
-
-
-def _rounded(n: int, step: int) -> int:
-    return -(-n // step) * step

@@ -26,7 +26,7 @@ from ppo_lab.models.fast.kernels import kernels_for
 from ppo_lab.models.fast.layers import Anatomy
 from ppo_lab.models.fast.places import Everywhere
 from ppo_lab.models.fast.products import Linear
-from ppo_lab.models.fast.recording import KEPT, Recorded, Recorder, Results
+from ppo_lab.models.fast.recording import KEPT, Recorded, Recorder, Results, rounded_up
 
 Then = Callable[..., Results]
 
@@ -52,7 +52,7 @@ class Standing(KeysAndValues):
         """Room for so many positions, of which the prompts take the first `width`."""
         stored = anatomy.words.weight
         self.kernels = kernels_for(stored.device)
-        super().__init__(_rounded(positions, ALIGNED if self.kernels is None else ROOMY))
+        super().__init__(rounded_up(positions, ALIGNED if self.kernels is None else ROOMY))
         self.anatomy, self.width = anatomy, width
         device = stored.device
         self.slopes = None if anatomy.slopes is None else anatomy.slopes.to(device)
@@ -231,7 +231,3 @@ class Graphed:
             standing = self._standing = Standing(self.anatomy, batch, ids.shape[1], room)
             standing.begin(ids, attention)
         return standing
-
-
-def _rounded(n: int, step: int) -> int:
-    return -(-n // step) * step

@@ -178,6 +178,11 @@ class ByShape:
         self._made.clear()
 
 
+def rounded_up(n: int, step: int) -> int:
+    """The next multiple of a step, so that few shapes are many."""
+    return -(-n // step) * step
+
+
 def has_room(device: torch.device) -> bool:
     """Whether enough of a GPU is free to keep what passes work in from one to the next."""
     free, total = torch.cuda.mem_get_info(device)

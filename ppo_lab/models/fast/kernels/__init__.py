@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -32,6 +33,16 @@ class Kernels(NamedTuple):
 def kernels_for(device: torch.device) -> Kernels | None:
     """The kernels for tensors on a device; None where torch's own operations are taken."""
     return _kernels() if device.type == "cuda" and not _left_out else None
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """A context in which torch's own operations are taken."""
+    _left_out.append("for the while")
+    try:
+        yield
+    finally:
+        _left_out.pop()
 
 
 def leave_out(why: str) -> None:

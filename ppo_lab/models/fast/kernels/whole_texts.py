@@ -151,6 +151,18 @@ def _scores(
 
 
 @triton.jit
+def _p_and_slopes(
+    q, k, v, grad, log_total, inner, query, key, real_ptr, positions_ptr, slope, scaling,
+    new, seen, alibi: tl.constexpr,
+):  # fmt: skip
+    """(queries, keys): P = exp(S - L), and dS / scaling = P (dO V^T - rowsum(dO O))."""
+    scores = _scores(q, k, query, key, real_ptr, positions_ptr, slope, scaling, new, seen, alibi)
+    p = tl.exp(scores - log_total[:, None])
+    for_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    return p, p * (for_p - inner[:, None])
+
+
+@triton.jit
 def _forward(
     q_ptr, k_ptr, v_ptr, mixed_ptr, sums_ptr, real_ptr, positions_ptr, slopes_ptr, scaling,
     q_batch, q_head, q_row, q_one, k_batch, k_head, k_row, k_one, v_batch, v_head, v_row, v_one,
@@ -235,12 +247,10 @@ def _backward_of_queries(
         key = start + tl.arange(0, keys)
         k = _rows(k_ptr, k_row, start, seen, k_one, size, width, keys)
         v = _rows(v_ptr, v_row, start, seen, v_one, size, width, keys)
-        scores = _scores(
-            q, k, query, key, real_ptr, positions_ptr, slope, scaling, new, seen, alibi
-        )
-        p = tl.exp(scores - log_total[:, None])
-        for_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
-        for_s = p * (for_p - inner[:, None])
+        _, for_s = _p_and_slopes(
+            q, k, v, grad, log_total, inner, query, key, real_ptr, positions_ptr, slope, scaling,
+            new, seen, alibi,
+        )  # fmt: skip
         for_q += tl.dot(for_s.to(k.dtype), k, input_precision="ieee")
     for_q_ptr += (sample * new * heads + head) * size
     _put_rows(for_q_ptr, for_q * scaling, heads * size, first, new, 1, size, width, queries)
@@ -282,13 +292,11 @@ def _backward_of_keys(
         inside = query < new
         log_total = tl.load(sums_ptr + number * new + query, mask=inside, other=float("inf"))
         inner = tl.load(inner_ptr + number * new + query, mask=inside, other=0.0)
-        scores = _scores(
-            q, k, query, key, real_ptr, positions_ptr, slope, scaling, new, seen, alibi
-        )
-        p = tl.exp(scores - log_total[:, None])
+        p, for_s = _p_and_slopes(
+            q, k, v, grad, log_total, inner, query, key, real_ptr, positions_ptr, slope, scaling,
+            new, seen, alibi,
+        )  # fmt: skip
         for_v += tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision="ieee")
-        for_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
-        for_s = p * (for_p - inner[:, None])
         for_k += tl.dot(tl.trans(for_s.to(q.dtype)), q, input_precision="ieee")
     for_k_ptr += (sample * seen * heads + head) * size
     for_v_ptr += (sample * seen * heads + head) * size
