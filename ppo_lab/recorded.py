@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from ppo_lab.arrivals import brought
 from ppo_lab.models.fast.recording import ByShape, Recorder, has_room, rounded_up
 from ppo_lab.processes.alone import Whole
 from ppo_lab.types import Batch, Tokens
@@ -183,8 +184,7 @@ def _places_to_look_at(mask: Bool[Tensor, "batch time"], device: torch.device) -
     flat = mask.flatten().numpy()  # NumPy starts no threads for so little
     real, padding = np.flatnonzero(flat), np.flatnonzero(~flat)
     more = rounded_up(max(len(real), 1), -(-len(flat) // STEPS)) - len(real)
-    kept = torch.from_numpy(np.sort(np.concatenate([real, padding[:more]])))
-    return kept.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else kept
+    return brought(torch.from_numpy(np.sort(np.concatenate([real, padding[:more]]))), device)
 
 
 def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ppo_lab.arrivals import Asked
 from ppo_lab.models.choice import LEVELS, choose
 from ppo_lab.models.fast.draws import draw_from
 from ppo_lab.models.logprobs import from_logits
@@ -182,21 +183,14 @@ class AllEnded:
 
     def __init__(self, device: torch.device) -> None:
         self.late = device.type == "cuda"
-        self._asked: tuple[Tensor, Any] | None = None
+        self._asked: Asked | None = None
 
     def __call__(self, ended: Bool[Tensor, " batch"]) -> bool:
         """The answer; about a GPU's row of flags, that to the last question."""
         if not self.late:
             return bool(ended.all())
-        answer = torch.empty((), dtype=torch.bool, pin_memory=True)
-        answer.copy_(ended.all(), non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        before, self._asked = self._asked, (answer, arrived)
-        if before is None:
-            return False
-        before[1].synchronize()
-        return bool(before[0])
+        before, self._asked = self._asked, Asked(ended.all())
+        return before is not None and bool(before.read())
 
 
 @dataclass(frozen=True)

@@ -410,7 +410,8 @@ class PPOTrainer:
         if self.config.ema_decay and launch.sharding():
             raise ValueError("ema_decay: an average of sharded weights or optimizers is not kept")
         average = MovingAverage(self.policy.pretrained_model, decay=self.config.ema_decay)
-        self.optimizer.register_step_post_hook(lambda *_: average.update())
+        if self.config.ema_decay:
+            self.optimizer.register_step_post_hook(lambda *_: average.update())
         return average
 
     @torch.no_grad()

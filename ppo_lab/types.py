@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ppo_lab.arrivals import brought
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -57,8 +59,8 @@ class _Rows:
         """These samples of every tensor; nested records and absent (None) tensors included."""
         if not isinstance(rows, Tensor):
             return self.each(lambda value: value[rows])
-        brought = functools.cache(rows.to)  # to each device once
-        return self.each(lambda x: x[brought(x.device)])
+        here = functools.cache(functools.partial(brought, rows))  # to each device once
+        return self.each(lambda x: x[here(x.device)])
 
     def to(self, device: torch.device | str) -> Self:
         """The same record on another device."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from ppo_lab import core
+from ppo_lab.arrivals import Asked, brought
 from ppo_lab.config import PPOSection
 from ppo_lab.memory import Passes, tokens_that_fit
 from ppo_lab.processes.alone import Alone, Whole
@@ -34,7 +36,9 @@ SUMS = (
     "value_clipped",
     "critic_tokens",
 )
-# Those that count in the passes alone in which the critic learns.
+# Where the smallest and the largest ratio come after them.
+LOW, HIGH = len(SUMS), len(SUMS) + 1
+# Those of the sums that count in the passes alone in which the critic learns.
 OF_VALUES = ("value_loss", "vpred", "value_error", "value_clipped", "critic_tokens")
 
 
@@ -119,6 +123,7 @@ class ClippedUpdates:
         self.passes = Passes("training", recorded.let_go if recorded else bool)
         self.skipped_in_a_row = 0
         self.most_tokens = 0  # of a pass, once chosen
+        self._unheard: tuple[OptimizerStep, Batch] | None = None
 
     def run(
         self,
@@ -138,18 +143,16 @@ class ClippedUpdates:
         """
         if self.recorded is not None:
             batch = replace(batch, tokens=self.recorded.begin(batch.tokens))
-        totals, steps, epochs = torch.zeros(len(SUMS), dtype=torch.float64), [], 0
+        epochs: list[list[OptimizerStep]] = []
         for epoch in range(self.config.ppo_epochs):
-            epoch_sums = torch.zeros_like(totals)
+            epochs.append([])
             turn = Turn(not critic_only, not 0 < critic_epochs <= epoch)
             for rows in self.optimizer_batches(len(batch), seed=(*seed, epoch)):
-                step = self.optimizer_step(batch[rows], temperature=temperature, turn=turn)
-                epoch_sums += step.sums
-                steps.append(step)
-            totals, epochs = totals + epoch_sums, epochs + 1
-            if self.config.early_stopping and self._moved_too_far(epoch_sums):
+                epochs[-1].append(self.optimizer_step(batch[rows], temperature, turn))
+            if self.config.early_stopping and self._moved_too_far(epochs[-1]):
                 break
-        return _summary(totals, steps, epochs)
+        self._hear_of_the_last()
+        return _summary(epochs)
 
     def optimizer_batches(self, n: int, *, seed: tuple[int, ...]) -> Iterator[Tensor]:
         """The rows of each optimizer step, shuffled; the last batch may be smaller, and no row is
@@ -162,11 +165,13 @@ class ClippedUpdates:
         )
 
     def optimizer_step(
-        self, batch: Batch, *, temperature: float, turn: Turn = EVERYBODY
+        self, batch: Batch, temperature: float, turn: Turn = EVERYBODY
     ) -> OptimizerStep:
         """One step on one optimizer batch, in as many passes as memory asks for.
 
         Each process passes its share of the samples; sums, gradients and the decision are of all.
+        A GPU of one process decides by itself, so that it never waits for the host, which hears of
+        it a step late.
         """
         groups = self._groups(batch)
         sums, extremes = self.passes.until_it_fits(
@@ -176,14 +181,21 @@ class ClippedUpdates:
             max(map(len, groups), default=1),
             bool if self.processes.size == 1 else None,
         )
-        done: list[OptimizerStep] = []
+        made, late = [], self.models.steps_late
 
-        def judge(norms: Tensor) -> bool:
-            done.append(OptimizerStep.read(sums, extremes, norms, self.processes.each))
-            return self._may_step(done[0], batch)
+        def judge(norms: Tensor) -> bool | Tensor:
+            there = brought(norms.double(), sums.device)
+            numbers = torch.cat([sums.double(), extremes.double(), there])
+            limit = self.config.ratio_threshold
+            made.append(OptimizerStep(Asked(numbers), self.processes.each, limit))
+            if late:
+                return may_be_taken(numbers, ratio_threshold=limit)
+            return self._heard(made[0], batch)
 
         self.models.step(judge, self.clipped_together, max_norm=self.config.max_grad_norm)
-        return done[0]
+        self._hear_of_the_last()
+        self._unheard = (made[0], batch) if late else None
+        return made[0]
 
     def _backward(
         self, batch: Batch, passes: list[Tensor], temperature: float, turn: Turn
@@ -313,15 +325,19 @@ class ClippedUpdates:
             )
         return self.most_tokens
 
-    def _may_step(self, step: OptimizerStep, batch: Batch) -> bool:
-        """Whether a step may be taken; counts those that may not."""
-        ratio = step.sums[SUMS.index("ratio")] / step.sums[0].clamp(min=1)
-        step.taken = step.is_finite and not 0 < self.config.ratio_threshold < ratio
+    def _hear_of_the_last(self) -> None:
+        """Count the last step, if it was the device that decided on it."""
+        unheard, self._unheard = self._unheard, None
+        if unheard is not None:
+            self._heard(*unheard)
+
+    def _heard(self, step: OptimizerStep, batch: Batch) -> bool:
+        """Whether the step may be taken, or was; counts those that may not."""
         self.skipped_in_a_row = 0 if step.taken else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= self.config.max_skipped_updates:
             raise TrainingDiverged(
                 f"{self.skipped_in_a_row} optimizer steps in a row were skipped, the last with "
-                f"gradient norm {step.grad_norm:.3g} and mean ratio {ratio:.3g}: a loss or "
+                f"gradient norm {step.grad_norm:.3g} and mean ratio {step.ratio:.3g}: a loss or "
                 "gradient is not finite, or the policy moved too far in one iteration. Lower "
                 "ppo.learning_rate or ppo.ppo_epochs, and look at "
                 "ppo/policy/first_minibatch_ratio_error, which should be near 0",
@@ -329,51 +345,80 @@ class ClippedUpdates:
             )
         return step.taken
 
-    def _moved_too_far(self, sums: Tensor) -> bool:
+    def _moved_too_far(self, steps: list[OptimizerStep]) -> bool:
+        sums = torch.stack([step.sums for step in steps]).sum(0)
         return bool(
             sums[SUMS.index("policykl")] / sums[0].clamp(min=1) > 1.5 * self.config.target_kl
         )
 
 
-@dataclass
 class OptimizerStep:
-    """One optimizer step as numbers on the host: token sums, ratio extremes, the gradients' norms
-    (the policy's, and that of a critic apart), whether it was taken.
+    """One optimizer step as numbers, which are waited for when they are first looked at: token
+    sums, ratio extremes, the gradients' norms (the policy's, and that of a critic apart), whether
+    it was taken.
     """
 
-    sums: Tensor
-    ratio_min: float
-    ratio_max: float
-    grad_norm: float
-    critic_grad_norm: float
-    taken: bool = True
-
-    @classmethod
-    def read(
-        cls,
-        sums: Tensor,
-        extremes: Tensor,
-        norms: Tensor,
-        each: Callable[[Tensor], Tensor],
-    ) -> OptimizerStep:
-        """Fetch everything in one synchronisation with the device, and `each` process's numbers
-        in one with them; the norms are those of all gradients already.
+    def __init__(
+        self, asked: Asked, each: Callable[[Tensor], Tensor], ratio_threshold: float
+    ) -> None:
+        """`asked` are one process's sums and extremes, and the norms of all gradients; `each` gives
+        those of all processes.
         """
-        rows = each(torch.cat([sums.double(), extremes.double(), norms.double()]).cpu())
-        smallest, largest, *norms_of = rows[:, len(SUMS) :].unbind(1)
-        return cls(
-            rows[:, : len(SUMS)].sum(0),
-            float(smallest.min()),
-            float(largest.max()),
-            float(norms_of[0][0]),
-            float(norms_of[-1][0]),
-        )
+        self._asked, self._each, self._ratio_threshold = asked, each, ratio_threshold
+
+    @cached_property
+    def _numbers(self) -> Tensor:
+        """Those of all processes together, in the same order."""
+        rows = self._each(self._asked.read())
+        sums, smallest, largest, norms = rows.tensor_split([len(SUMS), LOW + 1, HIGH + 1], 1)
+        return torch.cat([sums.sum(0), smallest.amin(0), largest.amax(0), norms[0]])
 
     @property
-    def is_finite(self) -> bool:
-        """Whether loss and gradient are numbers."""
-        finite = math.isfinite(self.grad_norm) and math.isfinite(self.critic_grad_norm)
-        return finite and bool(self.sums.isfinite().all())
+    def sums(self) -> Tensor:
+        """Over the real tokens, in the order of SUMS."""
+        return self._numbers[: len(SUMS)]
+
+    @property
+    def ratio(self) -> float:
+        """The mean ratio."""
+        return float(_mean_ratio(self._numbers))
+
+    @property
+    def ratio_min(self) -> float:
+        """The smallest ratio of a token."""
+        return float(self._numbers[LOW])
+
+    @property
+    def ratio_max(self) -> float:
+        """The largest."""
+        return float(self._numbers[HIGH])
+
+    @property
+    def grad_norm(self) -> float:
+        """Of the policy's gradient before clipping."""
+        return float(self._numbers[HIGH + 1])
+
+    @property
+    def critic_grad_norm(self) -> float:
+        """Of that of a critic apart, or else the policy's."""
+        return float(self._numbers[-1])
+
+    @cached_property
+    def taken(self) -> bool:
+        """Whether weights were moved."""
+        return bool(may_be_taken(self._numbers, ratio_threshold=self._ratio_threshold))
+
+
+def may_be_taken(numbers: Tensor, *, ratio_threshold: float) -> Bool[Tensor, ""]:
+    """Whether loss and gradient of a step are finite, and its mean ratio is at most the threshold
+    (0 = whatever it is), wherever its numbers are.
+    """
+    finite = numbers.isfinite().all()
+    return finite & (_mean_ratio(numbers) <= ratio_threshold) if ratio_threshold else finite
+
+
+def _mean_ratio(numbers: Tensor) -> Tensor:
+    return numbers[SUMS.index("ratio")] / numbers[0].clamp(min=1)
 
 
 def pack_by_tokens(lengths: Tensor, *, limit: int) -> list[Tensor]:
@@ -412,8 +457,10 @@ def _by_model(parameters: list[Any], critic: Any) -> list[list[Any]]:
     return [policy, [p for p in parameters if id(p) in own]] if own else [policy]
 
 
-def _summary(totals: Tensor, steps: list[OptimizerStep], epochs: int) -> UpdateStats:
-    sums, first = dict(zip(SUMS, totals.tolist(), strict=True)), steps[0]
+def _summary(epochs: list[list[OptimizerStep]]) -> UpdateStats:
+    steps = [step for epoch in epochs for step in epoch]
+    totals, first = torch.stack([step.sums for step in steps]).sum(0), steps[0]
+    sums = dict(zip(SUMS, totals.tolist(), strict=True))
     tokens, of_values = (max(sums.pop(name), 1.0) for name in ("tokens", "critic_tokens"))
     means = {
         name: total / (of_values if name in OF_VALUES else tokens) for name, total in sums.items()
@@ -425,5 +472,5 @@ def _summary(totals: Tensor, steps: list[OptimizerStep], epochs: int) -> UpdateS
         grad_norm=sum(step.grad_norm for step in steps) / len(steps),
         critic_grad_norm=sum(step.critic_grad_norm for step in steps) / len(steps),
         skipped=sum(not step.taken for step in steps),
-        epochs=epochs,
+        epochs=len(epochs),
     )

@@ -36,6 +36,7 @@ from ppo_lab.models.trunk import Trunk
 from ppo_lab.processes.alone import Alone, Whole
 from ppo_lab.recorded import COLUMNS, STEPS, RecordedPasses, add_gradients, fitted
 from ppo_lab.types import Batch, Scores, Tokens
+from ppo_lab.update import ClippedUpdates
 
 # Adam's usual eps makes steps of what in gradients that are zero is rounding alone.
 SETTINGS: dict[str, Any] = {"mini_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -647,3 +648,32 @@ def test_a_gpu_learns_from_recorded_passes_what_it_learns_from_launched_ones(
     for one, other in zip(ours[0], theirs[0], strict=True):
         assert_close(one, other, rtol=1e-2, atol=1e-3)
     assert_close(ours[1], theirs[1], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("judge", ["", "llama"])
+def test_a_gpu_is_asked_for_nothing_in_steps_of_recorded_passes(
+    judge: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the third iteration on; a critic of its own learns alone in the first."""
+    critic = Critic(classifier(judge)) if judge else None
+    config = PPOConfig(learning_rate=1e-3, batch_size=4, critic_warmup_steps=1, **IN_ONE_PASS)
+    made = PPOTrainer(config, adapted(), None, tokenizer(), device="cuda", critic=critic)
+    step, played = ClippedUpdates.optimizer_step, []
+
+    def not_to_be_asked(*args: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            played.append(step(*args))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return played[-1]
+
+    for iteration in range(4):
+        if iteration == 2:
+            monkeypatch.setattr(ClippedUpdates, "optimizer_step", not_to_be_asked)
+        tokens = ragged()
+        stats = made.learn(made.collect(tokens.to("cuda")), scored(tokens))
+    assert made.models.steps_late
+    assert len(played) == 6
+    assert stats["ppo/skipped_updates"] == 0.0

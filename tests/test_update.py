@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_graphed import a_gpu_without_one, move_to_a_gpu_without_one, on_gpu
 from tiny_models import (
     EOS,
     PAD,
@@ -19,10 +20,14 @@ from tiny_models import (
     trainer,
     weights,
 )
+from torch import Tensor
 from torch.testing import assert_close
 
+from ppo_lab import PPOConfig
+from ppo_lab.arrivals import Asked
+from ppo_lab.processes.alone import Whole
 from ppo_lab.types import Batch, Scores, Tokens
-from ppo_lab.update import TrainingDiverged, hash_seed, pack_by_tokens
+from ppo_lab.update import SUMS, ClippedUpdates, TrainingDiverged, hash_seed, pack_by_tokens
 
 SCORED = Scores(torch.tensor([1.0, -0.5, 2.0, 0.25]))
 
@@ -200,10 +205,18 @@ def test_the_value_head_may_have_a_rate_of_its_own() -> None:
     assert rates[1] == (0.5, 17)
 
 
+@pytest.fixture(params=["waiting", "behind"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device that the host waits for, or one that works off what it is told."""
+    monkeypatch.setattr(Whole, "is_behind", request.param == "behind")
+    return request.param
+
+
 @pytest.mark.parametrize("fault", ["ratio", "nan"])
-def test_a_skipped_step_moves_nothing_not_even_moments(fault: str) -> None:
+def test_a_skipped_step_moves_nothing_not_even_moments(fault: str, device: str) -> None:
     """N-22: counted, and no momentum carries on."""
     made = trainer(ppo_epochs=3)
+    assert made.models.steps_late == (device == "behind")
     made.config.ratio_threshold = 1e-6 if fault == "ratio" else 10.0
     rollout = made.collect(ragged())
     if fault == "nan":
@@ -213,10 +226,12 @@ def test_a_skipped_step_moves_nothing_not_even_moments(fault: str) -> None:
     before = weights(made.policy)
     stats = made.learn(rollout, SCORED)
     assert stats["ppo/skipped_updates"] == 3
-    assert not made.optimizer.state_dict()["state"]
+    state = made.optimizer.state_dict()["state"]
+    assert all(not moment.any() for of_one in state.values() for moment in of_one.values())
     assert all(torch.equal(p, before[n]) for n, p in weights(made.policy).items())
 
 
+@pytest.mark.usefixtures("device")
 def test_steps_skipped_in_a_row_stop_the_run_with_the_check_to_make() -> None:
     """N-22: across iterations, the batch at fault in hand."""
     made = trainer(ppo_epochs=2, max_skipped_updates=3)
@@ -229,6 +244,7 @@ def test_steps_skipped_in_a_row_stop_the_run_with_the_check_to_make() -> None:
     assert isinstance(error.value.batch, Batch)
 
 
+@pytest.mark.usefixtures("device")
 def test_a_step_taken_starts_the_count_of_skipped_ones_anew() -> None:
     """N-22."""
     made = trainer(ppo_epochs=2, max_skipped_updates=3)
@@ -239,6 +255,7 @@ def test_a_step_taken_starts_the_count_of_skipped_ones_anew() -> None:
     assert made.updates.skipped_in_a_row == 0
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("side", [-1, 1])
 def test_epochs_end_early_on_the_mean_over_the_epoch(side: int) -> None:
     """N-32, N-11: just below the threshold and just above, by all mini-batches of the epoch."""
@@ -250,6 +267,122 @@ def test_epochs_end_early_on_the_mean_over_the_epoch(side: int) -> None:
     stats = step(trainer(**settings, early_stopping=True, target_kl=target), **bad)
     assert (stats["ppo/epochs"] == 1.0) == (side == 1)
     assert step(trainer(**settings), **bad)["ppo/epochs"] == 5.0
+
+
+# --- a device that is behind the host
+
+
+def two_iterations(**settings: Any) -> tuple[list[dict[str, float]], Any]:
+    """With Adam; of the second, two of four samples are at fault."""
+    made = trainer(mini_batch_size=2, ppo_epochs=2, **settings)
+    stats = [timeless(made.learn(made.collect(ragged()), SCORED))]
+    rollout = made.collect(ragged())
+    rows = torch.arange(4)[:, None] < 1
+    faulty = rollout.values.masked_fill(rollout.tokens.mask & rows, torch.inf)
+    stats.append(timeless(made.learn(replace(rollout, values=faulty), SCORED)))
+    return stats, weights(made.policy)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"ratio_threshold": 1.02, "learning_rate": 0.05}, {"max_grad_norm": 0.0}]
+)
+def test_a_device_that_is_behind_takes_and_skips_the_same_steps(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """N-22: to the last bit."""
+    settings |= {"whiten_advantages": False}
+    (stats, moved), skipped = two_iterations(**settings), "ppo/skipped_updates"
+    assert stats[1][skipped] == 2 or "ratio_threshold" in settings
+    assert sum(s[skipped] for s in stats) < 8
+    monkeypatch.setattr(Whole, "is_behind", True)
+    again, moved_again = two_iterations(**settings)
+    for one, other in zip(stats, again, strict=True):
+        assert_close(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+    assert all(torch.equal(moved[name], p) for name, p in moved_again.items())
+
+
+def test_the_host_hears_of_a_step_when_the_next_is_on_its_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And of the last at the end; with early stopping, of an epoch's last at its end."""
+    events: list[str] = []
+
+    class Noted(Asked):
+        def __init__(self, numbers: Tensor) -> None:
+            super().__init__(numbers)
+            self.number = sum(event.startswith("asked") for event in events)
+            events.append(f"asked {self.number}")
+
+        def read(self) -> Tensor:
+            events.append(f"read {self.number}")
+            return super().read()
+
+    monkeypatch.setattr("ppo_lab.update.Asked", Noted)
+    monkeypatch.setattr(Whole, "is_behind", True)
+    step(trainer(mini_batch_size=2, ppo_epochs=2))
+    late = ["asked 0", "asked 1", "read 0", "asked 2", "read 1", "asked 3", "read 2", "read 3"]
+    assert events == late
+    events.clear()
+    step(trainer(mini_batch_size=2, ppo_epochs=2, early_stopping=True, target_kl=1e3))
+    assert events == [
+        *("asked 0", "asked 1", "read 0", "read 1", "asked 2", "asked 3", "read 2", "read 3")
+    ]
+
+
+class Arriving:
+    """Numbers that must not be needed yet."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        assert numbers.device.type == "cuda"
+
+    def read(self) -> Tensor:
+        raise AssertionError("the host waits")
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_step_asks_the_gpu_for_nothing(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes on a GPU. A critic apart learns alone, so that the policy has no gradient."""
+
+    def there(x: Tensor, device: Any) -> Tensor:
+        return on_gpu(x) if torch.device(device).type == "cuda" else x
+
+    monkeypatch.setattr("ppo_lab.types.brought", there)
+    monkeypatch.setattr("ppo_lab.processes.alone.brought", there)
+    monkeypatch.setattr("ppo_lab.update.Asked", Arriving)
+    tokens = ragged()
+    batch = Batch(tokens, *[torch.zeros(tokens.mask.shape)] * 4)
+    with a_gpu_without_one():
+        model, critic = (torch.nn.Linear(2, 3, device="cuda") for _ in range(2))
+        for module in (model, critic):
+            move_to_a_gpu_without_one(module)
+        adam = torch.optim.AdamW([*model.parameters(), *critic.parameters()], fused=True)
+        config = PPOConfig(mini_batch_size=2, ratio_threshold=2.0)
+        updates = ClippedUpdates(model, critic if apart else model, Whole(adam), config)
+
+        def one_pass(*_: Any) -> tuple[Tensor, Tensor]:
+            for parameter in (critic if apart else model).parameters():
+                parameter.grad = on_gpu(parameter)
+            return on_gpu(torch.empty(len(SUMS))), on_gpu(torch.empty(2))
+
+        monkeypatch.setattr(updates, "_pass", one_pass)
+        updates.optimizer_step(batch.each(on_gpu)[torch.tensor([2, 0])], 1.0)
+        assert updates.models.steps_late
+        assert len(adam.state) == 2
+
+
+def test_where_somebody_is_told_of_steps_or_adam_cannot_ask_the_device_it_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Whole, "is_behind", True)
+    assert trainer().models.steps_late
+    assert not trainer(ema_decay=0.9).models.steps_late
+    assert not trainer(adam="tf").models.steps_late
+    made = policy("gpt2")
+    for optimizer in (torch.optim.SGD, torch.optim.AdamW, type("Mine", (torch.optim.AdamW,), {})):
+        assert not trainer(made, optimizer=optimizer(made.parameters())).models.steps_late
+    told = trainer()
+    told.optimizer.register_step_post_hook(lambda *_: None)
+    assert not told.models.steps_late
 
 
 # --- memory and numbers

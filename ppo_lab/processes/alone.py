@@ -11,9 +11,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ppo_lab.arrivals import brought
 from ppo_lab.processes import launch
 
 T = TypeVar("T")
+
+# Whether a step may be taken, given the norms of its gradients.
+Judge = Callable[[Tensor], bool | Tensor]
 
 
 @contextmanager
@@ -164,18 +168,51 @@ class Whole:
         """Add the gradients of this process's part of the loss."""
         loss.backward()
 
+    @property
+    def steps_late(self) -> bool:
+        """Whether the device may be given an optimizer step before the host knows if it is taken:
+        where torch's fused Adam asks the device, and nobody else is told of steps.
+        """
+        adam = self.optimizer
+        if type(self) is not Whole or type(adam) not in (torch.optim.Adam, torch.optim.AdamW):
+            return False
+        told = adam._optimizer_step_pre_hooks or adam._optimizer_step_post_hooks
+        return self.is_behind and not told and all(group["fused"] for group in adam.param_groups)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the device works off what the host tells it, which goes on meanwhile."""
+        return self.parameters[0].device.type == "cuda"
+
     def step(
         self,
-        judge: Callable[[Tensor], bool],
+        judge: Judge,
         clipped_together: list[list[nn.Parameter]],
         *,
         max_norm: float,
     ) -> None:
-        """An optimizer step with clipped gradients, if `judge` lets it pass, given their norms."""
-        limit = max_norm or math.inf
+        """An optimizer step with clipped gradients, if `judge` lets it pass, given their norms;
+        where `steps_late`, its verdict may be a flag on the device.
+        """
+        limit, device = max_norm or math.inf, self.parameters[0].device
         norms = [torch.nn.utils.clip_grad_norm_(part, limit) for part in clipped_together]
-        if judge(torch.stack(list(map(self.full, norms)))):
+        # That of no gradients at all is on the host.
+        verdict = judge(torch.stack([brought(self.full(norm), device) for norm in norms]))
+        if isinstance(verdict, Tensor):
+            self._step_where(verdict)
+        elif verdict:
             self.optimizer.step()
+
+    def _step_where(self, verdict: Tensor) -> None:
+        """The step, which the device leaves out where the flag is False: as torch's GradScaler
+        tells a fused optimizer.
+        """
+        adam: Any = self.optimizer
+        adam.found_inf = verdict.logical_not().float()
+        try:
+            adam.step()
+        finally:
+            del adam.found_inf
 
     def zero_grad(self) -> None:
         """Forget all gradients."""

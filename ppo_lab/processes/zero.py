@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_lab.errors import ConfigError
+from ppo_lab.processes.alone import Judge
 from ppo_lab.processes.wrapped import Caller, Sharded
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Partitioned(Sharded):
     """
 
     def __init__(self, group: Group, caller: Caller, optimizer: torch.optim.Optimizer) -> None:
-        self._judge: Callable[[Tensor], bool] | None = None
+        self._judge: Judge | None = None
         self._verdict: bool | None = None
         self._linked = False
         self._trained = [p for part in optimizer.param_groups for p in part["params"]]
@@ -88,7 +89,7 @@ class Partitioned(Sharded):
 
     def step(
         self,
-        judge: Callable[[Tensor], bool],
+        judge: Judge,
         clipped_together: list[list[nn.Parameter]],
         *,
         max_norm: float,
@@ -118,7 +119,7 @@ class Partitioned(Sharded):
         assert self._judge is not None, "the engine steps only when it is told to"
         if self._verdict is None:
             norm = float(self.wrapped.optimizer._global_grad_norm)
-            self._verdict = self._judge(torch.tensor([norm if norm >= 0 else math.nan]))
+            self._verdict = bool(self._judge(torch.tensor([norm if norm >= 0 else math.nan])))
         if self._verdict:
             self._take_step()
 

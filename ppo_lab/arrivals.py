@@ -1,0 +1,35 @@
+"""Numbers on their way between the host and a GPU, neither of which waits for the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def brought(x: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device. To a GPU it goes from memory that the host will not write over, when
+    the GPU has done what it was told before.
+    """
+    if x.device.type == "cpu" and torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+class Asked:
+    """Numbers that a device was asked for. Read later, they are waited for no longer than it takes
+    what the device was told before the question; what it was told since goes on meanwhile.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers, self._arrived = numbers, None
+        if numbers.device.type == "cuda":
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> Tensor:
+        """The numbers, in the host's memory."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._numbers.cpu()
