@@ -171,14 +171,17 @@ def gae(
 
     Source: Schulman et al. 2015, arXiv:1506.02438, equations 11-16.
     """
-    advantages = torch.zeros_like(values)
-    next_value = next_advantage = torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        real = mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = torch.where(real, delta + gamma * lam * next_advantage, next_advantage)
-        next_value = torch.where(real, values[:, t], next_value)
-        advantages[:, t] = next_advantage.masked_fill(~real, 0.0)
+    time = values.shape[1]
+    v, real = values.unbind(1), mask.unbind(1)
+    value, advantage = ([torch.zeros_like(values[:, 0])] * (time + 1) for _ in range(2))
+    for t in reversed(range(time)):
+        value[t] = torch.where(real[t], v[t], value[t + 1])
+    delta = (rewards + gamma * torch.stack(value[1:], 1) - values).masked_fill(~mask, 0.0)
+    decay = torch.full_like(values, gamma * lam).masked_fill(~mask, 1.0)
+    steps, decays = delta.unbind(1), decay.unbind(1)
+    for t in reversed(range(time)):
+        advantage[t] = torch.addcmul(steps[t], decays[t], advantage[t + 1])
+    advantages = torch.stack(advantage[:-1], 1).masked_fill(~mask, 0.0)
     return Advantages(advantages, (advantages + values).masked_fill(~mask, 0.0))
 
 
