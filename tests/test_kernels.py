@@ -92,6 +92,74 @@ def test_attention_over_whole_texts_and_its_gradients(
         assert relative(one, other) < tolerance(dtype)
 
 
+def attended_by_hand(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    first: Tensor,
+    column: int,
+    slopes: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """softmax(scaling q k + slope (column - first)) v in float64, row by row and head by head."""
+    batch, heads, _ = q.shape
+    group, mixed = heads // keys.shape[1], torch.zeros(q.shape, dtype=torch.float64)
+    for row in range(batch):
+        seen = slice(int(first[row]), column + 1)
+        for head in range(heads):
+            k, v = (x[row, head // group, seen].double().cpu() for x in (keys, values))
+            scores = scaling * k @ q[row, head].double().cpu()
+            if slopes is not None:
+                alibi = float(slopes[head]) * torch.arange(len(k), dtype=torch.float32)
+                scores += alibi.to(q.dtype).double()
+            mixed[row, head] = scores.softmax(0) @ v
+    return mixed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(4, 4, 16), (4, 2, 80), (6, 2, 128), (3, 1, 16)]
+)
+def test_attention_to_the_newest_column(
+    heads: int, kv_heads: int, size: int, alibi: bool, dtype: torch.dtype
+) -> None:
+    """About the edges of what is read at once, of views, with no number in all that is not seen."""
+    from ppo_lab.models.fast.kernels.one_query import COLUMNS, attend_newest, readers_of
+
+    torch.manual_seed(size)
+    once = readers_of(128 if size > 16 else 16, dtype) * COLUMNS
+    firsts, positions = torch.tensor([0, 1, once - 1, once, once + 3]), 2 * once + 3
+    slopes = 2.0 ** -torch.arange(1, heads + 1).float() if alibi else None
+    for column in (0, 1, once - 1, once, once + 1, 2 * once, positions - 1):
+        first = firsts.clamp(max=column)
+        batch, many = len(first), heads + 2 * kv_heads
+        # Queries, keys and values side by side, in rows further apart than they are wide.
+        fused = torch.randn(batch, 2, many, size, dtype=dtype)[:, 1].to(DEVICE)
+        q, k, v = fused.split([heads, kv_heads, kv_heads], 1)
+        there = torch.arange(positions)
+        seen = ((there >= first[:, None]) & (there < column))[:, None, :, None]
+        keys, values = (
+            torch.randn(batch, kv_heads, positions, size).masked_fill(~seen, torch.nan)
+            for _ in range(2)
+        )
+        keys, values = (x.to(dtype).to(DEVICE) for x in (keys, values))
+        wanted = [x.clone() for x in (keys, values)]
+        for buffer, new in zip(wanted, (k, v), strict=True):
+            buffer[:, :, column] = new
+        mixed = attend_newest(
+            q, k, v, keys, values, first.to(DEVICE), torch.tensor([column], device=DEVICE),
+            slopes if slopes is None else slopes.to(DEVICE), 0.7 / size**0.5,
+        )  # fmt: skip
+        for buffer, expected in zip((keys, values), wanted, strict=True):
+            assert_close(buffer, expected, rtol=0, atol=0, equal_nan=True)
+        by_hand = attended_by_hand(q, *wanted, first, column, slopes, 0.7 / size**0.5)
+        assert mixed.dtype == dtype
+        share = tolerance(dtype)  # bfloat16 keeps 8 bits of the result
+        assert_close(mixed.double().cpu(), by_hand, rtol=share, atol=share)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [300, 5003])

@@ -2,10 +2,17 @@
 
 Attention's kernels for whole texts take a tile of queries at a time, of which here one is asked,
 and read all columns, those to come included. This one reads the columns up to the newest alone,
-each once, in float32 with the running maximum of Milakov and Gimelshein 2018, arXiv:1805.02867; it
-also puts the newest key and value where they belong, and makes ALiBi's bias from column numbers.
+each once; it also puts the newest key and value where they belong, and makes ALiBi's bias from
+column numbers.
+
+What it takes is waiting for memory, so that no thread waits for another while it reads: the few
+threads that read a column together, 16 bytes each, keep a running maximum, a sum and a mixture of
+their own columns, in float32, and all of these are put together at the end.
 
 Triton comes with torch's builds for CUDA. This module is imported where it is there alone.
+
+Source: Milakov and Gimelshein 2018, arXiv:1805.02867, for the running maximum; Dao et al. 2023,
+    "Flash-Decoding for long-context inference", for parts that are put together at the end.
 """
 
 from __future__ import annotations
@@ -16,9 +23,13 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Columns at a time, and warps of a program: the fastest of twelve pairs for heads of 64 on an H200.
-BLOCK = 64
+# Warps of a program, columns that each of its threads reads at a time, and bytes of one read.
 WARPS = 2
+COLUMNS = 8
+READ = 16
+
+# No score is lower; minus infinity would not be a number when it is subtracted from itself.
+LOWEST = tl.constexpr(-1e30)
 
 
 def attend_newest(
@@ -39,13 +50,20 @@ def attend_newest(
     """
     batch, heads, size = q.shape
     mixed = torch.empty(batch, heads, size, dtype=q.dtype, device=q.device)
+    width = triton.next_power_of_2(size)
+    readers = readers_of(width, keys.dtype)
     _attend[(batch, heads)](
         q, k, v, keys, values, mixed, first, column, q if slopes is None else slopes, scaling,
         *q.stride(), *k.stride(), *v.stride(), *keys.stride(), *values.stride(),
-        heads=heads, group=heads // k.shape[1], size=size, width=triton.next_power_of_2(size),
-        alibi=slopes is not None, block=BLOCK, num_warps=WARPS,
+        heads=heads, group=heads // k.shape[1], size=size, width=width,
+        alibi=slopes is not None, readers=readers, each=COLUMNS, num_warps=WARPS,
     )  # fmt: skip
     return mixed
+
+
+def readers_of(width: int, dtype: torch.dtype) -> int:
+    """How many columns a program reads at the same time, where a key fills a power of two."""
+    return max(1, WARPS * 32 * READ // (width * dtype.itemsize))
 
 
 @triton.jit
@@ -56,49 +74,60 @@ def _attend(
     keys_batch, keys_head, keys_column, keys_one,
     values_batch, values_head, values_column, values_one,
     heads: tl.constexpr, group: tl.constexpr, size: tl.constexpr, width: tl.constexpr,
-    alibi: tl.constexpr, block: tl.constexpr,
+    alibi: tl.constexpr, readers: tl.constexpr, each: tl.constexpr,
 ):  # fmt: skip
-    """One row's one head."""
+    """One row's one head; of the columns, those of every reader."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     kv_head = head // group
     one = tl.arange(0, width)
     within = one < size
     first, column = tl.load(first_ptr + row), tl.load(column_ptr)
-
     q = tl.load(q_ptr + row * q_batch + head * q_head + one * q_one, mask=within, other=0.0)
-    dtype = q.dtype
-    q = q.to(tl.float32) * scaling
     k = tl.load(k_ptr + row * k_batch + kv_head * k_head + one * k_one, mask=within, other=0.0)
     v = tl.load(v_ptr + row * v_batch + kv_head * v_head + one * v_one, mask=within, other=0.0)
+    slope = tl.load(slopes_ptr + head).to(tl.float32)  # read and left alone without ALiBi
+    dtype = q.dtype
+    q = q.to(tl.float32) * scaling
     keys_ptr += row * keys_batch + kv_head * keys_head
     values_ptr += row * values_batch + kv_head * values_head
+
+    reader = tl.arange(0, readers)[:, None] + readers * tl.arange(0, each)[None, :]
+    largest = tl.full((readers,), LOWEST, tl.float32)
+    total = tl.zeros((readers,), tl.float32)
+    mixed = tl.zeros((readers, width), tl.float32)
+    for start in range(first, column, readers * each):
+        columns = start + reader
+        seen = columns < column
+        tile = seen[:, :, None] & within[None, None, :]
+        at = columns[:, :, None] * keys_column + one[None, None, :] * keys_one
+        seen_keys = tl.load(keys_ptr + at, mask=tile, other=0.0)
+        at = columns[:, :, None] * values_column + one[None, None, :] * values_one
+        seen_values = tl.load(values_ptr + at, mask=tile, other=0.0)
+        scores = tl.sum(seen_keys.to(tl.float32) * q[None, None, :], 2)
+        if alibi:
+            scores += _bias(slope, columns - first, dtype)
+        scores = tl.where(seen, scores, -float("inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        rescale = tl.exp(largest - new_largest)
+        terms = tl.exp(scores - new_largest[:, None])
+        total = total * rescale + tl.sum(terms, 1)
+        mixed = mixed * rescale[:, None]
+        mixed += tl.sum(terms[:, :, None] * seen_values.to(tl.float32), 1)
+        largest = new_largest
+
     if head % group == 0:
         tl.store(keys_ptr + column * keys_column + one * keys_one, k, mask=within)
         tl.store(values_ptr + column * values_column + one * values_one, v, mask=within)
-
-    slope = tl.load(slopes_ptr + head).to(tl.float32)  # read and left alone without ALiBi
-    largest = tl.sum(q * k.to(tl.float32), 0)
+    newest = tl.sum(q * k.to(tl.float32), 0)
     if alibi:
-        largest += (slope * (column - first).to(tl.float32)).to(dtype).to(tl.float32)
-    total = tl.sum(tl.where(one == 0, 1.0, 0.0), 0)
-    mixed = v.to(tl.float32)
-    for start in range((first // block) * block, column, block):
-        columns = start + tl.arange(0, block)
-        seen = (columns >= first) & (columns < column)
-        tile = seen[:, None] & within[None, :]
-        at = columns[:, None] * keys_column + one[None, :] * keys_one
-        seen_keys = tl.load(keys_ptr + at, mask=tile, other=0.0).to(tl.float32)
-        scores = tl.sum(seen_keys * q[None, :], 1)
-        if alibi:
-            scores += (slope * (columns - first).to(tl.float32)).to(dtype).to(tl.float32)
-        scores = tl.where(seen, scores, -float("inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, 0))
-        rescale = tl.exp(largest - new_largest)
-        terms = tl.exp(scores - new_largest)
-        at = columns[:, None] * values_column + one[None, :] * values_one
-        seen_values = tl.load(values_ptr + at, mask=tile, other=0.0).to(tl.float32)
-        total = total * rescale + tl.sum(terms, 0)
-        mixed = mixed * rescale + tl.sum(terms[:, None] * seen_values, 0)
-        largest = new_largest
-    at = (row * heads + head) * size + one
-    tl.store(mixed_ptr + at, (mixed / total).to(dtype), mask=within)
+        newest += _bias(slope, column - first, dtype)
+    highest = tl.maximum(tl.max(largest, 0), newest)
+    share, term = tl.exp(largest - highest), tl.exp(newest - highest)
+    sums = tl.sum(total * share, 0) + term
+    mean = (tl.sum(mixed * share[:, None], 0) + term * v.to(tl.float32)) / sums
+    tl.store(mixed_ptr + (row * heads + head) * size + one, mean.to(dtype), mask=within)
+
+
+@triton.jit
+def _bias(slope, distance, dtype: tl.constexpr):
+    return (slope * distance.to(tl.float32)).to(dtype).to(tl.float32)
