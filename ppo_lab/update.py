@@ -278,8 +278,8 @@ class ClippedUpdates:
         )
         # All at once: on a GPU each operation costs a launch.
         sums = torch.stack(per_token).masked_fill(~mask, 0.0).sum((1, 2))
-        if not turn.critic:
-            sums[[SUMS.index(name) for name in OF_VALUES]] = 0.0
+        for name in () if turn.critic else OF_VALUES:  # by numbers, and no list from the host
+            sums[SUMS.index(name)].zero_()
         return core.masked_sum(loss, mask), sums, torch.stack([ratio.min(), ratio.max()])
 
     def _forward(self, batch: Batch, temperature: float, turn: Turn) -> Forward:

@@ -6,12 +6,20 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from test_critic import classifier
-from test_graphed import BrokenTape, Tape
+from test_graphed import (
+    BrokenTape,
+    Tape,
+    a_gpu_without_one,
+    anatomy_there,
+    move_to_a_gpu_without_one,
+    on_gpu,
+)
 from tiny_models import (
     PAD,
     VOCABULARY,
@@ -34,9 +42,16 @@ from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.recording import KEPT, ByShape
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.processes.alone import Alone, Whole
-from ppo_lab.recorded import COLUMNS, STEPS, RecordedPasses, add_gradients, fitted
+from ppo_lab.recorded import (
+    COLUMNS,
+    STEPS,
+    RecordedPasses,
+    add_gradients,
+    fitted,
+    tensors_of,
+)
 from ppo_lab.types import Batch, Scores, Tokens
-from ppo_lab.update import ClippedUpdates
+from ppo_lab.update import EVERYBODY, ClippedUpdates, Turn
 
 # Adam's usual eps makes steps of what in gradients that are zero is rounding alone.
 SETTINGS: dict[str, Any] = {"mini_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -162,6 +177,42 @@ def batch_of(samples: int, query: int, response: int, *, seed: int = 0) -> Token
     responses = rows(response)
     masks = [[bool(token % 5) or i == 0 for i, token in enumerate(row)] for row in responses]
     return Tokens.pack(rows(query), responses, pad_id=PAD, masks=masks)
+
+
+# --- what may be recorded
+
+
+@pytest.mark.parametrize("judge", ["", "bloom", "llama"])
+@pytest.mark.parametrize("kind", ["adapter", "gpt2", "llama"])
+def test_what_is_recorded_asks_the_gpu_for_nothing(
+    kind: str, judge: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes on a GPU, without gradients, since autograd itself asks for one; whoever learns."""
+    critic = Critic(classifier(judge)) if judge else None
+    model = adapted() if kind == "adapter" else policy(kind)
+    made = trainer(model, critic=critic, entropy_coef=0.1)
+    tokens = fitted(ragged())
+    batch = Batch(tokens, *[torch.zeros(tokens.mask.shape)] * 4)
+    roads: dict[Trunk, FastDecoder] = {}
+
+    def fast(trunk: Trunk, *_: Any) -> FastDecoder:
+        made = roads.get(trunk) or FastDecoder(trunk.decoder, anatomy_there(trunk.decoder))
+        return roads.setdefault(trunk, made)
+
+    monkeypatch.setattr(Trunk, "_fast_here", fast)
+    reads = [partial(made.policy.score, temperature=0.7, entropy=True), made.critic.values]
+    reads += [partial(made.reference.logprobs, temperature=0.7)]
+    reads += [partial(made.reference.full_kl, temperature=0.7)]
+    with a_gpu_without_one(), torch.no_grad():
+        for module in {made.policy, made.critic, *made.reference.modules.values()}:
+            move_to_a_gpu_without_one(module)
+        there = batch.each(on_gpu)
+        for turn in (EVERYBODY, Turn(critic=False)):
+            found = made.updates._losses(there, 0.7, turn)
+            assert all(x.device.type == "cuda" for x in found)
+        for read in reads:
+            assert all(x.device.type == "cuda" for x in tensors_of(read(there.tokens)))
+    assert len(roads) == len({*made.recorded.trunks})
 
 
 # --- the same is learnt
