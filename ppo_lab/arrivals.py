@@ -26,7 +26,7 @@ class Asked:
             self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(numbers.device))
 
     def read(self) -> Tensor:
         """The numbers, in the host's memory."""

@@ -65,7 +65,7 @@ class RecordedPasses:
         recorded, and then where the trained tokens lie.
         """
         self._begun = self._ready(tokens)
-        return tokens if self._begun is None else replace(tokens, mask_on_host=tokens.mask.cpu())
+        return tokens if self._begun is None else tokens.heard()
 
     def learn(
         self, losses: Losses, batch: Batch, n_tokens: Tensor, *, key: Hashable
@@ -171,20 +171,32 @@ def fitted(record: Record) -> Record:
         rounded_up(tokens.queries.shape[1], COLUMNS), rounded_up(tokens.responses.shape[1], COLUMNS)
     )
     tokens = wide.tokens if isinstance(wide, Batch) else wide
-    mask = tokens.mask.cpu() if tokens.mask_on_host is None else tokens.mask_on_host
-    kept = _places_to_look_at(mask, tokens.mask.device)
-    tokens = replace(tokens, kept=kept, mask_on_host=None)
+    mask = tokens.mask.cpu() if tokens.host is None else tokens.host.mask
+    wanted = rounded_up(max(int(mask.sum()), 1), -(-mask.numel() // STEPS))
+    tokens = replace(tokens, kept=_places(mask, wanted, tokens.mask.device), host=None)
     return replace(wide, tokens=tokens) if isinstance(wide, Batch) else tokens  # type: ignore
 
 
-def _places_to_look_at(mask: Bool[Tensor, "batch time"], device: torch.device) -> Tensor:
-    """The places where the mask is True, and as many more as make one of STEPS numbers."""
+def looked_up(batch: Batch) -> Batch:
+    """The batch with the places that are looked at, of trained tokens alone, if the host knows
+    them.
+    """
+    tokens = batch.tokens
+    if tokens.host is None:
+        return batch
+    return replace(
+        batch, tokens=replace(tokens, kept=_places(tokens.host.mask, 0, tokens.mask.device))
+    )
+
+
+def _places(mask: Bool[Tensor, "batch time"], least: int, device: torch.device) -> Tensor:
+    """The places where the mask is True, and others up to the least number."""
     if bool(mask.all()):
         return torch.arange(mask.numel(), device=device)
     flat = mask.flatten().numpy()  # NumPy starts no threads for so little
     real, padding = np.flatnonzero(flat), np.flatnonzero(~flat)
-    more = rounded_up(max(len(real), 1), -(-len(flat) // STEPS)) - len(real)
-    return brought(torch.from_numpy(np.sort(np.concatenate([real, padding[:more]]))), device)
+    more = padding[: max(0, least - len(real))]
+    return brought(torch.from_numpy(np.sort(np.concatenate([real, more]))), device)
 
 
 def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

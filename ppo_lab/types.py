@@ -129,10 +129,11 @@ class Tokens(_Rows):
     stop condition was generated, False where the length limit cut the response. `below`, where it
     is kept, holds the hidden states that enter the policy's first adapted layer, of every token but
     the last: frozen layers make them, so that they stay the same while the policy learns.
-    `mask_on_host`, where it is given, is `mask` in the host's memory, for whom a device must not be
-    asked. `kept`, where it is given, are the places of `responses`, in reading order, that are
-    looked at: those where `mask` is True, and some more. Nobody then asks a device where they are,
-    and no column is left out; such a record is of whole samples, and is not cut into fewer.
+    `host`, where it is given, is this record, but for `below`, in the host's memory, so that a
+    device need not be asked for what is in it. `kept`, where it is given, are the places of
+    `responses`, in reading order, that are looked at: those where `mask` is True, and perhaps some
+    more; such a record is of whole samples, and is not cut into fewer. Without `host` no column of
+    it is left out.
     """
 
     queries: Int[Tensor, "batch query"]
@@ -142,7 +143,7 @@ class Tokens(_Rows):
     lengths: Int[Tensor, " batch"]
     ended: Bool[Tensor, " batch"]
     below: Float[Tensor, "batch seen hidden"] | None = None
-    mask_on_host: Bool[Tensor, "batch time"] | None = None
+    host: Tokens | None = None
     kept: Int[Tensor, " kept"] | None = None
 
     @classmethod
@@ -176,6 +177,12 @@ class Tokens(_Rows):
         """
         columns = torch.arange(self.responses.shape[1], device=self.lengths.device)
         return columns < self.lengths[:, None]
+
+    def heard(self) -> Tokens:
+        """The record with `host`, for which the device is asked now unless it has been."""
+        if self.host is not None:
+            return self
+        return replace(self, host=replace(self, below=None).to("cpu"))
 
     def response_lists(self) -> list[list[int]]:
         """The responses' token ids without padding."""
@@ -227,7 +234,7 @@ class Batch(_Rows):
     def blank(self) -> Batch:
         """The first sample with every token masked out: it costs a pass and teaches nothing."""
         first = self[:1]
-        tokens = replace(first.tokens, mask=torch.zeros_like(first.tokens.mask))
+        tokens = replace(first.tokens, mask=torch.zeros_like(first.tokens.mask), host=None)
         return replace(first, tokens=tokens)
 
 

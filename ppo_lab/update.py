@@ -17,7 +17,7 @@ from ppo_lab.arrivals import Asked, brought
 from ppo_lab.config import PPOSection
 from ppo_lab.memory import Passes, tokens_that_fit
 from ppo_lab.processes.alone import Alone, Whole
-from ppo_lab.recorded import RecordedPasses
+from ppo_lab.recorded import RecordedPasses, looked_up
 from ppo_lab.types import Batch, Forward
 
 # What is summed over real tokens while updating, in the order of the vector that holds it.
@@ -141,8 +141,11 @@ class ClippedUpdates:
         Raises:
             TrainingDiverged: `max_skipped_updates` optimizer steps in a row had to be skipped.
         """
+        # Of what a device is behind with, the host must know all that a step depends on.
+        tokens = batch.tokens.heard() if self.models.is_behind else batch.tokens
         if self.recorded is not None:
-            batch = replace(batch, tokens=self.recorded.begin(batch.tokens))
+            tokens = self.recorded.begin(tokens)
+        batch = replace(batch, tokens=tokens)
         epochs: list[list[OptimizerStep]] = []
         for epoch in range(self.config.ppo_epochs):
             epochs.append([])
@@ -232,6 +235,7 @@ class ClippedUpdates:
             )
             if done is not None:
                 return done
+        batch = looked_up(batch)
         loss, sums, extremes = self.models.call(self._losses, batch, temperature, turn)
         self.models.backward(loss / n_tokens)
         return sums, extremes
@@ -305,7 +309,8 @@ class ClippedUpdates:
         own = torch.arange(len(batch))[self.processes.share(len(batch))]
         if not self.config.micro_batch_tokens or not len(own):
             return list(own.split(math.ceil(mini / self.processes.size))) if len(own) else []
-        lengths = (batch.tokens.query_mask.sum(1) + batch.tokens.lengths).cpu()
+        known = batch.tokens if batch.tokens.host is None else batch.tokens.host
+        lengths = (known.query_mask.sum(1) + known.lengths).cpu()
         limit = self._most_tokens(batch[own[lengths[own].argmax()][None]])
         return [own[rows] for rows in pack_by_tokens(lengths[own], limit=limit)]
 
@@ -341,7 +346,7 @@ class ClippedUpdates:
                 "gradient is not finite, or the policy moved too far in one iteration. Lower "
                 "ppo.learning_rate or ppo.ppo_epochs, and look at "
                 "ppo/policy/first_minibatch_ratio_error, which should be near 0",
-                batch,
+                replace(batch, tokens=replace(batch.tokens, host=None)),
             )
         return step.taken
 

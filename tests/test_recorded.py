@@ -533,7 +533,7 @@ def test_where_trained_tokens_lie_is_asked_once_where_passes_are_recorded(a_gpu_
     assert RecordedPasses([made.trunk], [], alone=True).begin(tokens) is tokens
     a_gpu_with(Tape())
     begun = RecordedPasses([made.trunk], [], alone=True).begin(tokens)
-    assert torch.equal(begun.mask_on_host, tokens.mask)
+    assert torch.equal(begun.host.mask, tokens.mask)
     part, rows = begun[torch.tensor([2, 0])], torch.tensor([2, 0])
     assert torch.equal(fitted(part).kept, fitted(tokens[rows]).kept)
     unseen = replace(begun, mask=torch.empty_like(begun.mask, device="meta"))
@@ -703,13 +703,16 @@ def test_a_gpu_learns_from_recorded_passes_what_it_learns_from_launched_ones(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("judge", ["", "llama"])
-def test_a_gpu_is_asked_for_nothing_in_steps_of_recorded_passes(
-    judge: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("records", [True, False])
+def test_a_gpu_is_asked_for_nothing_in_optimizer_steps(
+    records: bool, judge: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the third iteration on; a critic of its own learns alone in the first."""
     critic = Critic(classifier(judge)) if judge else None
     config = PPOConfig(learning_rate=1e-3, batch_size=4, critic_warmup_steps=1, **IN_ONE_PASS)
     made = PPOTrainer(config, adapted(), None, tokenizer(), device="cuda", critic=critic)
+    for trunk in made.recorded.trunks:
+        trunk.records_graphs = records
     step, played = ClippedUpdates.optimizer_step, []
 
     def not_to_be_asked(*args: Any) -> Any:

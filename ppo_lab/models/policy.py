@@ -215,12 +215,11 @@ def _without_empty_columns(tokens: Tokens) -> tuple[int, int, Tensor, Tensor]:
     """Columns left out at the beginning, the longest response, and ids and attention of what
     predicts something: the last token of all does not.
     """
-    if tokens.kept is not None:
-        ids = torch.cat([tokens.queries, tokens.responses], 1)
-        attention = torch.cat([tokens.query_mask, tokens.attended], 1)
-        return 0, tokens.responses.shape[1], ids[:, :-1], attention[:, :-1]
-    skip = tokens.queries.shape[1] - int(tokens.query_mask.sum(1).max())
-    longest = int(tokens.lengths.max())
+    skip, longest = 0, tokens.responses.shape[1]
+    if tokens.kept is None or tokens.host is not None:
+        known = tokens if tokens.host is None else tokens.host
+        skip = tokens.queries.shape[1] - int(known.query_mask.sum(1).max())
+        longest = int(known.lengths.max())
     ids = torch.cat([tokens.queries[:, skip:], tokens.responses[:, :longest]], 1)
     attention = torch.cat([tokens.query_mask[:, skip:], tokens.attended[:, :longest]], 1)
     return skip, longest, ids[:, :-1], attention[:, :-1]
@@ -230,7 +229,7 @@ def looked_at(
     x: Float[Tensor, "batch time hidden"], tokens: Tokens
 ) -> Float[Tensor, "kept hidden"]:
     """What stands at the places that are looked at: those of the trained tokens, and with
-    `tokens.kept` some of padding.
+    `tokens.kept` perhaps some of padding.
     """
     if tokens.kept is None:
         return x[tokens.mask]
