@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ppo_lab import core
 from ppo_lab.metric_names import METRICS
+from ppo_lab.steps import UpdateStats
 from ppo_lab.types import Batch, Rollout, Scores
-from ppo_lab.update import UpdateStats
 
 __all__ = ["METRICS", "Shaped", "iteration_metrics"]
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from ppo_lab import core
@@ -18,28 +17,16 @@ from ppo_lab.config import PPOSection
 from ppo_lab.memory import Passes, tokens_that_fit
 from ppo_lab.processes.alone import Alone, Whole
 from ppo_lab.recorded import RecordedPasses, looked_up
-from ppo_lab.types import Batch, Forward
-
-# What is summed over real tokens while updating, in the order of the vector that holds it.
-SUMS = (
-    "tokens",
-    "policy_loss",
-    "value_loss",
-    "entropy",
-    "approxkl",
-    "policykl",
-    "clipped_low",
-    "clipped_high",
-    "ratio",
-    "vpred",
-    "value_error",
-    "value_clipped",
-    "critic_tokens",
+from ppo_lab.steps import (
+    OF_VALUES,
+    SUMS,
+    OptimizerStep,
+    UpdateStats,
+    may_be_taken,
+    summary,
+    sums_of,
 )
-# Where the smallest and the largest ratio come after them.
-LOW, HIGH = len(SUMS), len(SUMS) + 1
-# Those of the sums that count in the passes alone in which the critic learns.
-OF_VALUES = ("value_loss", "vpred", "value_error", "value_clipped", "critic_tokens")
+from ppo_lab.types import Batch, Forward
 
 
 class Turn(NamedTuple):
@@ -64,36 +51,6 @@ class TrainingDiverged(RuntimeError):
     def __init__(self, message: str, batch: Batch | None = None) -> None:
         super().__init__(message)
         self.batch = batch
-
-
-@dataclass(frozen=True)
-class UpdateStats:
-    """What the clipped updates of one iteration did: means over real tokens of every pass that was
-    made; of what concerns values, of every pass in which the critic learnt.
-
-    `ratio_max` is the largest ratio seen; `first_ratio_error` is max |ratio - 1| before the first
-    optimizer step, which only rounding can move from 0; `grad_norm` is the policy's mean norm
-    before clipping (with its value head), `critic_grad_norm` that of a critic apart; `skipped`
-    counts the optimizer steps not taken, `epochs` the passes over the batch that were.
-    """
-
-    policy_loss: float
-    value_loss: float
-    entropy: float
-    approxkl: float
-    policykl: float
-    clipped_low: float
-    clipped_high: float
-    ratio: float
-    vpred: float
-    value_error: float
-    value_clipped: float
-    ratio_max: float
-    first_ratio_error: float
-    grad_norm: float
-    critic_grad_norm: float
-    skipped: int
-    epochs: int
 
 
 class ClippedUpdates:
@@ -155,7 +112,7 @@ class ClippedUpdates:
             if self.config.early_stopping and self._moved_too_far(epochs[-1]):
                 break
         self._hear_of_the_last()
-        return _summary(epochs)
+        return summary(epochs)
 
     def optimizer_batches(self, n: int, *, seed: tuple[int, ...]) -> Iterator[Tensor]:
         """The rows of each optimizer step, shuffled; the last batch may be smaller, and no row is
@@ -351,79 +308,10 @@ class ClippedUpdates:
         return step.taken
 
     def _moved_too_far(self, steps: list[OptimizerStep]) -> bool:
-        sums = torch.stack([step.sums for step in steps]).sum(0)
+        sums = sums_of(steps)
         return bool(
             sums[SUMS.index("policykl")] / sums[0].clamp(min=1) > 1.5 * self.config.target_kl
         )
-
-
-class OptimizerStep:
-    """One optimizer step as numbers, which are waited for when they are first looked at: token
-    sums, ratio extremes, the gradients' norms (the policy's, and that of a critic apart), whether
-    it was taken.
-    """
-
-    def __init__(
-        self, asked: Asked, each: Callable[[Tensor], Tensor], ratio_threshold: float
-    ) -> None:
-        """`asked` are one process's sums and extremes, and the norms of all gradients; `each` gives
-        those of all processes.
-        """
-        self._asked, self._each, self._ratio_threshold = asked, each, ratio_threshold
-
-    @cached_property
-    def _numbers(self) -> Tensor:
-        """Those of all processes together, in the same order."""
-        rows = self._each(self._asked.read())
-        sums, smallest, largest, norms = rows.tensor_split([len(SUMS), LOW + 1, HIGH + 1], 1)
-        return torch.cat([sums.sum(0), smallest.amin(0), largest.amax(0), norms[0]])
-
-    @property
-    def sums(self) -> Tensor:
-        """Over the real tokens, in the order of SUMS."""
-        return self._numbers[: len(SUMS)]
-
-    @property
-    def ratio(self) -> float:
-        """The mean ratio."""
-        return float(_mean_ratio(self._numbers))
-
-    @property
-    def ratio_min(self) -> float:
-        """The smallest ratio of a token."""
-        return float(self._numbers[LOW])
-
-    @property
-    def ratio_max(self) -> float:
-        """The largest."""
-        return float(self._numbers[HIGH])
-
-    @property
-    def grad_norm(self) -> float:
-        """Of the policy's gradient before clipping."""
-        return float(self._numbers[HIGH + 1])
-
-    @property
-    def critic_grad_norm(self) -> float:
-        """Of that of a critic apart, or else the policy's."""
-        return float(self._numbers[-1])
-
-    @cached_property
-    def taken(self) -> bool:
-        """Whether weights were moved."""
-        return bool(may_be_taken(self._numbers, ratio_threshold=self._ratio_threshold))
-
-
-def may_be_taken(numbers: Tensor, *, ratio_threshold: float) -> Bool[Tensor, ""]:
-    """Whether loss and gradient of a step are finite, and its mean ratio is at most the threshold
-    (0 = whatever it is), wherever its numbers are.
-    """
-    finite = numbers.isfinite().all()
-    return finite & (_mean_ratio(numbers) <= ratio_threshold) if ratio_threshold else finite
-
-
-def _mean_ratio(numbers: Tensor) -> Tensor:
-    return numbers[SUMS.index("ratio")] / numbers[0].clamp(min=1)
 
 
 def pack_by_tokens(lengths: Tensor, *, limit: int) -> list[Tensor]:
@@ -460,22 +348,3 @@ def _by_model(parameters: list[Any], critic: Any) -> list[list[Any]]:
     own = {id(p) for p in critic.parameters()} if critic is not None else set()
     policy = [p for p in parameters if id(p) not in own]
     return [policy, [p for p in parameters if id(p) in own]] if own else [policy]
-
-
-def _summary(epochs: list[list[OptimizerStep]]) -> UpdateStats:
-    steps = [step for epoch in epochs for step in epoch]
-    totals, first = torch.stack([step.sums for step in steps]).sum(0), steps[0]
-    sums = dict(zip(SUMS, totals.tolist(), strict=True))
-    tokens, of_values = (max(sums.pop(name), 1.0) for name in ("tokens", "critic_tokens"))
-    means = {
-        name: total / (of_values if name in OF_VALUES else tokens) for name, total in sums.items()
-    }
-    return UpdateStats(
-        **means,
-        ratio_max=max(step.ratio_max for step in steps),
-        first_ratio_error=max(abs(first.ratio_max - 1.0), abs(first.ratio_min - 1.0)),
-        grad_norm=sum(step.grad_norm for step in steps) / len(steps),
-        critic_grad_norm=sum(step.critic_grad_norm for step in steps) / len(steps),
-        skipped=sum(not step.taken for step in steps),
-        epochs=len(epochs),
-    )

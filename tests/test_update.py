@@ -30,8 +30,9 @@ from ppo_lab.arrivals import Asked
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.processes.alone import Whole
 from ppo_lab.recorded import tensors_of
+from ppo_lab.steps import SUMS
 from ppo_lab.types import Batch, Scores, Tokens
-from ppo_lab.update import SUMS, ClippedUpdates, TrainingDiverged, hash_seed, pack_by_tokens
+from ppo_lab.update import ClippedUpdates, TrainingDiverged, hash_seed, pack_by_tokens
 
 SCORED = Scores(torch.tensor([1.0, -0.5, 2.0, 0.25]))
 
@@ -363,7 +364,9 @@ class AskedOfHostAlone(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"micro_batch_tokens": 16}, {"entropy_coef": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"micro_batch_tokens": 16}, {"entropy_coef": 0.1}], ids=str
+)
 def test_a_step_that_is_launched_asks_the_host_alone(
     settings: dict[str, Any], lora: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
