@@ -15,6 +15,7 @@ from ppo_lab import core
 from ppo_lab.arrivals import Asked, brought
 from ppo_lab.config import PPOSection
 from ppo_lab.memory import Passes, tokens_that_fit
+from ppo_lab.packing import pack_by_tokens
 from ppo_lab.processes.alone import Alone, Whole
 from ppo_lab.recorded import RecordedPasses, looked_up
 from ppo_lab.steps import (
@@ -312,19 +313,6 @@ class ClippedUpdates:
         return bool(
             sums[SUMS.index("policykl")] / sums[0].clamp(min=1) > 1.5 * self.config.target_kl
         )
-
-
-def pack_by_tokens(lengths: Tensor, *, limit: int) -> list[Tensor]:
-    """Rows, longest first, in groups whose padded size stays within `limit` tokens; a longer row
-    stands alone.
-    """
-    groups: list[list[int]] = []
-    for row in lengths.argsort(descending=True, stable=True).tolist():
-        if groups and int(lengths[groups[-1][0]]) * (len(groups[-1]) + 1) <= limit:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return [torch.tensor(group) for group in groups]
 
 
 def hash_seed(*numbers: int) -> int:

@@ -28,11 +28,12 @@ from torch.utils._pytree import tree_leaves
 from ppo_lab import PPOConfig
 from ppo_lab.arrivals import Asked
 from ppo_lab.models.fast.decoder import FastDecoder
+from ppo_lab.packing import pack_by_tokens
 from ppo_lab.processes.alone import Whole
 from ppo_lab.recorded import tensors_of
 from ppo_lab.steps import SUMS
 from ppo_lab.types import Batch, Scores, Tokens
-from ppo_lab.update import ClippedUpdates, TrainingDiverged, hash_seed, pack_by_tokens
+from ppo_lab.update import ClippedUpdates, TrainingDiverged, hash_seed
 
 SCORED = Scores(torch.tensor([1.0, -0.5, 2.0, 0.25]))
 

@@ -16,8 +16,8 @@ from ppo_lab.data import load_prompts
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.byte_tokenizer import byte_tokenizer
 from ppo_lab.models.loading import load_tokenizer
+from ppo_lab.packing import pack_by_tokens
 from ppo_lab.types import Tokens
-from ppo_lab.update import pack_by_tokens
 
 # Batches that the typical one is taken from.
 LOOKED_AT = 16
