@@ -1,18 +1,9 @@
-"""Numbers on their way between the host and a GPU, neither of which waits for the other."""
+"""Numbers on their way from a GPU to the host, which does not wait before it needs them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def brought(x: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on a device. To a GPU it goes from memory that the host will not write over, when
-    the GPU has done what it was told before.
-    """
-    if x.device.type == "cpu" and torch.device(device).type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
 
 
 class Asked:

@@ -20,10 +20,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ppo_lab.arrivals import brought
 from ppo_lab.models.fast.recording import ByShape, Recorder, has_room, rounded_up
 from ppo_lab.processes.alone import Whole
-from ppo_lab.types import Batch, Tokens
+from ppo_lab.types import Batch, Tokens, brought
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ppo_lab.arrivals import brought
-
 
 @dataclass(frozen=True)
 class Prompts:
@@ -96,6 +94,15 @@ class _Rows:
         """
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}  # type: ignore[arg-type]
         return cls(**{name: _joined(name, column) for name, column in columns.items()})
+
+
+def brought(x: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device. To a GPU it goes from memory that the host will not write over, when
+    the GPU has done what it was told before.
+    """
+    if x.device.type == "cpu" and torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def _joined(name: str, parts: Sequence[Any]) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ppo_lab import core
-from ppo_lab.arrivals import Asked, brought
+from ppo_lab.arrivals import Asked
 from ppo_lab.config import PPOSection
 from ppo_lab.memory import Passes, tokens_that_fit
 from ppo_lab.packing import pack_by_tokens
@@ -27,7 +27,7 @@ from ppo_lab.steps import (
     summary,
     sums_of,
 )
-from ppo_lab.types import Batch, Forward
+from ppo_lab.types import Batch, Forward, brought
 
 
 class Turn(NamedTuple):

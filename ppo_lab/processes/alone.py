@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ppo_lab.arrivals import brought
 from ppo_lab.processes import launch
+from ppo_lab.types import brought
 
 T = TypeVar("T")
 
