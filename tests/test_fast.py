@@ -38,7 +38,7 @@ from ppo_lab.models.fast import draws, families, products
 from ppo_lab.models.fast.attention import KeysAndValues, attend, blocks_of, last_columns
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.draws import draw_from
-from ppo_lab.models.fast.elementwise import ACTIVATIONS, normed, rotated, spread_angles
+from ppo_lab.models.fast.elementwise import ACTIVATIONS, LARGE, normed, rotated, spread_angles
 from ppo_lab.models.fast.places import LastColumns, Places
 from ppo_lab.models.fast.products import Linear, is_plain, product, wide_product
 from ppo_lab.models.fast.sweep import TILE, swept_logprobs
@@ -525,6 +525,20 @@ def test_elementwise_parts_have_the_gradients_of_their_formulas() -> None:
     assert_close(normed(norm, wide), norm(wide))
     ours = torch.autograd.grad(normed(norm, wide).square().sum(), (wide, norm.weight))
     assert_close(ours, torch.autograd.grad(norm(wide).square().sum(), (wide, norm.weight)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [LARGE // 48, LARGE // 48 + 1])
+@torch.no_grad()
+def test_norms_of_few_and_of_many_numbers_are_transformers(rows: int, dtype: Any) -> None:
+    """And what is normed stays as it is."""
+    torch.manual_seed(0)
+    norm = tiny_model("llama", dtype).model.norm
+    norm.weight.copy_(torch.rand(48) + 0.5)
+    wide = torch.randn(48, rows, dtype=dtype).t()
+    before = wide.clone()
+    assert_close(normed(norm, wide), norm(wide))
+    assert torch.equal(wide, before)
 
 
 def test_a_turn_pairs_the_halves_and_is_undone_by_its_gradient() -> None:
