@@ -16,7 +16,8 @@ class MovingAverage:
         average <- d average + (1 - d) weights,   d = min(decay, (1 + n) / (10 + n)) after n steps
 
     What single batches made the policy do by chance goes out of it, and with that KL which bought
-    no score. Training goes on from the weights themselves. With `decay` 0 it is the weights.
+    no score. Training goes on from the weights themselves. With `decay` 0 it is the weights. A step
+    that was skipped counts too, since nobody need then wait to hear of it.
 
     Source: Polyak and Juditsky 1992, SIAM J. Control Optim. 30(4); Ramé et al. 2024,
         arXiv:2406.16768, for policies under a KL penalty.
@@ -29,7 +30,7 @@ class MovingAverage:
         self.average = {name: p.detach().clone() for name, p in self.weights.items()}
 
     def update(self) -> None:
-        """Take in the weights after an optimizer step."""
+        """Take in the weights after an optimizer step, taken or skipped."""
         if not self.weights:
             return
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))

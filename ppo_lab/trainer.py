@@ -127,7 +127,13 @@ class PPOTrainer:
         self.average = self._moving_average()
         self.recorded = RecordedPasses.of(self.policy, self.critic, self.reference, self.models)
         self.updates = ClippedUpdates(
-            self.policy, self.critic, self.models, self.config, self.processes, self.recorded
+            self.policy,
+            self.critic,
+            self.models,
+            self.config,
+            self.processes,
+            recorded=self.recorded,
+            average=self.average,
         )
         self.sampler: Sampler = self.draw
         self.noted: dict[str, float] = {}  # metrics of this iteration that others left
@@ -409,10 +415,7 @@ class PPOTrainer:
     def _moving_average(self) -> MovingAverage:
         if self.config.ema_decay and launch.sharding():
             raise ValueError("ema_decay: an average of sharded weights or optimizers is not kept")
-        average = MovingAverage(self.policy.pretrained_model, decay=self.config.ema_decay)
-        if self.config.ema_decay:
-            self.optimizer.register_step_post_hook(lambda *_: average.update())
-        return average
+        return MovingAverage(self.policy.pretrained_model, decay=self.config.ema_decay)
 
     @torch.no_grad()
     def _restore(self, model: torch.nn.Module, saved: dict[str, Tensor]) -> None:

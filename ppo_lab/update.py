@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ppo_lab import core
 from ppo_lab.arrivals import Asked
+from ppo_lab.averaging import MovingAverage
 from ppo_lab.config import PPOSection
 from ppo_lab.memory import Passes, tokens_that_fit
 from ppo_lab.packing import pack_by_tokens
@@ -72,10 +73,12 @@ class ClippedUpdates:
         models: Whole,
         config: PPOSection,
         processes: Alone | None = None,
+        *,
         recorded: RecordedPasses | None = None,
+        average: MovingAverage | None = None,
     ) -> None:
         self.policy, self.critic, self.models, self.config = policy, critic, models, config
-        self.processes, self.recorded = processes or Alone(), recorded
+        self.processes, self.recorded, self.average = processes or Alone(), recorded, average
         self.apart = critic is not policy
         self.clipped_together = _by_model(models.parameters, critic if self.apart else None)
         self.passes = Passes("training", recorded.let_go if recorded else bool)
@@ -154,6 +157,8 @@ class ClippedUpdates:
             return self._heard(made[0], batch)
 
         self.models.step(judge, self.clipped_together, max_norm=self.config.max_grad_norm)
+        if self.average is not None:
+            self.average.update()
         self._hear_of_the_last()
         self._unheard = (made[0], batch) if late else None
         return made[0]

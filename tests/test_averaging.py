@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from ppo_lab.averaging import MovingAverage
+from ppo_lab.processes.alone import Whole
 
 
 def test_an_average_by_hand_and_the_weights_back_in_their_place() -> None:
@@ -77,3 +78,22 @@ def test_a_run_goes_on_with_its_average() -> None:
     assert other.average.steps == made.average.steps == 4
     for name, average in made.average.average.items():
         assert torch.equal(average, other.average.average[name])
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_skipped_steps_count_whether_or_not_they_are_waited_for(
+    behind: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The average moves on towards the weights, which stay where they are."""
+    monkeypatch.setattr(Whole, "is_behind", behind)
+    made = trainer(ema_decay=0.5, ppo_epochs=2)
+    step(made)
+    stood, before = weights(made.policy), copy.deepcopy(made.average.average)
+    made.config.ratio_threshold = 1e-6
+    assert step(made)["ppo/skipped_updates"] == 2
+    assert made.average.steps == 4
+    assert all(torch.equal(p, stood[name]) for name, p in weights(made.policy).items())
+    for name, weight in made.average.weights.items():
+        decays = 3 / 12 * 4 / 13
+        expected = weight + decays * (before[name] - weight)
+        assert_close(made.average.average[name], expected.detach())
