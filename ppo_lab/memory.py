@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import resource
@@ -31,6 +32,13 @@ GIB = 2**30
 
 # What an allocator keeps beside the tensors of a pass.
 HOLES_BESIDE = 1.3
+
+# What glibc is to keep of freed memory, and the smallest block that is given back by itself: the
+# largest that it allows. By their numbers in malloc.h.
+KEPT_WHEN_FREED, GIVEN_BACK = 64 * 2**20, 32 * 2**20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# Who sets them from outside means it.
+SET_BY_OTHERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 class Passes:
@@ -87,6 +95,20 @@ class Passes:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+
+def keep_freed_memory() -> bool:
+    """Have this process keep the memory of small models' activations from pass to pass; whether it
+    does, which it can with glibc alone.
+
+    What is freed goes back to the system otherwise as soon as it is a few MB, and comes again with
+    the next tensor, a fault a page: that took a twentieth of an iteration of a small model.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None or any(name in os.environ for name in SET_BY_OTHERS):
+        return False
+    kept = mallopt(M_TRIM_THRESHOLD, KEPT_WHEN_FREED)
+    return bool(kept and mallopt(M_MMAP_THRESHOLD, GIVEN_BACK))
 
 
 def check_fits(config: Config, device: str, *, processes: int = 1) -> None:

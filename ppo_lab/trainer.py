@@ -22,7 +22,7 @@ from ppo_lab.averaging import MovingAverage
 from ppo_lab.clock import Clock
 from ppo_lab.config import PPOConfig
 from ppo_lab.kl import AdaptiveKLController, FixedKLController
-from ppo_lab.memory import Passes
+from ppo_lab.memory import Passes, keep_freed_memory
 from ppo_lab.metrics import Shaped, iteration_metrics
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.models.reference import Reference
@@ -105,6 +105,8 @@ class PPOTrainer:
         self.tokenizer, self.reward, self.dataset = tokenizer, reward, dataset
         self.processes = processes or Alone()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.policy = classic.as_policy(model).to(self.device)
         self.reference = Reference(
             self.policy, None if ref_model is None else ref_model.to(self.device)

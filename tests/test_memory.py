@@ -1,0 +1,50 @@
+"""What a process keeps of the memory that its passes freed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Four tensors of 8 MiB, made and freed eight times over; the faults of all but the first two.
+FAULTS = """
+import resource, sys, torch
+from ppo_lab.memory import keep_freed_memory
+
+torch.set_num_threads(1)
+kept = keep_freed_memory() if sys.argv[1] == "keep" else False
+for again in range(8):
+    tensors = [torch.ones(2**21) for _ in range(4)]
+    del tensors
+    if again == 1:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str, **environment: str) -> tuple[bool, int]:
+    plain = {name: v for name, v in os.environ.items() if not name.startswith("MALLOC_")}
+    said = subprocess.run(
+        [sys.executable, "-c", FAULTS, how],
+        env=plain | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    kept, count = said.stdout.split()
+    return bool(int(kept)), int(count)
+
+
+def test_freed_memory_comes_again_without_faults() -> None:
+    kept, few = faults("keep")
+    if not kept:
+        pytest.skip("the allocator is not glibc's")
+    _, many = faults("leave")
+    assert few < many / 10
+
+
+def test_an_allocator_that_somebody_has_set_is_left_alone() -> None:
+    kept, _ = faults("keep", MALLOC_TRIM_THRESHOLD_="1000000")
+    assert not kept
