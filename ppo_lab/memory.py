@@ -102,7 +102,7 @@ def keep_freed_memory() -> bool:
     does, which it can with glibc alone.
 
     What is freed goes back to the system otherwise as soon as it is a few MB, and comes again with
-    the next tensor, a fault a page: that took a twentieth of an iteration of a small model.
+    the next tensor, a fault a page.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None or any(name in os.environ for name in SET_BY_OTHERS):

@@ -128,7 +128,9 @@ def may_be_taken(numbers: Tensor, *, ratio_threshold: float) -> Bool[Tensor, ""]
     (0 = whatever it is), wherever its numbers are.
     """
     finite = numbers.isfinite().all()
-    return finite & (_mean_ratio(numbers) <= ratio_threshold) if ratio_threshold else finite
+    if ratio_threshold <= 0:
+        return finite
+    return finite & (_mean_ratio(numbers) <= ratio_threshold)
 
 
 def _mean_ratio(numbers: Tensor) -> Tensor:

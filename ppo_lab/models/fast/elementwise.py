@@ -74,7 +74,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 WIDEST = 2**14
 
 # From so many numbers on torch's own root-mean-square norm, which makes a tensor of every step, is
-# slower on a CPU: 3 times for 2**18, 14 times for 2**21.
+# the slower one on a CPU.
 LARGE = 2**16
 
 # Norms whose factor is 1 + w, multiplied before the result is rounded.
