@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ppo_lab.core import full_kl
 from ppo_lab.models.fast.kernels import kernels_for
-from ppo_lab.models.fast.products import computed_in, wide_product
+from ppo_lab.models.fast.gemm import computed_in
+from ppo_lab.models.fast.products import wide_product
 from ppo_lab.models.fast.sweep import swept_logprobs
 
 # Logits of at most this many (token, vocabulary) pairs are built at once: 128 MiB in float32.

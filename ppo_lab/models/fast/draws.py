@@ -63,9 +63,8 @@ def draw_from(
 
 
 def _weighed(products: Float[Tensor, "batch vocab"], scale: float) -> Weighed:
-    z = _logits(products, scale)
-    by_rows = z.shape[1] >= LARGE_VOCABULARY and z.device.type == "cpu"
-    parts = [_weigh(part) for part in (z.split(1) if by_rows else [z])]
+    by_rows = products.shape[1] >= LARGE_VOCABULARY and products.device.type == "cpu"
+    parts = [_weigh(_logits(part, scale)) for part in products.split(1 if by_rows else 2**62)]
     return Weighed(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

@@ -1,17 +1,7 @@
-"""Matrix products with frozen weights, laid out as a CPU's kernels like them.
-
-F.linear(x, W) computes x W^T and must first repack W, which for a few hundred rows of x costs as
-much as the product. W x^T is the same numbers transposed, takes W as it lies in memory and repacks
-the small x instead: 1.2 to 1.6 times faster on a CPU with AMX, 1.2 to 1.5 times on two cores with
-AVX2. The result is a transposed view of it; elementwise operations do not mind.
-
-Few rows times a whole vocabulary is bound by the walk through W, which many small products take
-faster than one large one.
-"""
+"""Linear layers, frozen or adapted, as products that keep as little as their gradients need."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,21 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# Weights of this many elements are widened at a time: 2 MiB in float32, which a core's cache holds.
-WIDENED = 2**19
-
-# Outputs of each of the products that a wide one is made of, and how many make it wide.
-SLICE = 256
-WIDE = 2**12
-
-
-@functools.cache
-def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """The precision in which a CPU multiplies weights of this type: float32 where it has no
-    instructions for bfloat16, since its emulation is many times slower than widening.
-    """
-    native = dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype if native else torch.float32
+from ppo_lab.models.fast import gemm
 
 
 def product(
@@ -53,18 +29,9 @@ def wide_product(
     x: Float[Tensor, "rows inputs"], weight: Float[Tensor, "outputs inputs"], bias: Tensor | None
 ) -> Float[Tensor, "rows outputs"]:
     """x W^T + b, contiguous, for few rows and many outputs."""
-    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    wide = len(weight) >= WIDE and weight.is_contiguous()
-    if torch.is_grad_enabled() or not (plain and wide):
+    if torch.is_grad_enabled() or x.device.type != "cpu":
         return product(x, weight, bias).contiguous()
-    rows, inputs = x.shape
-    slices = len(weight) // SLICE
-    whole, rest = weight.split((slices * SLICE, len(weight) % SLICE))
-    y = x.new_empty(rows, len(weight))
-    parts = torch.bmm(x.expand(slices, -1, -1), whole.view(slices, SLICE, inputs).mT)
-    y[:, : len(whole)].view(rows, slices, SLICE).copy_(parts.transpose(0, 1))
-    torch.mm(x, rest.t(), out=y[:, len(whole) :])
-    return y if bias is None else y.add_(bias)
+    return gemm.wide(x, weight, bias)
 
 
 class _Frozen(torch.autograd.Function):
@@ -155,38 +122,13 @@ def _pulled_back(grad: Tensor, weight: Tensor) -> Tensor:
     """g W, the gradient of x in x W^T."""
     if grad.device.type != "cpu":
         return grad @ weight.to(grad.dtype)
-    if weight.dtype == grad.dtype:
-        # Of a layer that narrows, it lies as the slope of the activation before it does.
-        narrows = weight.shape[0] < weight.shape[1]
-        return torch.mm(weight.t(), grad.t()).t() if narrows else torch.mm(grad, weight)
-    slope = grad.new_zeros(len(grad), weight.shape[1])
-    for g, w in zip(*_tiles(grad, weight), strict=True):
-        slope.addmm_(g, w.to(g.dtype))
-    return slope
+    return gemm.pulled_back(grad, weight)
 
 
 def _times(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.device.type != "cpu":
         return F.linear(x, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
-    if weight.dtype != x.dtype:
-        return _widened(x, weight, bias)
-    if bias is None:
-        return torch.mm(weight, x.t()).t()
-    return torch.addmm(bias[:, None], weight, x.t()).t()
-
-
-def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product with each tile of the weight widened just before it is needed."""
-    y = x.new_empty(len(weight), len(x))
-    for part, w in zip(*_tiles(y.t(), weight), strict=True):
-        torch.mm(w.to(x.dtype), x.t(), out=part.t())
-    return y.t() if bias is None else y.t().add_(bias.to(x.dtype))
-
-
-def _tiles(y: Tensor, weight: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Columns of the result, and the rows of the weight that make them."""
-    rows = max(1, WIDENED // weight.shape[1])
-    return y.split(rows, 1), weight.split(rows)
+    return gemm.times(x, weight, bias)
 
 
 def is_plain(module: Any) -> bool:

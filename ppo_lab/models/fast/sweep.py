@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ppo_lab.models.fast.products import computed_in
+from ppo_lab.models.fast.gemm import computed_in, pulled_back, times
 
 # Rows of the vocabulary at a time: tiles of z that stay in a core's cache. `sweep_rows` takes more
 # on a GPU, and so many tokens.
@@ -52,19 +52,21 @@ class _Sweep(torch.autograd.Function):
         shift = (hidden.float() * chosen).sum(1)
         shift = shift if bias is None else shift + bias[targets].float()
         # Rounded as the products below are, or z_y - z_y would not be 0.
-        shift = shift.to(hidden.dtype).float()
+        shift = shift.to(hidden.dtype).float()[:, None]
         total = torch.zeros(len(targets))
-        pulled = torch.zeros(hidden.shape[1], len(targets)) if wanted else None
+        pulled = torch.zeros(hidden.shape) if wanted else None
         for start in range(0, len(weight), TILE):
             rows = weight[start : start + TILE].to(hidden.dtype)
-            terms = _products(rows, hidden, None if bias is None else bias[start : start + TILE])
+            of_rows = None if bias is None else bias[start : start + TILE].to(rows.dtype)
+            terms = times(hidden, rows, of_rows)
             terms = terms.float().sub_(shift)
             terms = (terms if scale == 1.0 else terms.mul_(scale)).exp_()
-            total += terms.sum(0)
+            total += terms.sum(1)
             if pulled is not None:
-                _pull(pulled, rows, terms)
+                # Summed over tiles in float32 whatever the precision of the product.
+                pulled += pulled_back(terms.to(rows.dtype), rows)
         if pulled is not None:
-            slope = pulled.div_(total).t().neg().add_(chosen)
+            slope = pulled.div_(total[:, None]).neg_().add_(chosen)
             ctx.save_for_backward(slope if scale == 1.0 else slope.mul_(scale))
         return -total.log()
 
@@ -72,19 +74,3 @@ class _Sweep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
         return (slope * grads[0][:, None]), None, None, None, None
-
-
-def _products(rows: Tensor, hidden: Tensor, bias: Tensor | None) -> Tensor:
-    """(tile, tokens): W h + b with W as it lies."""
-    if bias is None:
-        return torch.mm(rows, hidden.t())
-    return torch.addmm(bias[:, None].to(rows.dtype), rows, hidden.t())
-
-
-def _pull(pulled: Tensor, rows: Tensor, terms: Tensor) -> None:
-    """Add W^T terms, summed over tiles in float32 whatever the precision of the product."""
-    if rows.dtype == torch.float32:
-        pulled.addmm_(rows.t(), terms)
-        return
-    by_token = torch.empty(terms.shape[1], len(rows), dtype=rows.dtype).copy_(terms.t())
-    pulled += (by_token @ rows).t()
