@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ppo_lab.core import full_kl
-from ppo_lab.models.fast.kernels import kernels_for
 from ppo_lab.models.fast.gemm import computed_in
+from ppo_lab.models.fast.kernels import kernels_for
 from ppo_lab.models.fast.products import wide_product
 from ppo_lab.models.fast.sweep import swept_logprobs
 

@@ -36,9 +36,9 @@ from ppo_lab.models.fast.elementwise import (
     spread_angles,
 )
 from ppo_lab.models.fast.families import read
+from ppo_lab.models.fast.gemm import computed_in
 from ppo_lab.models.fast.layers import Anatomy, Layer
 from ppo_lab.models.fast.places import Everywhere, LastColumns, Places
-from ppo_lab.models.fast.gemm import computed_in
 from ppo_lab.models.fast.products import Linear
 
 # transformers' attention kernels that this road takes the place of; others were asked for.
