@@ -64,7 +64,8 @@ def draw_from(
 
 def _weighed(products: Float[Tensor, "batch vocab"], scale: float) -> Weighed:
     by_rows = products.shape[1] >= LARGE_VOCABULARY and products.device.type == "cpu"
-    parts = [_weigh(_logits(part, scale)) for part in products.split(1 if by_rows else 2**62)]
+    rows = products.split(1) if by_rows else [products]
+    parts = [_weigh(_logits(part, scale)) for part in rows]
     return Weighed(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

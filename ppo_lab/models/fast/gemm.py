@@ -59,9 +59,12 @@ def times(
 
 
 def pulled_back(
-    grad: Float[Tensor, "rows outputs"], weight: Float[Tensor, "outputs inputs"]
+    grad: Float[Tensor, "rows outputs"],
+    weight: Float[Tensor, "outputs inputs"],
+    *,
+    across: bool = False,
 ) -> Float[Tensor, "rows inputs"]:
-    """g W, the gradient of x in x W^T."""
+    """g W, the gradient of x in x W^T; `across` where it may as well lie transposed."""
     if weight.dtype != grad.dtype:
         slope = grad.new_zeros(len(grad), weight.shape[1])
         for g, w in zip(*_tiles(grad, weight), strict=True):
@@ -71,7 +74,7 @@ def pulled_back(
         return _by_onednn(grad, weight.t())
     # Of a layer that narrows, it lies as the slope of the activation before it does.
     narrows = weight.shape[0] < weight.shape[1]
-    return torch.mm(weight.t(), grad.t()).t() if narrows else torch.mm(grad, weight)
+    return torch.mm(weight.t(), grad.t()).t() if narrows or across else torch.mm(grad, weight)
 
 
 def wide(

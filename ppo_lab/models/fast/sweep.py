@@ -64,7 +64,8 @@ class _Sweep(torch.autograd.Function):
             total += terms.sum(1)
             if pulled is not None:
                 # Summed over tiles in float32 whatever the precision of the product.
-                pulled += pulled_back(terms.to(rows.dtype), rows)
+                across = not terms.is_contiguous()
+                pulled += pulled_back(terms.to(rows.dtype), rows, across=across)
         if pulled is not None:
             slope = pulled.div_(total[:, None]).neg_().add_(chosen)
             ctx.save_for_backward(slope if scale == 1.0 else slope.mul_(scale))
