@@ -584,6 +584,7 @@ def test_a_turn_pairs_the_halves_and_is_undone_by_its_gradient() -> None:
     assert torch.autograd.gradcheck(lambda z: rotated(z, cos, sin, 2), (x,))
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("scale", [1.0, 1.7])
 @pytest.mark.parametrize("biased", [False, True])
 def test_one_sweep_gives_log_softmax_and_its_gradient(scale: float, biased: bool) -> None:
