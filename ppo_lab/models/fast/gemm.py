@@ -2,8 +2,8 @@
 
 torch multiplies float32 with MKL and bfloat16 with oneDNN. Either has to repack W first for x W^T,
 which for a few hundred rows of x costs as much as the product; W x^T is the same numbers transposed
-and repacks the small x instead. On a CPU with AMX, and by MKL, that is 1.2 to 1.6 times faster. The
-result is a transposed view of it; elementwise operations do not mind.
+and repacks the small x instead. On a CPU with AMX, and by MKL, that is faster. The result is a
+transposed view of it; elementwise operations do not mind.
 
 MKL keeps its best for Intel's processors: on AMD's oneDNN is faster in float32 too, unless rows are
 few and the weight small, and it takes x W^T and g W as they lie, as it does bfloat16 without AMX.
