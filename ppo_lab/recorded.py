@@ -48,8 +48,9 @@ class RecordedPasses:
         self.trunks, self.trained, self.alone = trunks, list(trained), alone
         self._passes: ByShape | None = None
         self._used: dict[Hashable, list[Tensor]] = {}
+        self._gradients: dict[Tensor, Tensor] = {}
         self._templates: dict[Hashable, Any] = {}
-        self._addresses: list[int] = []
+        self._weights: list[tuple[int, bool]] = []
         self._proved = False
         self._begun: ByShape | None = None
 
@@ -84,11 +85,12 @@ class RecordedPasses:
             found = torch.autograd.grad(loss / n_tokens, self.trained, allow_unused=True)
             pairs = [(p, g) for p, g in zip(self.trained, found, strict=True) if g is not None]
             self._used[key] = [p for p, _ in pairs]
-            return (sums, extremes, *(g for _, g in pairs))
+            return (sums, extremes, *self._put(pairs))
 
         given = (n_tokens, *tensors_of(part))
         sums, extremes, *found = passes(key, gradients, *given)
         if passes.was_recorded and not self._proved:
+            found = [x.clone() for x in found]  # launched ones come to the same place
             sums, extremes, *found = self._prove(gradients(*given), found)
         add_gradients(self._used[key], found)
         return sums, extremes
@@ -137,11 +139,27 @@ class RecordedPasses:
         if not self._passes.recorder.works or not (len(self._passes) or has_room(device)):
             return None
         held = [p for trunk in self.trunks for p in trunk.model.parameters()]
-        addresses = [p.data_ptr() for p in (*held, *self.trained)]
-        if addresses != self._addresses:
-            self._passes.forget()
-            self._addresses = addresses
+        weights = [(p.data_ptr(), p.requires_grad) for p in (*held, *self.trained)]
+        if weights != self._weights:
+            self._forget()
+            self._weights = weights
         return self._passes
+
+    def _put(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Parameters' gradients in places that passes of all shapes share: a recording keeps what
+        it gives.
+        """
+        for parameter, gradient in pairs:
+            if parameter not in self._gradients:
+                self._gradients[parameter] = torch.empty_like(gradient)
+        there = [self._gradients[parameter] for parameter, _ in pairs]
+        torch._foreach_copy_(there, [gradient for _, gradient in pairs])
+        return there
+
+    def _forget(self) -> None:
+        assert self._passes is not None
+        self._passes.forget()
+        self._gradients.clear()
 
     def _prove(self, launched: Sequence[Tensor], found: Sequence[Tensor]) -> Sequence[Tensor]:
         """The results of the pass as launched; where the recorded one's gradients are others, no
@@ -158,7 +176,7 @@ class RecordedPasses:
 
     def _stop(self) -> None:
         assert self._passes is not None
-        self._passes.forget()
+        self._forget()
         self._passes.recorder.let_go()
         self._passes.recorder.works = False
 

@@ -189,12 +189,14 @@ class ClippedUpdates:
     ) -> tuple[Tensor, Tensor]:
         """Adds the gradients of one pass; its sums and ratio extremes."""
         # Passes of a token limit are of a shape each.
-        if self.recorded is not None and turn.policy and not self.config.micro_batch_tokens:
+        c = self.config
+        if self.recorded is not None and turn.policy and not c.micro_batch_tokens:
+            ranges = (c.cliprange, c.cliprange_high, c.cliprange_value)
             done = self.recorded.learn(
                 partial(self._losses, temperature=temperature, turn=turn),
                 batch,
                 n_tokens,
-                key=(temperature, turn),
+                key=(temperature, turn, *ranges, c.vf_coef, c.entropy_coef),
             )
             if done is not None:
                 return done

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ppo_lab import core
 from ppo_lab.errors import ConfigError
+from ppo_lab.models.lora import unmerged_exactly
 from ppo_lab.rollout import NoiseKey, Sampling
 from ppo_lab.types import Forward, Prompts, Tokens
 
@@ -73,7 +74,8 @@ class VLLMSampler:
         """The engine's responses with its own log-probs, of all processes."""
         processes, n = self.trainer.processes, len(prompts)
         own = prompts[processes.evened(n)]  # a server takes as many from each process
-        self.engine.sync_weights()
+        with unmerged_exactly(self.trainer.policy.pretrained_model):
+            self.engine.sync_weights()
         _, responses, logprobs, _ = self.engine.generate(own.ids, None, 1)
         tokens = Tokens.pack(
             own.ids,

@@ -571,6 +571,28 @@ def test_what_generations_keep_is_given_back(monkeypatch: pytest.MonkeyPatch) ->
         assert not made.trunk.let_go()
 
 
+def test_buffers_of_other_shapes_take_the_place_of_those_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Never both at a time: they hold the keys and values of all prompts."""
+    alive: weakref.WeakSet[graphed.Standing] = weakref.WeakSet()
+    there = []
+
+    class Counted(graphed.Standing):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            alive.add(self)
+            there.append(len(alive))
+
+    monkeypatch.setattr(graphed, "Standing", Counted)
+    made = generation(Trunk(tiny_model("bloom")).decoder, None, 60)
+    for width in (5, 20, 40):
+        made.again(width + 10)
+        ids = torch.randint(3, VOCABULARY, (2, width))
+        made.newest(ids, torch.ones_like(ids, dtype=torch.bool), alone)
+    assert there == [1, 1, 1]
+
+
 def test_a_full_gpu_keeps_nothing_for_the_next_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     made = policy("bloom", lora=True)
     wanted = by_transformers(made)

@@ -65,17 +65,25 @@ Take = Callable[[Tape], None]
 class Watched(Tape):
     """Tells passes that learn from those that only read."""
 
-    learnt = 0
+    learnt = learning = 0
 
     def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         play, results = super().record(function)
         learns = torch.is_grad_enabled()
+        self.learning += learns
 
         def watched() -> None:
             self.learnt += learns
             play()
 
         return watched, results
+
+
+class Bare(Tape):
+    """Gives a function's own results, as a CUDA graph does, and plays nothing."""
+
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        return lambda: None, function()
 
 
 class LyingTape(Tape):
@@ -245,6 +253,45 @@ def test_a_policy_without_an_adapter_learns_the_same(a_gpu_with: Take) -> None:
     assert tape.learnt >= 6
 
 
+def test_settings_that_change_between_iterations_count_in_recorded_passes_too(
+    a_gpu_with: Take,
+) -> None:
+    def change(made: PPOTrainer) -> None:
+        made.config.cliprange, made.config.cliprange_value = 1e-4, 0.01
+        made.config.vf_coef, made.config.entropy_coef = 5.0, 0.1
+
+    batches, tape = [ragged()] * 3, Watched()
+    wanted = learn(*batches, between=change)
+    a_gpu_with(tape)
+    assert_alike(learn(*batches, between=change), wanted)
+    assert tape.learnt >= 8
+    assert wanted[0][1]["clip_fraction"] > 1.2 * wanted[0][0]["clip_fraction"]
+
+
+def test_weights_that_learn_no_more_are_left_alone(a_gpu_with: Take) -> None:
+    def freeze(made: PPOTrainer) -> None:
+        made.policy.v_head.requires_grad_(False)
+        made.recorded.trained[:] = [p for p in made.recorded.trained if p.requires_grad]
+
+    batches, tape = [ragged()] * 3, Watched()
+    wanted = learn(*batches, between=freeze)
+    a_gpu_with(tape)
+    assert_alike(learn(*batches, between=freeze), wanted)
+    assert tape.learnt > 0
+
+
+def test_passes_of_all_shapes_share_one_set_of_gradients(a_gpu_with: Take) -> None:
+    """A recording keeps what it gives, and gradients are as large as all that is trained."""
+    a_gpu_with(Bare())
+    batches = [batch_of(4, 6, time, seed=time) for time in (4, 20, 40, 60)]
+    *_, made = learn(*batches, mini_batch_size=4, gradient_accumulation_steps=1)
+    made_for = [entry[1]._results for entry in made.recorded._passes._made.values()]
+    of_learning = [results[2:] for results in made_for if len(results) > 4]
+    assert len(of_learning) == 4
+    places = {tuple(x.data_ptr() for x in found) for found in of_learning}
+    assert len(places) == 1
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_batches_of_all_sizes_and_widths_learn_the_same(accumulated: int, a_gpu_with: Take) -> None:
     """Five samples: the last optimizer batch is smaller, and passes of one sample are among them.
@@ -256,7 +303,7 @@ def test_batches_of_all_sizes_and_widths_learn_the_same(accumulated: int, a_gpu_
     wanted, tape = learn(*batches, **settings), Watched()
     a_gpu_with(tape)
     assert_alike(learn(*batches, **settings), wanted)
-    assert tape.learnt > tape.recorded  # some were played again
+    assert tape.learnt > tape.learning > 0  # some were played again
 
 
 @pytest.mark.parametrize("judge", ["", "llama"])
@@ -633,6 +680,45 @@ def test_the_latest_used_recordings_are_kept_and_others_made_again() -> None:
     assert len(passes) == KEPT
     assert call(1) == 0
     assert call(2) == 1  # the one that made room
+
+
+class Short(Tape):
+    """Has no memory left for the first so many recordings."""
+
+    def __init__(self, fails: int) -> None:
+        super().__init__()
+        self.fails = fails
+        self.made: weakref.ref[Tensor] | None = None
+
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        assert self.made is None or self.made() is None, "the failed recording is still held"
+        self.fails -= 1
+        if self.fails >= 0:
+            within = torch.zeros(8)
+            self.made = weakref.ref(within)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().record(function)
+
+
+@pytest.mark.parametrize(("fails", "works"), [(1, True), (2, False)])
+def test_a_recording_without_memory_is_tried_again_with_what_the_allocator_kept(
+    fails: int, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    tape = Short(fails)
+    passes = ByShape(tape)  # type: ignore[arg-type]
+
+    def doubled_alone(x: Tensor) -> tuple[Tensor]:
+        assert tape.made is None or tape.made() is None
+        return (2 * x,)
+
+    for _ in range(3):
+        (found,) = passes("doubled", doubled_alone, torch.ones(3))
+        assert found.tolist() == [2.0] * 3
+    assert emptied == [1]
+    assert tape.works is works
+    assert passes.was_recorded is works
 
 
 def test_other_shapes_types_and_keys_are_other_recordings() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import EOS, PAD, QUERIES, policy, tokenizer
+from tiny_models import EOS, PAD, QUERIES, policy, tokenizer, train_adapter
 
 from ppo_lab import PPOConfig, PPOTrainer
 from ppo_lab.errors import ConfigError
 from ppo_lab.metrics import METRICS
+from ppo_lab.models.lora import unmerged_exactly
 from ppo_lab.rollout import NoiseKey, Sampling, sample
 from ppo_lab.types import Prompts, Scores
 from ppo_lab.vllm_sampler import VLLMSampler, check_gap, engine_for, generation_kwargs
@@ -74,6 +76,25 @@ def test_an_iteration_learns_from_another_engines_responses() -> None:
         assert metrics["ppo/policy/entropy"] > 0
     assert metrics["kl"] != 0
     assert "ppo/policy/sampler_gap" in METRICS
+
+
+@pytest.mark.parametrize("exactly", [True, False])
+def test_weights_that_are_merged_to_be_sent_stay_the_references(exactly: bool) -> None:
+    """PEFT's own way back leaves others in half precision."""
+    made = policy("llama", lora=True)
+    train_adapter(made)
+    model = made.pretrained_model.to(torch.bfloat16)
+    base = {n: p.clone() for n, p in model.named_parameters() if "lora" not in n}
+    addresses = [p.data_ptr() for p in model.parameters()]
+    for _ in range(5):
+        with unmerged_exactly(model) if exactly else nullcontext():
+            model.merge_adapter()
+            merged = [n for n, p in model.named_parameters() if n in base and (p != base[n]).any()]
+            model.unmerge_adapter()
+    assert merged
+    left = [n for n, p in model.named_parameters() if n in base and (p != base[n]).any()]
+    assert bool(left) is not exactly
+    assert [p.data_ptr() for p in model.parameters()] == addresses
 
 
 def test_an_adapter_that_does_not_reach_the_engine_stops_the_run() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -68,6 +71,30 @@ def wrap_lora(model: PreTrainedModel | PeftModel, section: LoraSection) -> PeftM
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[return-value]
+
+
+@contextmanager
+def unmerged_exactly(model: nn.Module) -> Iterator[None]:
+    """Weights that adapters are merged into and taken out of again inside are what they were.
+
+    PEFT subtracts what it added, which in half precision leaves other numbers; and the weights are
+    the reference's too.
+    """
+    layers: list[Any] = [m.base_layer for m in model.modules() if hasattr(m, "base_layer")]
+    held = [(layer, layer.weight, _copied(layer.weight)) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, weight, copy in held:
+            if copy is not None:
+                weight.data.copy_(copy)
+            layer.weight = weight  # of quantized layers PEFT makes a new one
+
+
+def _copied(weight: Tensor) -> Tensor | None:
+    """A copy of weights in which what is added and subtracted leaves a trace."""
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    return weight.detach().clone() if half else None
 
 
 def _top_layers(section: LoraSection, model: PreTrainedModel) -> list[int] | None:

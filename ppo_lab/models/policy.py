@@ -208,7 +208,8 @@ def response_states(trunk: Trunk, tokens: Tokens) -> Float[Tensor, "batch time h
     if below is not None:
         below = below[:, skip : skip + ids.shape[1]]
     hidden = trunk.hidden(ids, attention, last=longest, below=below)
-    return torch.nn.functional.pad(hidden, (0, 0, 0, tokens.responses.shape[1] - longest))
+    after = tokens.responses.shape[1] - longest
+    return torch.nn.functional.pad(hidden, (0, 0, 0, after)) if after else hidden  # pad copies
 
 
 def _without_empty_columns(tokens: Tokens) -> tuple[int, int, Tensor, Tensor]:

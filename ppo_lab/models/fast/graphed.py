@@ -228,6 +228,7 @@ class Graphed:
             standing = None
         if standing is None or not standing.begin(ids, attention):
             self._steps.clear()
+            standing = self._standing = None  # before there are others
             standing = self._standing = Standing(self.anatomy, batch, ids.shape[1], room)
             standing.begin(ids, attention)
         return standing

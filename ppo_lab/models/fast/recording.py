@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 
 Results = tuple[Tensor, ...]
 
-# Recordings that are kept at a time, the latest used.
-KEPT = 8
+# Recordings that are kept at a time, the latest used: an iteration's policy, critic and reference,
+# each in the few shapes that texts of all lengths are padded to.
+KEPT = 32
 
 # Nothing is kept for later where less of a GPU is free than this share of it.
 ROOM = 0.5
@@ -90,6 +91,7 @@ class Recorder:
         except RuntimeError:
             device = self.stream.device.index
             torch._C._cuda_endAllocateToPool(device, self.pool)
+            torch._C._cuda_releasePool(device, self.pool)
             generator = torch.cuda.default_generators[device]
             generator.graphsafe_set_state(generator.clone_state())
 
@@ -130,15 +132,34 @@ class Recorded:
         if function is not self._function:
             self._function, self._launch = function, None
             return recorder.warm(function)
-        if self._launch is None:
-            try:
-                self._launch, self._results = recorder.record(function)
-            except RuntimeError as error:
-                log.warning("passes are not recorded as CUDA graphs, and go on: %s", error)
-                recorder.works = False
-                return function()
+        if self._launch is None and not self._record(recorder, function):
+            return function()
+        assert self._launch is not None
         self._launch()
         return self._results
+
+    def _record(self, recorder: Recorder, function: Callable[[], Results]) -> bool:
+        """Whether the function could be recorded.
+
+        What the allocator keeps of earlier passes it can neither use nor give back while recording:
+        where memory runs out, it gives that back first, and recording is tried once more.
+        """
+        problem = self._tried(recorder, function)
+        if isinstance(problem, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            problem = self._tried(recorder, function)
+        if problem is not None:
+            log.warning("passes are not recorded as CUDA graphs, and go on: %s", problem)
+            recorder.works = False
+        return problem is None
+
+    def _tried(self, recorder: Recorder, function: Callable[[], Results]) -> RuntimeError | None:
+        try:
+            self._launch, self._results = recorder.record(function)
+        except RuntimeError as error:
+            # Without its traceback, which holds the tensors of what failed.
+            return error.with_traceback(None)
+        return None
 
 
 class ByShape:

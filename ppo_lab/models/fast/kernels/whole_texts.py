@@ -60,7 +60,7 @@ class _Attention(torch.autograd.Function):
         batch, heads, new, size = q.shape
         mixed = torch.empty(batch, new, heads, size, dtype=q.dtype, device=q.device)
         sums = torch.empty(batch, heads, new, dtype=torch.float32, device=q.device)
-        _forward[(triton.cdiv(new, QUERIES), batch * heads)](
+        _forward[(triton.cdiv(new, QUERIES) * batch * heads,)](
             q, k, v, mixed, sums, real, positions, real if slopes is None else slopes,
             scaling, *q.stride(), *k.stride(), *v.stride(), *_by_head(mixed),
             **_shape(q, k, slopes),
@@ -84,10 +84,10 @@ class _Attention(torch.autograd.Function):
         )  # fmt: skip
         strides = (*q.stride(), *k.stride(), *v.stride(), *_by_head(for_mixed))
         shape = _shape(q, k, slopes)
-        _backward_of_queries[(triton.cdiv(new, QUERIES), batch * heads)](
+        _backward_of_queries[(triton.cdiv(new, QUERIES) * batch * heads,)](
             *given, mixed, for_q, ctx.scaling, *strides, **shape
         )
-        _backward_of_keys[(triton.cdiv(seen, KEYS), batch * heads)](
+        _backward_of_keys[(triton.cdiv(seen, KEYS) * batch * heads,)](
             *given, for_k, for_v, ctx.scaling, *strides, **shape
         )
         if kv_heads < heads:
@@ -115,6 +115,16 @@ def _shape(q: Tensor, k: Tensor, slopes: Tensor | None) -> dict[str, Any]:
         "keys": KEYS,
         "num_warps": 4,
     }
+
+
+@triton.jit
+def _place(columns, step: tl.constexpr):
+    """The number of this program's sample and head, and the first column of its block.
+
+    One dimension of programs, since CUDA's others end at 65,535.
+    """
+    blocks = tl.cdiv(columns, step)
+    return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * step
 
 
 @triton.jit
@@ -171,8 +181,8 @@ def _forward(
     alibi: tl.constexpr, queries: tl.constexpr, keys: tl.constexpr,
 ):  # fmt: skip
     """One block of one head's queries."""
-    sample, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    first = tl.program_id(0) * queries
+    number, first = _place(new, queries)
+    sample, head = number // heads, number % heads
     query = first + tl.arange(0, queries)
     q_ptr += sample * q_batch + head * q_head
     k_ptr += sample * k_batch + (head // group) * k_head
@@ -207,7 +217,7 @@ def _forward(
     )  # fmt: skip
     # Where no key is seen, exp(S - L) is 0 for any L.
     log_total = tl.where(sees, largest + tl.log(tl.where(sees, total, 1.0)), 0.0)
-    tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * new + query, log_total, mask=query < new)
+    tl.store(sums_ptr + number * new + query, log_total, mask=query < new)
 
 
 @triton.jit
@@ -222,9 +232,8 @@ def _backward_of_queries(
     """The gradient of one block of one head's queries: the sum over keys of dS K; and the row sums
     of dO O, which the gradient of the keys needs too.
     """
-    number = tl.program_id(1).to(tl.int64)
+    number, first = _place(new, queries)
     sample, head = number // heads, number % heads
-    first = tl.program_id(0) * queries
     query = first + tl.arange(0, queries)
     q_ptr += sample * q_batch + head * q_head
     k_ptr += sample * k_batch + (head // group) * k_head
@@ -268,9 +277,8 @@ def _backward_of_keys(
     """The gradients of one block of keys and values, by one head that reads them: the sums over
     queries of dS^T Q and P^T dO.
     """
-    number = tl.program_id(1).to(tl.int64)
+    number, start = _place(seen, keys)
     sample, head = number // heads, number % heads
-    start = tl.program_id(0) * keys
     key = start + tl.arange(0, keys)
     q_ptr += sample * q_batch + head * q_head
     k_ptr += sample * k_batch + (head // group) * k_head
