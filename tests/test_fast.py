@@ -334,18 +334,30 @@ def test_gradient_checkpointing_is_transformers_own() -> None:
     assert not isinstance(trunk.new_cache(4), KeysAndValues)
 
 
+def move_adapter(model: Any, *, seed: int) -> None:
+    """As training does, by as much as can be seen."""
+    random = torch.Generator().manual_seed(seed)
+    for key, parameter in model.named_parameters():
+        if "lora_B.default" in key:
+            torch.nn.init.normal_(parameter, std=0.1, generator=random)
+
+
+@pytest.mark.parametrize("start", ["fresh", "trained"])
+@pytest.mark.parametrize("top_layers", [1, 2])
 @pytest.mark.parametrize("name", ["bloom", "gpt2", "gpt-neox", "llama"])
-def test_a_kept_trunk_changes_no_number(name: str) -> None:
-    """Reference, log-probs, values and the adapter's gradients, from layers computed once."""
+def test_a_kept_trunk_changes_no_number(name: str, top_layers: int, start: str) -> None:
+    """Reference, log-probs, values and the adapter's gradients, from layers computed once; the
+    reference is the trunk without the adapter, or with a copy of the one that it came with.
+    """
 
     def numbers(cache_trunk: bool) -> dict[str, torch.Tensor]:
-        adapter = LoraSection(r=4, top_layers=1, target_modules=["all-linear"])
-        model = wrap_lora(tiny_model(name), adapter)
-        for key, parameter in model.named_parameters():
-            if "lora_B" in key:
-                torch.nn.init.normal_(parameter, std=0.1, generator=torch.manual_seed(1))
+        adapter = LoraSection(r=4, top_layers=top_layers, target_modules=["all-linear"])
+        model = wrap_lora(tiny_model(name, num_hidden_layers=3), adapter)
+        if start == "trained":
+            move_adapter(model, seed=2)
         policy = AutoModelForCausalLMWithValueHead(model, v_head_init="zero")
         reference = Reference(policy)
+        move_adapter(model, seed=1)
         tokens = Tokens.pack(
             [[5, 6, 7, 8], [9], [3, 4]], [[11, 12], [13, 14, 15, 16, 17], [18]], pad_id=0
         )

@@ -204,7 +204,7 @@ def response_states(trunk: Trunk, tokens: Tokens) -> Float[Tensor, "batch time h
     Columns that are padding in every row are not computed; on padding the result holds zeros.
     """
     skip, longest, ids, attention = _without_empty_columns(tokens)
-    below = tokens.below if trunk.keeps_below else None
+    below = tokens.below if trunk.kept_below else None
     if below is not None:
         below = below[:, skip : skip + ids.shape[1]]
     hidden = trunk.hidden(ids, attention, last=longest, below=below)

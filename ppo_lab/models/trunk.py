@@ -45,7 +45,7 @@ class Trunk:
         )
         parameters = inspect.signature(self.decoder.forward).parameters
         self._takes_positions = "position_ids" in parameters
-        self.keeps_below = False
+        self.kept_below = 0  # the layers whose output is taken from where it is kept
         self.fast_layers = True  # where they are known and prove equal
         self.records_graphs = True  # on a GPU, until they prove not to work
         self._recorder: Recorder | None = None
@@ -100,7 +100,8 @@ class Trunk:
             return self._by_transformers(ids, attention, by=self._compiled)[:, -last:]
         if below is not None or _has_begun(cache):
             assert self._fast is not None, "what has begun on the fast road stays there"
-            return self._fast.hidden(ids, attention, cache, last=last, below=below)
+            start = self.kept_below if below is not None else 0
+            return self._fast.hidden(ids, attention, cache, last=last, below=below, start=start)
         may = cache is None or isinstance(cache, KeysAndValues)
         if may and (fast := self._fast_here(attention.shape[1])):
             return fast.hidden(ids, attention, cache, last=last)
@@ -137,12 +138,13 @@ class Trunk:
                 f"ppo.cache_trunk=true: the first layer of {name} is trained, so that nothing is "
                 "computed twice; adapt the upper layers alone with lora.top_layers=N"
             )
-        self.keeps_below = True
+        # Counted once: PEFT has nothing trained while an adapter is off.
+        self.kept_below = fast.first_trained()
 
     def below(self, ids: Tensor, attention: Tensor) -> Float[Tensor, "batch new hidden"]:
         """The hidden states that enter the first adapted layer."""
         assert self._fast is not None, "keep_below() comes first"
-        return self._fast.below(ids, attention)
+        return self._fast.below(ids, attention, self.kept_below)
 
     def new_cache(self, positions: int) -> Any:
         """An empty cache for `hidden`, with room for so many positions."""
@@ -168,7 +170,7 @@ class Trunk:
         """Whether a pass over so many positions launches the same kernels whenever it is made, and
         is allowed to be recorded.
         """
-        asked = self.records_graphs and not self.keeps_below and self._compiled is None
+        asked = self.records_graphs and not self.kept_below and self._compiled is None
         if self._device != "cuda" or not asked:
             return False
         return self._fast_here(positions) is not None

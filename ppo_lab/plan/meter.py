@@ -30,7 +30,7 @@ class Meter:
             self.policy,
             amount,
             epochs=epochs if policy_learns else 0,
-            cached=self.trunk.keeps_below,
+            cached=bool(self.trunk.kept_below),
         )
         if self.critic is not None:
             found += forward_flops(self.critic, amount)

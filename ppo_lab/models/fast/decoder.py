@@ -122,16 +122,17 @@ class FastDecoder:
         *,
         last: int = 0,
         below: Float[Tensor, "batch new hidden"] | None = None,
+        start: int = 0,
     ) -> Float[Tensor, "batch columns hidden"]:
         """The last hidden states of `ids`, or those of their `last` columns alone; without meaning
-        on padding. See `Trunk.hidden`. With `below`, the layers from the first adapted one on are
-        passed alone.
+        on padding. See `Trunk.hidden`. With `below`, the states that enter layer `start`, that
+        layer and those above are passed alone.
         """
         x, shared = self._enter(ids, attention, cache, below)
         new, columns = ids.shape[1], last or ids.shape[1]
         *lower, final = enumerate(self.anatomy.layers)
         stream: Stream = (x, None)
-        for index, layer in lower[0 if below is None else self.first_trained() :]:
+        for index, layer in lower[start:]:
             stream = through(layer, index, stream, shared)
         end = None
         if columns < new and isinstance(shared.blocks, tuple):
@@ -146,12 +147,12 @@ class FastDecoder:
 
     @torch.no_grad()
     def below(
-        self, ids: Int[Tensor, "batch new"], attention: Bool[Tensor, "batch new"]
+        self, ids: Int[Tensor, "batch new"], attention: Bool[Tensor, "batch new"], end: int
     ) -> Float[Tensor, "batch new hidden"]:
-        """The hidden states that enter the first trained layer; without meaning on padding."""
+        """The hidden states that enter layer `end`; without meaning on padding."""
         x, shared = self._enter(ids, attention)
         stream: Stream = (x, None)
-        for index, layer in enumerate(self.anatomy.layers[: self.first_trained()]):
+        for index, layer in enumerate(self.anatomy.layers[:end]):
             stream = through(layer, index, stream, shared)
         x, added = stream
         whole = x if added is None else x + added
