@@ -108,7 +108,10 @@ class ClippedUpdates:
             tokens = self.recorded.begin(tokens)
         batch = replace(batch, tokens=tokens)
         epochs: list[list[OptimizerStep]] = []
-        for epoch in range(self.config.ppo_epochs):
+        made = self.config.ppo_epochs
+        if critic_only:  # in later ones nobody would learn
+            made = min(made, critic_epochs or made)
+        for epoch in range(made):
             epochs.append([])
             turn = Turn(not critic_only, not 0 < critic_epochs <= epoch)
             for rows in self.optimizer_batches(len(batch), seed=(*seed, epoch)):

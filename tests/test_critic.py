@@ -260,6 +260,22 @@ def test_a_critic_that_warms_up_leaves_the_policy_as_it_is(apart: bool, lora: bo
 
 
 @pytest.mark.parametrize("apart", [False, True])
+def test_a_critic_that_warms_up_makes_no_pass_from_which_nobody_learns(apart: bool) -> None:
+    settings = {"critic_warmup_steps": 1, "critic_epochs": 2, "mini_batch_size": 2}
+
+    def warmed(epochs: int) -> tuple[Any, dict[str, float]]:
+        config = {**settings, "ppo_epochs": epochs}
+        made = judged(**config) if apart else trainer(policy("gpt2"), **config)
+        return made, timeless(step(made))
+
+    (several, stats), (two, wanted) = warmed(4), warmed(2)
+    assert stats == wanted
+    judges = [weights(made.critic if apart else made.policy) for made in (several, two)]
+    assert all(torch.equal(p, judges[1][n]) for n, p in judges[0].items())
+    assert step(several)["ppo/policy/ratio_max"] > 1.0
+
+
+@pytest.mark.parametrize("apart", [False, True])
 def test_a_critic_may_learn_from_the_first_passes_alone(apart: bool) -> None:
     """It is then where one epoch takes it, while the policy goes on; so are its statistics."""
 
