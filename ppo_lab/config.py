@@ -238,7 +238,9 @@ class GenerationSection:
     """`generation`: how the policy samples responses while it trains."""
 
     max_new_tokens: int = knob(32, "longest response, tokens", at_least=1)
-    min_new_tokens: int = knob(0, "shortest response, tokens; no end before it", at_least=0)
+    min_new_tokens: int = knob(
+        0, "shortest response, tokens; no end or stop string before it", at_least=0
+    )
     temperature: float = knob(1.0, "divides the logits, in sampling and in log-probs", above=0)
     top_k: int = knob(0, "sample among the k likeliest tokens; 0 = all", at_least=0)
     top_p: float = knob(

@@ -30,9 +30,10 @@ class Sampling:
     """How responses are drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 leave the
     distribution whole.
 
-    `min_new_tokens` tokens come before any end-of-sequence token is allowed; `batch_size` prompts
-    are drawn at once (0 = all). A response ends with its first token out of `eos_ids`, or with the
-    token that completes one of `stop_strings`; what ended it is part of it. `foreign` names
+    `min_new_tokens` tokens come before any end-of-sequence token is allowed, or a stop string that
+    is complete counts; `batch_size` prompts are drawn at once (0 = all). A response ends with its
+    first token out of `eos_ids`, or with the token that completes one of `stop_strings`; what ended
+    it is part of it. `foreign` names
     settings that another sampler honoured.
     """
 
@@ -158,11 +159,7 @@ def _sample_chunk(
         token = token.masked_fill(ended, sampling.pad_id)
         tokens.append(token)
         seen.append(of_token)
-        ended = (
-            ended
-            | torch.isin(token, eos)
-            | _completes_stop(tokens, ended, sampling.stop_strings, decode)
-        )
+        ended = ended | torch.isin(token, eos) | _completes_stop(tokens, ended, sampling, decode)
         if all_ended(may_end and question(ended)):
             break
         ids = token[:, None]
@@ -266,19 +263,21 @@ def keep_likely(
 def _completes_stop(
     tokens: list[Tensor],
     ended: Tensor,
-    stops: tuple[str, ...],
+    sampling: Sampling,
     decode: Callable[[list[int]], str] | None,
 ) -> Bool[Tensor, " batch"]:
-    """Which unfinished rows contain a stop string now."""
-    if not stops:
+    """Which unfinished rows contain a stop string now that ends after the tokens that must come."""
+    stops, before = sampling.stop_strings, sampling.min_new_tokens
+    if not stops or len(tokens) <= before:
         return torch.zeros_like(ended)
     assert decode is not None, "stop strings need a tokenizer's decode"
-    rows = torch.stack(tokens, 1).tolist()
-    hits = [
-        not done and any(s in decode(row) for s in stops)
-        for row, done in zip(rows, ended.tolist(), strict=True)
-    ]
-    return torch.tensor(hits, device=ended.device)
+
+    def stopped(row: list[int]) -> bool:
+        text, held = decode(row), len(decode(row[:before])) if before else 0
+        return any(text.find(s, max(held - len(s) + 1, 0)) >= 0 for s in stops)
+
+    rows = zip(torch.stack(tokens, 1).tolist(), ended.tolist(), strict=True)
+    return torch.tensor([not done and stopped(row) for row, done in rows], device=ended.device)
 
 
 def _join(

@@ -340,6 +340,19 @@ def test_a_stop_string_ends_a_response_with_the_token_that_completes_it() -> Non
     assert tokens.ended.tolist() == [stop in words.decode(r) for r in tokens.response_lists()]
 
 
+def test_no_stop_string_counts_before_the_least_number_of_tokens() -> None:
+    model, words = policy("gpt2").eval(), tokenizer()
+    whole = replace(WHOLE, eos_ids=())
+    free, _ = drawn(model, whole, decode=words.decode)
+    row = free.response_lists()[1]
+    stop = words.decode(row[3:5])
+    assert words.decode(row).count(stop) == 1
+    for least, length in ((3, 5), (4, 5), (5, len(row)), (9, len(row))):
+        held = replace(whole, stop_strings=(stop,), min_new_tokens=least)
+        tokens, _ = drawn(model, held, decode=words.decode)
+        assert tokens.response_lists()[1] == row[:length]
+
+
 def test_what_departs_from_the_whole_distribution_is_named() -> None:
     """N-01."""
     assert WHOLE.departures == ()
