@@ -15,7 +15,7 @@ from torch import Tensor
 from ppo_lab.config import PPOConfig
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.critic import Critic
-from ppo_lab.models.loading import disable_dropout, eos_ids
+from ppo_lab.models.loading import disable_dropout, eos_ids, max_context
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.rollout import NoiseKey, Sampling
 from ppo_lab.types import Prompts, Tokens
@@ -37,6 +37,8 @@ OWN = {
 OWN |= {"eos_token_id", "pad_token_id", "stop_strings"}
 # Of the others, those that leave every token's probability as it is.
 NEUTRAL = {"max_length", "max_time", "use_cache", "cache_implementation", "tokenizer", "streamer"}
+# What a generation config says of itself.
+NO_SETTINGS = {"transformers_version", "_from_model_config"}
 # The streams of noise that `generate` draws from begin here: no iteration has these numbers.
 CLASSIC_STREAM = 2**62
 
@@ -102,6 +104,7 @@ def as_critic(critic: Any, policy: AutoModelForCausalLMWithValueHead) -> Any:
         ConfigError: the classifier cannot read the policy's tokens.
     """
     if critic is None:
+        policy.v_head.requires_grad_(True)  # another trainer's critic may have stood in for it
         return policy
     made = critic if isinstance(critic, Critic) else Critic(critic)
     models = (made.model, policy.trunk.model)
@@ -179,9 +182,16 @@ def generate(
 ) -> Any:
     """See `PPOTrainer.generate`."""
     queries = _queries(query_tensor)
+    kwargs = _without_config(kwargs)
     if length_sampler is not None:
         kwargs["max_new_tokens"] = int(length_sampler())
-    trainer.drawn = _sampling(trainer.sampling, kwargs, batch_size)
+    drawn = _sampling(trainer.sampling, kwargs, batch_size)
+    if drawn.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={drawn.max_new_tokens}: must be at least 1")
+    if "max_length" not in kwargs:
+        room = [len(query) + drawn.max_new_tokens for query in queries]
+        _check_context(trainer, room, f"with its max_new_tokens={drawn.max_new_tokens}")
+    trainer.drawn = drawn
     answers: list[Any] = [_answers(trainer, queries, kwargs)]
     if generate_ref_response:
         with trainer.reference.active() as trunk:
@@ -212,10 +222,19 @@ def _queries(query_tensor: Any) -> list[Tensor]:
     return [q.detach().cpu().long() for q in queries]
 
 
+def _without_config(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords, with what a `generation_config` among them says where they say nothing."""
+    kwargs = dict(kwargs)
+    config = kwargs.pop("generation_config", None)
+    said = {} if config is None else config.to_diff_dict()
+    return {name: x for name, x in said.items() if name not in NO_SETTINGS} | kwargs
+
+
 def _sampling(sampling: Sampling, kwargs: dict[str, Any], batch_size: int) -> Sampling:
     """The trainer's sampling as generation keywords change it."""
     given = {name: value for name, value in kwargs.items() if value is not None}
     eos = kwargs.get("eos_token_id", sampling.eos_ids)
+    eos = eos.tolist() if isinstance(eos, Tensor) else eos
     stops = given.get("stop_strings", sampling.stop_strings)
     temperature = float(given.get("temperature", sampling.temperature))
     foreign = sorted(set(given) - OWN - NEUTRAL)
@@ -317,6 +336,8 @@ def check_step(
                 f"{name} has {len(value)} items and queries has {len(queries)}: one each is needed"
             )
     _check_vocabulary(trainer, queries=queries, responses=responses)
+    texts = [len(q) + len(r) for q, r in zip(queries, responses, strict=True)]
+    _check_context(trainer, texts, "with its response")
     ids = [r.tolist() for r in responses]
     tokens = Tokens.pack(
         [q.tolist() for q in queries],
@@ -395,6 +416,16 @@ def _check_vocabulary(trainer: PPOTrainer, **named: Sequence[Tensor]) -> None:
                 raise ValueError(
                     f"{name}[{i}] holds the token id {wrong[0]}; the model's vocabulary has {size}"
                 )
+
+
+def _check_context(trainer: PPOTrainer, lengths: Sequence[int], what: str) -> None:
+    """Refuse texts of more tokens than the model has positions."""
+    context = max_context(trainer.policy.trunk.model)
+    for i, length in enumerate(lengths):
+        if context is not None and length > context:
+            raise ValueError(
+                f"queries[{i}] {what} has {length} tokens, and the model reads at most {context}"
+            )
 
 
 def log_stats(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_critic import classifier
 from tiny_models import (
     EOS,
     QUERIES,
@@ -26,9 +27,10 @@ from tiny_models import (
     weights,
 )
 from torch.testing import assert_close
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from ppo_lab import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_lab.models.critic import Critic
 
 
 @pytest.fixture
@@ -173,6 +175,47 @@ def test_stop_strings_end_responses_and_count_as_ends() -> None:
     assert stats["ppo/mean_scores"] == pytest.approx(1.0)
     cut = made.step(tensors([[5, 6]]), [torch.tensor([40, 41])], [1.0])
     assert cut["ppo/mean_scores"] == pytest.approx(-2.0)
+
+
+def test_a_generation_config_says_what_keywords_leave_open() -> None:
+    made = trainer()
+    said = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=None)
+    (row,) = made.generate(tensors([[5, 6]]), return_prompt=False, generation_config=said)
+    (same,) = made.generate(
+        tensors([[5, 6]]),
+        return_prompt=False,
+        do_sample=False,
+        max_new_tokens=3,
+    )
+    assert row.tolist() == same.tolist()
+    assert made.drawn.temperature == 0.0
+    (row,) = made.generate(
+        tensors([[5, 6]]), return_prompt=False, generation_config=said, max_new_tokens=1
+    )
+    assert len(row) == 1
+    beams = GenerationConfig(num_beams=2, do_sample=False, max_new_tokens=3)
+    assert len(made.generate(tensors([[5, 6]]), generation_config=beams)[0]) <= 5
+    made.generate(tensors([[5]]), eos_token_id=torch.tensor([2, 5]), max_new_tokens=2)
+    assert made.drawn.eos_ids == (2, 5)
+
+
+def test_texts_longer_than_the_model_reads_are_refused() -> None:
+    made = trainer(causal_lm("gpt2", n_positions=16))
+    with pytest.raises(ValueError, match=r"queries\[1\] with its max_new_tokens=8 has 17 .* 16"):
+        made.generate(tensors([[5], list(range(3, 12))]), max_new_tokens=8)
+    with pytest.raises(ValueError, match=r"queries\[0\] with its response has 18 .* at most 16"):
+        made.step(tensors([list(range(3, 12))]), tensors([list(range(3, 12))]), [1.0])
+    with pytest.raises(ValueError, match="max_new_tokens=0: must be at least 1"):
+        made.generate(tensors([[5]]), max_new_tokens=0)
+    assert len(made.generate(tensors([list(range(3, 12))]), max_new_tokens=7)) == 1
+
+
+def test_a_value_head_learns_again_when_no_critic_stands_in_for_it() -> None:
+    made = trainer(critic=Critic(classifier()))
+    again = trainer(made.policy)
+    before = made.policy.v_head.summary.weight.clone()
+    step(again)
+    assert not torch.equal(made.policy.v_head.summary.weight, before)
 
 
 def test_keywords_hold_for_their_own_call_alone() -> None:
