@@ -103,6 +103,11 @@ def latest(run: Path, say: Say = to_stderr) -> Path | None:
     return None
 
 
+def has(run: Path, step: int) -> bool:
+    """Whether there is a whole checkpoint of this iteration."""
+    return any(there == step and not damage(folder) for there, folder in all_in(run))
+
+
 def all_in(run: Path) -> list[tuple[int, Path]]:
     """(iteration, folder) of every checkpoint of a run, whole or torn.
 

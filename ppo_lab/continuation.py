@@ -7,7 +7,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -57,19 +57,23 @@ class Keeper:
 
     def keep(self, lab: Any, metrics: Mapping[str, float], *, due: bool = False) -> None:
         """A checkpoint of the run as it stands, where one is due or this is the best so far."""
-        step, every = lab.trainer.iterations_done, self.section.every
+        step, every, best = lab.trainer.iterations_done, self.section.every, self.best
         is_best = self._improves(metrics, step)
         if not (due or is_best or (every and step % every == 0)):
             return
         state, save_model = state_of(lab), lab.trainer.saver() if is_best else None
-        if not lab.processes.is_main:
-            return
+        written = not lab.processes.is_main or self._written(state, step, save_model)
+        if lab.processes.any(not written):
+            self.best = best  # of what is not there the next best need not be better
+
+    def _written(
+        self, state: dict[str, Any], step: int, save_model: Callable[[str], object] | None
+    ) -> bool:
         try:
             _flush_record(self.folder)
             checkpoint.save(self.folder, state, step=step, save_model=save_model)
             best = None if self.best is None else int(self.best["step"])
             checkpoint.prune(self.folder, keep=self.section.keep, best=best)
-            self._refused = False
         except OSError as error:
             if not self._refused:
                 self.say(
@@ -77,6 +81,9 @@ class Keeper:
                     "goes on, and the one before is kept"
                 )
             self._refused = True
+            return False
+        self._refused = False
+        return True
 
     def _improves(self, metrics: Mapping[str, float], step: int) -> bool:
         """Whether the metric that is watched is here, and higher than ever."""
@@ -92,7 +99,7 @@ def state_of(lab: Any) -> dict[str, Any]:
     return {
         "trainer": lab.trainer.state_dict(),
         "stream": lab.place,
-        "random": random_state(),
+        "random": lab.random,
         "evaluator": lab.evaluator.state_dict(),
         "evaluations": [asdict(evaluation) for evaluation in lab.evaluations],
         "best": lab.keeper.best,
@@ -122,13 +129,13 @@ def restore(lab: Any, state: dict[str, Any]) -> None:
             f"{lab.folder}: its checkpoint does not fit this model: {error}"
         ) from None
     lab.stream.load_state_dict(state["stream"])
-    lab.place = lab.stream.state_dict()
     lab.evaluator.load_state_dict(state["evaluator"])
     lab.evaluations[:] = [_evaluation(saved) for saved in state["evaluations"]]
     lab.keeper.best = state["best"]
     lab.started = time.time() - state["elapsed_s"]
     lab.history[:] = history(lab.folder, lab.trainer.iterations_done, lab.keeper)
     set_random_state(state["random"])
+    lab.note_place()
 
 
 def find(resume: str, folder: Path, say: Say = to_stderr) -> Path | None:

@@ -29,6 +29,7 @@ from ppo_lab.continuation import (
     Keeper,
     find,
     identity,
+    random_state,
     restore,
     seed_random_state,
     summarised,
@@ -82,10 +83,16 @@ class Lab:
     history: list[Metrics] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     place: dict[str, int] = field(default_factory=dict)
+    random: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """The prompt stream's place is that after the last whole iteration."""
-        self.place = self.stream.state_dict()
+        self.note_place()
+
+    def note_place(self) -> None:
+        """Where the prompt stream and all random numbers are after the last whole iteration: of one
+        that breaks off nothing must be left.
+        """
+        self.place, self.random = self.stream.state_dict(), random_state()
 
 
 def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
@@ -178,11 +185,19 @@ def fail(lab: Lab, error: BaseException) -> None:
     """What a run that ends early leaves: a checkpoint if its state is whole, a summary with why."""
     if isinstance(error, TrainingDiverged) and lab.processes.is_main:
         explain(error, lab.folder, lab.trainer.iterations_done + (error.batch is not None))
-    if isinstance(error, RewardError) and lab.trainer.iterations_done == len(lab.history) > 0:
+    if isinstance(error, RewardError) and _is_whole_and_not_kept(lab):
         lab.keeper.keep(lab, {}, due=True)
     status = "preempted" if isinstance(error, Preempted | KeyboardInterrupt) else "failed"
     reason = hidden_text(f"{type(error).__name__}: {error}")
     lab.trackers.finish(status, {**summarise(lab), "reason": reason})
+
+
+def _is_whole_and_not_kept(lab: Lab) -> bool:
+    """Whether the last iteration is done, and in no checkpoint yet, which may hold a model too."""
+    step = lab.trainer.iterations_done
+    if step != len(lab.history) or step == 0:
+        return False
+    return lab.processes.from_main(lambda: not checkpoint.has(lab.folder, step))
 
 
 def build(
@@ -308,7 +323,7 @@ def train(lab: Lab, preemption: Preemption) -> None:
             lab.trackers.log_samples(samples, step)
         lab.trackers.log(metrics, step)
         lab.history.append(summarised(metrics))
-        lab.place = lab.stream.state_dict()
+        lab.note_place()
         too_far = 0 < lab.config.ppo.max_kl < metrics["kl"]
         asked = lab.processes.first(preemption.asked)
         lab.keeper.keep(lab, metrics, due=step == steps or too_far or bool(asked))

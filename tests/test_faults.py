@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import command, metrics, outcome, start, tiny
 
-from ppo_lab import checkpoint, secrecy
+from ppo_lab import checkpoint, experiment, secrecy
 from ppo_lab.config import ModelSection, PPOSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import build, run
@@ -36,6 +36,12 @@ pytestmark = pytest.mark.filterwarnings(
 
 # Policy and reference are evaluated first, then the policy after every second iteration.
 CALLS_BEFORE = {1: 2, 2: 3, 3: 5, 4: 6, 5: 8, 6: 9}
+
+
+WATCHED: dict[str, Any] = {
+    "checkpoint": {"best_metric": "eval/mean_reward", "every": 0},
+    "evaluation": {"every": 1},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +168,58 @@ def test_a_reward_that_raises_ends_the_run_after_its_last_whole_iteration(
     assert max(checkpoint.all_in(tmp_path / "run"))[0] == 4
     run(replace(tiny(tmp_path), resume=str(tmp_path / "run")), tmp_path / "run")
     assert outcome(tmp_path / "run") == outcome(straight)
+
+
+def test_a_reward_that_draws_and_raises_leaves_no_trace_of_the_iteration_that_broke_off(
+    tmp_path: Path,
+) -> None:
+    rewarded = {"reward": {"target": "tiny_runs:noisy"}, "checkpoint": {"every": 1}}
+    run(tiny(tmp_path, **rewarded), tmp_path / "straight")
+    in_iteration(4, raising(RuntimeError("the service is gone")))
+    with pytest.raises(RewardError, match="the service is gone"):
+        run(tiny(tmp_path, **rewarded), tmp_path / "run")
+    run(replace(tiny(tmp_path, **rewarded), resume=str(tmp_path / "run")), tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "straight")
+
+
+def evaluating_as(numbers: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations find these mean rewards, one after the other."""
+    following, measure = iter(numbers), experiment.evaluate
+
+    def measured(lab: Any, step: int) -> dict[str, float]:
+        return measure(lab, step) | {"eval/mean_reward": next(following)}
+
+    monkeypatch.setattr(experiment, "evaluate", measured)
+
+
+def test_a_run_that_fails_keeps_its_best_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last checkpoint, which may be the best one, is not written again."""
+    evaluating_as([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], monkeypatch)
+    in_iteration(4, raising(RuntimeError("the service is gone")))
+    with pytest.raises(RewardError, match="the service is gone"):
+        run(tiny(tmp_path, **WATCHED), tmp_path / "run")
+    last, folder = max(checkpoint.all_in(tmp_path / "run"))
+    assert checkpoint.read(folder)["best"]["step"] == last
+    assert (folder / "model").is_dir()
+
+
+def test_the_best_is_what_the_disk_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a checkpoint that could not be written, the next best need not be better."""
+    save, evaluated = checkpoint.save, []
+
+    def refusing(folder: Path, state: dict[str, Any], *, step: int, **how: Any) -> Path:
+        evaluated.append(state["best"])
+        if len(evaluated) == 1:
+            raise OSError("No space left on device")
+        return save(folder, state, step=step, **how)
+
+    monkeypatch.setattr(checkpoint, "save", refusing)
+    evaluating_as([0.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0], monkeypatch)
+    run(tiny(tmp_path, **WATCHED), tmp_path / "run")
+    assert [best["step"] for best in evaluated] == [1, 2, 2]
+    assert (tmp_path / "run/checkpoints/step-000002/model").is_dir()
 
 
 def test_a_reward_that_hangs_is_given_up_after_its_time(straight: Path, tmp_path: Path) -> None:
