@@ -92,6 +92,21 @@ def test_attention_over_whole_texts_and_its_gradients(
         assert relative(one, other) < tolerance(dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter runs programs one after the other")
+def test_attention_of_more_heads_than_a_grid_has_columns() -> None:
+    from ppo_lab.models.fast.kernels.whole_texts import attend_texts
+
+    q, k, v = (normal(2**13 + 1, 8, 3, 16, dtype=DTYPES[-1]).requires_grad_() for _ in range(3))
+    real = torch.ones(len(q), 3, dtype=torch.bool, device=DEVICE)
+    positions = (real.cumsum(1) - 1).float()
+    whole = attend_texts(q, k, v, real, positions, None, 0.2)
+    last = attend_texts(q[-1:], k[-1:], v[-1:], real[-1:], positions[-1:], None, 0.2)
+    assert torch.equal(whole[-1:], last)
+    for gradient in torch.autograd.grad(whole.float().square().sum(), (q, k, v)):
+        assert gradient[-1].any()
+
+
 def attended_by_hand(
     q: Tensor,
     keys: Tensor,
