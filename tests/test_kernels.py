@@ -93,6 +93,33 @@ def test_attention_over_whole_texts_and_its_gradients(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs", "rank"),
+    [(1, 96, 128, 0), (5, 40, 2048, 0), (64, 1030, 512, 16), (33, 32, 4096, 0), (17, 64, 1024, 5)],
+)
+def test_products_of_few_rows(
+    rows: int, outputs: int, inputs: int, rank: int, biased: bool
+) -> None:
+    """Again and again, with what the products before left in the parts of their sums."""
+    from ppo_lab.models.fast.kernels.few_rows import few_rows
+
+    torch.manual_seed(rows)
+    dtype = DTYPES[-1]
+    weight, bias = normal(outputs, inputs, dtype=dtype), normal(outputs, dtype=dtype)
+    a, b = normal(rank, inputs, dtype=dtype), normal(outputs, rank, dtype=dtype)
+    for _ in range(3):
+        x = normal(rows, inputs, dtype=dtype) / inputs**0.5
+        exact = x.double() @ weight.double().t()
+        exact += bias.double() * biased + 0.5 * x.double() @ a.double().t() @ b.double().t()
+        adapter = (0.5, a, b) if rank else ()
+        ours = few_rows(x, weight, bias if biased else None, *adapter)
+        assert ours.dtype == dtype
+        assert relative(ours, exact) < tolerance(dtype)
+        assert torch.equal(ours, few_rows(x, weight, bias if biased else None, *adapter))
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter runs programs one after the other")
 def test_attention_of_more_heads_than_a_grid_has_columns() -> None:
     from ppo_lab.models.fast.kernels.whole_texts import attend_texts
@@ -283,7 +310,7 @@ def a_gpu_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """Trunks believe to be on a GPU with this kernel for a sum and its norm."""
 
     def take(add_norm: Callable[..., Any]) -> None:
-        kernels = Kernels(add_norm, *[None] * 4)  # the others are for half precision
+        kernels = Kernels(add_norm, *[None] * 5)  # the others are for half precision
         found = lambda _: None if kernels_module._left_out else kernels  # noqa: E731
         for module in ("attention", "elementwise"):
             monkeypatch.setattr(f"ppo_lab.models.fast.{module}.kernels_for", found)

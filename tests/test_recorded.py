@@ -788,6 +788,7 @@ def test_a_gpu_learns_from_recorded_passes_what_it_learns_from_launched_ones(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("judge", ["", "llama"])
 @pytest.mark.parametrize("records", [True, False])
 def test_a_gpu_is_asked_for_nothing_in_optimizer_steps(

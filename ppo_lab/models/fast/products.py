@@ -12,6 +12,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ppo_lab.models.fast import gemm
+from ppo_lab.models.fast.kernels import Kernels, kernels_for
+
+# Products of at most so many rows, of inputs in multiples of this, with a half-precision weight of
+# at most so many numbers are a kernel's on a GPU: of larger ones cuBLAS makes better use.
+FEW_ROWS = 64
+STEP = 128
+LARGEST = 2**24
+WIDEST_ADAPTER = 64
 
 
 def product(
@@ -104,6 +112,20 @@ def _adapted(
     return y, inner
 
 
+def _adapted_alone(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scalings: Sequence[float],
+    matrices: Sequence[Tensor],
+) -> Tensor:
+    """W x + b + sum s B A x where no gradient is to come."""
+    kernels = _for_few_rows(x, weight)
+    if kernels is None or len(scalings) > 1 or len(matrices[0]) > WIDEST_ADAPTER:
+        return _adapted(x, weight, bias, scalings, matrices)[0]
+    return kernels.few_rows(x, weight, bias, scalings[0], *matrices)
+
+
 def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """s a b in one kernel; what it is added to does not count."""
     return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scaling)
@@ -126,9 +148,23 @@ def _pulled_back(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _times(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.device.type != "cpu":
-        return F.linear(x, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
-    return gemm.times(x, weight, bias)
+    if x.device.type == "cpu":
+        return gemm.times(x, weight, bias)
+    if (kernels := _for_few_rows(x, weight)) is not None:
+        return kernels.few_rows(x, weight, bias)
+    return F.linear(x, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
+
+
+def _for_few_rows(x: Tensor, weight: Tensor) -> Kernels | None:
+    """The kernels, where one of them is made for such a product."""
+    if x.device.type == "cpu" or len(x) > FEW_ROWS or x.shape[1] % STEP or not _is_plain(x, weight):
+        return None
+    return kernels_for(x.device) if weight.numel() <= LARGEST else None
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    half = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    return half and x.is_contiguous() and weight.is_contiguous()
 
 
 def is_plain(module: Any) -> bool:
@@ -170,7 +206,7 @@ class Linear(NamedTuple):
         if not self.scalings:
             return product(x, self.weight, self.bias)
         if not torch.is_grad_enabled():
-            return _adapted(x, *self)[0]
+            return _adapted_alone(x, *self)
         if not _is_trained(self.weight, self.bias):
             return _Adapted.apply(x, self.weight, self.bias, self.scalings, *self.matrices)
         y = product(x, self.weight, self.bias)

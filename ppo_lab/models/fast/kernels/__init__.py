@@ -26,6 +26,7 @@ class Kernels(NamedTuple):
     add_norm: Any
     attend_newest: Any
     attend_texts: Any
+    few_rows: Any
     draw_rows: Any
     sweep_rows: Any
 
@@ -57,12 +58,13 @@ def _kernels() -> Kernels | None:
         return None
     from ppo_lab.models.fast.kernels.add_norm import add_norm
     from ppo_lab.models.fast.kernels.draw_rows import draw_rows
+    from ppo_lab.models.fast.kernels.few_rows import few_rows
     from ppo_lab.models.fast.kernels.one_query import attend_newest
     from ppo_lab.models.fast.kernels.sweep_rows import sweep_rows
     from ppo_lab.models.fast.kernels.whole_texts import attend_texts
 
-    functions: list[Any] = [add_norm, attend_newest, attend_texts, draw_rows, sweep_rows]
-    return Kernels(*map(_there, functions))
+    functions = (add_norm, attend_newest, attend_texts, few_rows, draw_rows, sweep_rows)
+    return Kernels(*(_there(function) for function in functions))
 
 
 def _there(function: Callable[..., Any]) -> Callable[..., Any]:
