@@ -119,6 +119,13 @@ def test_two_train_mode_forwards_are_equal_once_dropout_is_off(kind):  # ledger 
     assert torch.equal(model(IDS).logits, model.eval()(IDS).logits)
 
 
+def test_a_config_that_takes_whole_numbers_alone_gets_a_whole_zero():
+    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 32}
+    model = AutoModelForCausalLM.from_config(transformers.MptConfig(**sizes, resid_pdrop=0.4))
+    disable_dropout(model)
+    assert (model.config.attn_config.attn_pdrop, model.config.resid_pdrop) == (0, 0.0)
+
+
 def test_dropout_in_an_adapter_goes_off_as_well():
     wrapped = wrap_lora(tiny_model("llama"), LoraSection(r=4, dropout=0.5)).train()
     for name, weight in wrapped.named_parameters():

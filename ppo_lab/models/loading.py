@@ -406,7 +406,7 @@ def _zero_rates(owner: Any) -> None:
         if isinstance(value, PreTrainedConfig):
             _zero_rates(value)
         elif "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
-            setattr(owner, name, 0.0)
+            setattr(owner, name, type(value)(0))  # some configs refuse a float for an int
 
 
 def _embedding_rows(model: Any) -> int:
