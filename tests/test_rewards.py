@@ -496,6 +496,16 @@ def test_probabilities_can_be_read_instead_of_logits(labels: int) -> None:
         assert ((scores("probability") > 0) & (scores("probability") < 1)).all()
 
 
+def test_the_probability_of_one_of_several_labels_at_once_is_its_own() -> None:
+    def scores(output: str) -> torch.Tensor:
+        model = tiny_classifier("bert", labels=3)
+        model.config.problem_type = "multi_label_classification"
+        return Classifier(model, byte_tokenizer(), label="1", output=output)(PROMPTS, COMPLETIONS)
+
+    torch.testing.assert_close(scores("probability"), scores("logit").sigmoid())
+    torch.testing.assert_close(scores("log_probability"), scores("logit").sigmoid().log())
+
+
 def test_dropout_is_off_and_nothing_is_trained() -> None:
     model = tiny_classifier("bloom").train()
     model.config.hidden_dropout = 0.5

@@ -175,8 +175,10 @@ class Classifier:
         logits = (self._read_whole(ids) if self._trunk is None else self._read_last(ids)).float()
         if self.output == "logit":
             return logits[:, self.index].cpu()
-        single = logits.shape[1] == 1
-        logprobs = torch.nn.functional.logsigmoid(logits) if single else logits.log_softmax(-1)
+        # Several labels that may hold at once were each trained as a question of its own.
+        kind = getattr(self.model.config, "problem_type", None)
+        of_its_own = logits.shape[1] == 1 or kind == "multi_label_classification"
+        logprobs = torch.nn.functional.logsigmoid(logits) if of_its_own else logits.log_softmax(-1)
         chosen = logprobs[:, self.index].cpu()
         return chosen if self.output == "log_probability" else chosen.exp()
 
