@@ -22,9 +22,11 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BloomConfig,
+    FNetConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    XLNetConfig,
 )
 
 from ppo_lab.config import (
@@ -393,6 +395,10 @@ def tiny_classifier(kind: str, *, pad: int | None = 257, labels: int = 1) -> Any
             max_position_embeddings=64,
             **sizes,
         ),
+        "xlnet": lambda: XLNetConfig(d_model=16, d_inner=16, n_layer=2, n_head=2, **sizes),
+        "fnet": lambda: FNetConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=2, **sizes
+        ),
     }[kind]()
     model = AutoModelForSequenceClassification.from_config(config)
     for parameter in model.parameters():
@@ -404,7 +410,7 @@ PROMPTS = ["a", "a longer prompt", "mid", "x"]
 COMPLETIONS = ["b", " and a far longer completion", "", "yz"]
 
 
-@pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2", "bert", "xlnet"])
 @pytest.mark.parametrize("pad", [257, 256, None, -1], ids=["pad", "pad=eos", "none", "-1"])
 def test_a_score_depends_on_its_own_text_alone(kind: str, pad: int | None) -> None:
     scorer = Classifier(
@@ -414,6 +420,14 @@ def test_a_score_depends_on_its_own_text_alone(kind: str, pad: int | None) -> No
     alone = torch.cat([scorer([p], [c]) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
     torch.testing.assert_close(together, alone)
     assert together.unique().numel() == len(PROMPTS)
+
+
+def test_an_encoder_that_padding_moves_reads_texts_one_by_one_or_not_at_all() -> None:
+    model, tokenizer = tiny_classifier("fnet"), byte_tokenizer()
+    with pytest.raises(RewardError, match=r"FNetFor.* when it is padded.*reward\.batch_size=1"):
+        Classifier(model, tokenizer, batch_size=2)
+    scorer = Classifier(model, tokenizer, batch_size=1)
+    assert scorer(PROMPTS, COMPLETIONS)[0] == scorer(PROMPTS[:1], COMPLETIONS[:1])[0]
 
 
 @pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2"])
