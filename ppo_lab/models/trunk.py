@@ -129,8 +129,11 @@ class Trunk:
         """
         name, fast = type(self.model).__name__, self._fast_here()
         if fast is None or fast.anatomy.window:
+            dora = any(getattr(m, "lora_magnitude_vector", None) for m in self.decoder.modules())
+            why = ", since its adapter is DoRA (lora.use_dora=true)" if dora else ""
             raise ConfigError(
-                f"ppo.cache_trunk=true: the layers of {name} are not known one by one; leave it out"
+                f"ppo.cache_trunk=true: the layers of {name} are not known one by one{why}; leave "
+                "it out"
             )
         if fast.first_trained() == 0:
             raise ConfigError(
