@@ -42,6 +42,7 @@ class Reference:
         self._adapter = ""
         if model is not None:
             self._trunk = Trunk(_plain(model))
+            self._trunk.check()
         elif not policy.is_peft_model or not _switches_whole(policy.pretrained_model):
             self._trunk = Trunk(_frozen(copy.deepcopy(policy.pretrained_model)))
         else:
