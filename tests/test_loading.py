@@ -462,6 +462,8 @@ def broken(folder: Path, what: str) -> Path:
         config.write_text(json.dumps(settings | {"vocab_size": 300}))
     elif what == "classifier":
         config.write_text(json.dumps(settings | {"architectures": ["XForSequenceClassification"]}))
+    elif what == "encoder":
+        config.write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
     return folder
 
 
@@ -475,6 +477,7 @@ def broken(folder: Path, what: str) -> Path:
         ("cut weights", "model is damaged"),
         ("too few layers", r"lack 12 weights of BloomForCausalLM; transformer\.h\.2\."),
         ("other shape", "in another shape; .*word_embeddings.weight is one"),
+        ("encoder", "BertModel is not a causal language model"),
         ("classifier", "XForSequenceClassification is not a causal language model.*reward.path"),
     ],
 )

@@ -283,11 +283,18 @@ def _base_of(section: ModelSection, adapter: Source) -> ModelSection:
 
 def _require_causal(config: PreTrainedConfig, section: ModelSection) -> None:
     built = (config.architectures or [""])[0]
-    if config.is_encoder_decoder or built.endswith("ForSequenceClassification"):
+    foreign = ("ForSequenceClassification", "ForMaskedLM")
+    if config.is_encoder_decoder or built.endswith(foreign) or _reads_both_ways(config):
         raise ConfigError(
-            f"model.path={section.path}: {built or 'an encoder with a decoder'} is not a causal "
-            "language model; a classifier goes to reward.path"
+            f"model.path={section.path}: {built or config.model_type} is not a causal language "
+            "model; a classifier goes to reward.path"
         )
+
+
+def _reads_both_ways(config: PreTrainedConfig) -> bool:
+    """Whether it is of BERT's kin, which fill gaps unless they are said to be decoders."""
+    fills = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    return fills and getattr(config, "is_decoder", True) is False
 
 
 def _random_model(
