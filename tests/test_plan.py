@@ -283,6 +283,9 @@ def test_what_a_run_refuses_is_not_planned(tmp_path: Path) -> None:
     inputs(tmp_path, vocab_size=100)
     with pytest.raises(ConfigError, match=r"model\.tokenizer: 259 tokens, .* has 100 rows"):
         plan_of(config, Target(DEVICES["h100"]))
+    inputs(tmp_path, model_type="rwkv", architectures=["RwkvForCausalLM"])
+    with pytest.raises(ConfigError, match="RwkvForCausalLM: it takes no cache"):
+        plan_of(config, Target(DEVICES["h100"]))
 
 
 def test_a_recorded_token_is_launched_in_less_time_where_the_layers_are_known(

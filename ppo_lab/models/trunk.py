@@ -213,6 +213,7 @@ class Trunk:
         Raises:
             UnfitModel: they do not, for this architecture.
         """
+        self.check_cache()
         training = self.model.training
         self.model.eval()  # as it samples: transformers takes no cache while it checkpoints
         try:
@@ -224,6 +225,18 @@ class Trunk:
             problem = f"it does not pass a few tokens as a decoder does ({said})"
         finally:
             self.model.train(training)
+        self._refuse(problem)
+
+    def check_cache(self) -> None:
+        """Refuse a decoder that could not go on from a cache; no weights are needed to see it.
+
+        Raises:
+            UnfitModel: it takes none of transformers'.
+        """
+        if not self._cache_argument:
+            self._refuse("it takes no cache of transformers', and sampling goes token by token")
+
+    def _refuse(self, problem: str) -> None:
         if problem:
             name = type(self.model).__name__
             raise UnfitModel(f"model: {name}: {problem}; this architecture cannot be trained here")
@@ -249,8 +262,6 @@ class Trunk:
 
     def _unfit(self) -> str:
         """What sampling and scoring would not see alike; "" if nothing."""
-        if not self._cache_argument:
-            return "it takes no cache of transformers', and sampling goes token by token"
         words = self.decoder.get_input_embeddings().weight
         return what_fails(
             self._by_transformers,

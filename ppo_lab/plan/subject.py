@@ -92,6 +92,7 @@ def subject_of(config: Config, target: Target, *, response_tokens: int = 0) -> S
     critic = critic_model(config, device)
     own = None if critic is None else classifier_blueprint(critic.config, dtype=critic.dtype)
     policy = blueprint(model, config.model, config.lora, dtype=dtype)
+    Trunk(policy).check_cache()
     _check_tokenizer(config, policy)
     return Subject(
         config=config,
