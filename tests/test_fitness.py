@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from tiny_models import QUERIES, VOCABULARY, causal_lm, policy, ragged, trainer
+from tiny_runs import inputs, tiny
 from torch import nn
 from torch.testing import assert_close
 
 from ppo_lab import AutoModelForCausalLMWithValueHead
+from ppo_lab.assembly import longest_prompt
+from ppo_lab.config import GenerationSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.fitness import what_fails
+from ppo_lab.models.loading import max_context
 from ppo_lab.models.trunk import Trunk, UnfitModel
 from ppo_lab.rollout import NoiseKey, Sampling, sample
+from ppo_lab.types import Tokens
 
 TWO_LAYERS: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -131,3 +138,42 @@ def test_a_reference_of_ones_own_is_looked_at_as_well() -> None:
     with pytest.raises(UnfitModel, match="padded on the left"):
         trainer(policy(), ref_model=model("trocr"))
     trainer(policy(), ref_model=causal_lm("gpt2")).reference.logprobs(ragged(), temperature=1.0)
+
+
+LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+TURNED = {
+    "dynamic": ({"rope_type": "dynamic", "factor": 2.0}, 16),
+    "longrope": (
+        {"rope_type": "longrope", "original_max_position_embeddings": 16, **LONGROPE},
+        64,
+    ),
+}
+
+
+@pytest.mark.parametrize("rope", TURNED)
+def test_texts_over_which_angles_are_those_of_a_batch_are_refused(rope: str) -> None:
+    settings, most = TURNED[rope]
+    turned = {"rope_parameters": settings | {"rope_theta": 1e4}, "max_position_embeddings": most}
+    made = policy("llama", **turned)
+    assert max_context(made.config) == 16
+    rows = [([5] * 10, [6] * 6), ([7] * 3, [8] * 4)]
+    alone = [made.score(packed(row), temperature=1.0).logprobs for row in rows]
+    beside = made.score(packed(*rows), temperature=1.0).logprobs
+    assert_close(beside[1, :4], alone[1][0])
+    assert_close(beside[0], alone[0][0])
+    with pytest.raises(ConfigError, match=r"18 tokens: over 16, .*LlamaForCausalLM"):
+        made.score(packed(([5] * 10, [6] * 9), rows[1]), temperature=1.0)
+
+
+def packed(*rows: tuple[list[int], list[int]]) -> Tokens:
+    return Tokens.pack([query for query, _ in rows], [answer for _, answer in rows], pad_id=0)
+
+
+def test_a_run_leaves_room_before_angles_are_those_of_a_batch(tmp_path: Path) -> None:
+    config = tiny(tmp_path, generation={"max_new_tokens": 6})
+    assert longest_prompt(config) == 90
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 16, **LONGROPE}
+    inputs(tmp_path, rope_parameters=rope | {"rope_theta": 1e4})
+    assert longest_prompt(config) == 10
+    with pytest.raises(ConfigError, match=r"below the 16 tokens .*rope_type dynamic or longrope"):
+        longest_prompt(replace(config, generation=GenerationSection(max_new_tokens=16)))

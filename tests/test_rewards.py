@@ -452,6 +452,15 @@ def test_the_models_own_limit_holds_where_none_is_set() -> None:
     assert scorer(["x" * 500], ["y"]).isfinite().all()
 
 
+def test_a_text_that_would_be_read_by_the_angles_of_a_batch_is_cut_before() -> None:
+    model = tiny_classifier("llama")
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model.config.rope_parameters, model.config.max_position_embeddings = rope, 32
+    assert Classifier(model, byte_tokenizer()).max_length == 32
+    with pytest.raises(RewardError, match=r"reward\.max_length=33: .*use at most 32"):
+        Classifier(model, byte_tokenizer(), max_length=33)
+
+
 def test_the_real_reward_model_ranks_held_stories(assets: Path) -> None:
     section = ModelReward(path=str(assets / "stories260K-vader-rm"))
     lines = (assets / "data" / "story_preferences.jsonl").read_text().splitlines()[-200:]

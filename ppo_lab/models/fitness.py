@@ -50,6 +50,24 @@ def what_fails(
     return ""
 
 
+def steady_context(config: Any) -> int | None:
+    """The most tokens over which a rotary embedding turns each position by itself alone; None where
+    it always does.
+
+    Beyond that number `dynamic` and `longrope` turn all positions by other angles, those of a whole
+    batch with its longest text, and not those that a cache holds already.
+    """
+    config = config.get_text_config(decoder=True)
+    settings = getattr(config, "rope_parameters", None) or {}
+    parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+    kinds = {str(part.get("rope_type")): part for part in parts}
+    longest = [config.max_position_embeddings for kind in kinds if "dynamic" in kind]
+    if "longrope" in kinds:
+        own = kinds["longrope"].get("original_max_position_embeddings")
+        longest.append(own or config.max_position_embeddings)
+    return min(longest, default=None)
+
+
 def _is_exact(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether passes of other shapes differ by the rounding of float32 alone."""
     kinds = {(p.dtype, p.device.type == "cpu") for p in parameters}

@@ -34,6 +34,7 @@ from transformers import (
 
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
+from ppo_lab.models.fitness import steady_context
 from ppo_lab.models.sources import ModelUnavailable, Source, locate, packaged_config
 
 if TYPE_CHECKING:
@@ -198,13 +199,16 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
 
 
 def max_context(config: Any) -> int | None:
-    """The most tokens that the model can read, response included; None where unbounded (ALiBi)."""
+    """The most tokens that the model can read, response included; None where unbounded (ALiBi).
+
+    Of a rotary embedding that turns with the longest text of a batch it is where that begins.
+    """
     config = getattr(config, "config", config).get_text_config(decoder=True)
     attention = getattr(config, "attn_config", None)
     if getattr(config, "alibi", False) or getattr(attention, "alibi", False):
         return None
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-    bounds = (getattr(config, name, None) for name in names)
+    bounds = (steady_context(config), *(getattr(config, name, None) for name in names))
     return next((bound for bound in bounds if bound), None)
 
 

@@ -24,7 +24,7 @@ from ppo_lab.models.fast.graphed import Graphed, Then
 from ppo_lab.models.fast.kernels import kernels_for, leave_out, without_kernels
 from ppo_lab.models.fast.proof import ROOM, Proof, prove_draws
 from ppo_lab.models.fast.recording import Recorder, Results, has_room
-from ppo_lab.models.fitness import what_fails
+from ppo_lab.models.fitness import steady_context, what_fails
 from ppo_lab.models.logprobs import Head
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class Trunk:
         self._takes_positions = "position_ids" in parameters
         known = ("past_key_values", "cache_params")
         self._cache_argument = next((name for name in known if name in parameters), "")
+        self._steady = steady_context(self.model.config)
         self.keeps_below = False
         self.fast_layers = True  # where they are known and prove equal
         self.records_graphs = True  # on a GPU, until they prove not to work
@@ -184,6 +185,7 @@ class Trunk:
     def _by_transformers(
         self, ids: Tensor, attention: Tensor, cache: Any = None, by: Any = None
     ) -> Tensor:
+        self._check_length(attention)
         # A cache of states rather than of positions has taken in which of them were padding.
         of_states = self._cache_argument == "cache_params"
         inputs: dict[str, Any] = {
@@ -199,6 +201,22 @@ class Trunk:
             ]
         decoder = self.decoder if by is None else by  # a compiled one has no truth value
         return decoder(**inputs).last_hidden_state
+
+    def _check_length(self, attention: Tensor) -> None:
+        """Refuse texts over which rotary angles would be those of the batch that they are in."""
+        most = self._steady
+        if (
+            not most
+            or attention.shape[1] <= most
+            or (tokens := int(attention.sum(1).max())) <= most
+        ):
+            return
+        raise ConfigError(
+            f"a text of {tokens} tokens: over {most}, the rotary embedding of "
+            f"{type(self.model).__name__} turns all texts of a batch by other angles (rope_type "
+            "dynamic or longrope), so that log-probs would depend on what stands beside; shorten "
+            "prompts or responses"
+        )
 
     def _new_cache_of_transformers(self) -> Any:
         from transformers import DynamicCache

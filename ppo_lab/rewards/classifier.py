@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_lab.models.fitness import steady_context
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.processes.alone import Alone
 from ppo_lab.rewards.conversation import as_chat, is_chat, joined
@@ -115,6 +116,7 @@ class Classifier:
         self.chat_template = chat_template
         self.batch_size = batch_size
         self.max_length = max_length or longest_text(model, tokenizer)
+        _refuse_unsteady(model, max_length)
         _refuse_foreign_tokenizer(model, tokenizer)
         if chat_template == "always" and not tokenizer.chat_template:
             raise RewardError(
@@ -262,6 +264,7 @@ def longest_text(model: Any, tokenizer: Any) -> int:
     skipped = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
     positions = getattr(config, "max_position_embeddings", None) or 0
     limits = [positions - (0 if skipped is None else skipped + 1), tokenizer.model_max_length]
+    limits.append(steady_context(model.config) or 0)
     return min((limit for limit in limits if 0 < limit < 10**9), default=0)
 
 
@@ -292,6 +295,16 @@ def _pad_token_id(model: Any, tokenizer: Any) -> int:
     own = model.config.get_text_config().pad_token_id
     known = (own, tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((i for i in known if i is not None and i >= 0), 0)
+
+
+def _refuse_unsteady(model: Any, max_length: int) -> None:
+    """Texts over which a score would depend on what stands beside."""
+    steady = steady_context(model.config)
+    if steady and max_length > steady:
+        raise RewardError(
+            f"reward.max_length={max_length}: the reward model's rotary embedding turns texts of a "
+            f"batch alike up to {steady} tokens alone; use at most {steady}."
+        )
 
 
 def _refuse_foreign_tokenizer(model: Any, tokenizer: Any) -> None:
