@@ -205,11 +205,9 @@ class Trunk:
     def _check_length(self, attention: Tensor) -> None:
         """Refuse texts over which rotary angles would be those of the batch that they are in."""
         most = self._steady
-        if (
-            not most
-            or attention.shape[1] <= most
-            or (tokens := int(attention.sum(1).max())) <= most
-        ):
+        if not most or attention.shape[1] <= most:
+            return
+        if (tokens := int(attention.sum(1).max())) <= most:
             return
         raise ConfigError(
             f"a text of {tokens} tokens: over {most}, the rotary embedding of "
@@ -240,10 +238,12 @@ class Trunk:
             raise
         except Exception as error:  # of what is built otherwise than any decoder that is known
             said = " ".join(str(error).split())[:200]
-            problem = f"it does not pass a few tokens as a decoder does ({said})"
+            what = f"it does not pass a few tokens as a decoder does ({said})"
+            raise self._refusal(what) from error
         finally:
             self.model.train(training)
-        self._refuse(problem)
+        if problem:
+            raise self._refusal(problem)
 
     def check_cache(self) -> None:
         """Refuse a decoder that could not go on from a cache; no weights are needed to see it.
@@ -252,12 +252,11 @@ class Trunk:
             UnfitModel: it takes none of transformers'.
         """
         if not self._cache_argument:
-            self._refuse("it takes no cache of transformers', and sampling goes token by token")
+            raise self._refusal("it takes no cache of transformers', and is sampled with one")
 
-    def _refuse(self, problem: str) -> None:
-        if problem:
-            name = type(self.model).__name__
-            raise UnfitModel(f"model: {name}: {problem}; this architecture cannot be trained here")
+    def _refusal(self, problem: str) -> UnfitModel:
+        name = type(self.model).__name__
+        return UnfitModel(f"model: {name}: {problem}; this architecture cannot be trained here")
 
     def _foreign_head(self) -> str:
         """How far its logits are from its head on its decoder's states; "" where they agree."""
