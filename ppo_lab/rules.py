@@ -185,6 +185,11 @@ def ppo_rules(config: Config) -> Problems:
             "ppo.cache_trunk=true: needs frozen layers below the adapter; adapt the upper layers "
             "alone with lora=r16 lora.top_layers=N"
         )
+    if config.ppo.cache_trunk and config.lora.use_dora:
+        yield (
+            "lora.use_dora=true: ppo.cache_trunk=true passes the layers one by one, which is not "
+            "known of DoRA's; leave one of them out"
+        )
     if config.ppo.cache_trunk and not config.model.fast_layers:
         yield (
             "model.fast_layers=false: ppo.cache_trunk=true passes the layers one by one, which "

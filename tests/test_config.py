@@ -195,6 +195,10 @@ RULES = [
         "which transformers does not",
     ),
     (
+        ["ppo.cache_trunk=true", "lora.top_layers=1", "lora.use_dora=true"],
+        "which is not known of DoRA's",
+    ),
+    (
         ["ppo.cache_trunk=true", "lora.top_layers=1", "ppo.gradient_checkpointing=true"],
         "computes again what ppo.cache_trunk=true keeps",
     ),

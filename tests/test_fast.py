@@ -387,6 +387,12 @@ def test_a_trunk_that_changes_while_training_is_not_kept(monkeypatch: pytest.Mon
         upper.keep_below()
 
 
+def test_a_trunk_that_is_not_kept_for_its_adapter_says_so() -> None:
+    adapted = wrap_lora(tiny_bloom(), LoraSection(r=2, top_layers=1, use_dora=True))
+    with pytest.raises(ConfigError, match=r"is DoRA \(lora\.use_dora=true\)"):
+        Trunk(adapted).keep_below()
+
+
 def test_a_product_is_that_of_a_linear_layer_in_either_layout() -> None:
     layer, x = torch.nn.Linear(7, 5), torch.randn(3, 7)
     with torch.no_grad():

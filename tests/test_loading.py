@@ -119,6 +119,13 @@ def test_two_train_mode_forwards_are_equal_once_dropout_is_off(kind):  # ledger 
     assert torch.equal(model(IDS).logits, model.eval()(IDS).logits)
 
 
+def test_a_config_that_takes_whole_numbers_alone_gets_a_whole_zero():
+    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 32}
+    model = AutoModelForCausalLM.from_config(transformers.MptConfig(**sizes, resid_pdrop=0.4))
+    disable_dropout(model)
+    assert (model.config.attn_config.attn_pdrop, model.config.resid_pdrop) == (0, 0.0)
+
+
 def test_dropout_in_an_adapter_goes_off_as_well():
     wrapped = wrap_lora(tiny_model("llama"), LoraSection(r=4, dropout=0.5)).train()
     for name, weight in wrapped.named_parameters():
@@ -419,6 +426,15 @@ def test_lora_targets_that_the_model_lacks_are_refused_all_at_once():
     assert "mlp is no linear layer" in container
 
 
+def test_layers_that_peft_does_not_adapt_are_refused_with_the_ways_out():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 32}
+    model = AutoModelForCausalLM.from_config(transformers.MambaConfig(**sizes))
+    with pytest.raises(ConfigError, match=r"lora\.target_modules: .*out_proj.*lora=none"):
+        wrap_lora(model, LoraSection(r=4))
+    wrapped = wrap_lora(type(model)(model.config), LoraSection(r=4, target_modules=["in_proj"]))
+    assert len(trained_names(wrapped)) == 2
+
+
 def test_a_full_module_name_is_a_target_too():
     wrapped = wrap_lora(
         tiny_model("llama"), LoraSection(r=4, target_modules=["layers.1.mlp.up_proj"])
@@ -446,6 +462,8 @@ def broken(folder: Path, what: str) -> Path:
         config.write_text(json.dumps(settings | {"vocab_size": 300}))
     elif what == "classifier":
         config.write_text(json.dumps(settings | {"architectures": ["XForSequenceClassification"]}))
+    elif what == "encoder":
+        config.write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
     return folder
 
 
@@ -459,6 +477,7 @@ def broken(folder: Path, what: str) -> Path:
         ("cut weights", "model is damaged"),
         ("too few layers", r"lack 12 weights of BloomForCausalLM; transformer\.h\.2\."),
         ("other shape", "in another shape; .*word_embeddings.weight is one"),
+        ("encoder", "BertModel is not a causal language model"),
         ("classifier", "XForSequenceClassification is not a causal language model.*reward.path"),
     ],
 )

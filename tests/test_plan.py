@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from test_cli import command as cli
 from tiny_models import policy, ragged, trainer
-from tiny_runs import command, tiny
+from tiny_runs import command, inputs, tiny
 
 from ppo_lab.assembly import load_policy
 from ppo_lab.config import ConfigError, EvaluationSection, LoraSection, ModelCritic, ModelSection
 from ppo_lab.metric_names import METRICS
+from ppo_lab.models.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
 from ppo_lab.models.fast import gemm
 from ppo_lab.models.loading import load_tokenizer
 from ppo_lab.models.trunk import Trunk
@@ -271,6 +272,20 @@ def test_a_plan_for_another_device_needs_neither_weights_nor_network(tmp_path: P
     thrifty = replace(config, lora=LoraSection(r=0), ppo=replace(config.ppo, adam="8bit"))
     eight = plan_of(thrifty, Target(DEVICES["t4"])).memory.standing["Adam's moments"]
     assert eight < 0.26 * whole.memory.standing["Adam's moments"]
+
+
+def test_what_a_run_refuses_is_not_planned(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    section = {"tokenizer": str(tmp_path / "tokenizer")}
+    config = tiny(tmp_path, model=section)
+    inputs(tmp_path, vocab_size=BYTE_VOCABULARY)
+    assert plan_of(config, Target(DEVICES["h100"])).of.vocabulary == BYTE_VOCABULARY
+    inputs(tmp_path, vocab_size=100)
+    with pytest.raises(ConfigError, match=r"model\.tokenizer: 259 tokens, .* has 100 rows"):
+        plan_of(config, Target(DEVICES["h100"]))
+    inputs(tmp_path, model_type="rwkv", architectures=["RwkvForCausalLM"])
+    with pytest.raises(ConfigError, match="RwkvForCausalLM: it takes no cache"):
+        plan_of(config, Target(DEVICES["h100"]))
 
 
 def test_a_recorded_token_is_launched_in_less_time_where_the_layers_are_known(

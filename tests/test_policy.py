@@ -235,6 +235,7 @@ def test_kl_is_zero_at_first_whatever_adapter_the_policy_starts_from(
         {"target_modules": ["word_embeddings", "query_key_value"]},
         {"use_dora": True, "use_rslora": True},
         {"target_modules": ["query_key_value"], "modules_to_save": ["dense_h_to_4h"]},
+        {"trainable_token_indices": [5, 6, 20]},
         {"lora_dropout": 0.5},
         {"bias": "lora_only"},
     ],
@@ -259,6 +260,26 @@ def test_adapters_of_every_make_start_at_kl_zero_and_leave_the_policy_alone(
     assert_close(made.policy.score(ragged(), temperature=1.0).logprobs, before)
     assert step(made)["kl"] == pytest.approx(0.0, abs=1e-5)
     assert abs(step(made)["kl"]) > 1e-4
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.5])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reference_keeps_the_rows_of_tokens_that_an_adapter_trains(
+    tied: bool, moved: float
+) -> None:
+    adapter = lora_config("llama", trainable_token_indices=[5, 6, 20])
+    model = causal_lm("llama", tie_word_embeddings=tied)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(model, peft_config=adapter)
+    rows = [p for n, p in model.named_parameters() if "trainable_tokens_delta" in n]
+    with torch.no_grad():
+        before = [row.add_(moved).clone() for row in rows]
+        start = model.score(ragged(), temperature=1.0).logprobs
+    made = trainer(model)
+    assert made.reference.modules == {}, "no copy of the model"
+    assert_close(made.reference.logprobs(ragged(), temperature=1.0), start)
+    step(made)
+    assert not any(torch.equal(a, b) for a, b in zip(rows, before, strict=True))
+    assert_close(made.reference.logprobs(ragged(), temperature=1.0), start)
 
 
 def test_a_second_trainer_may_start_from_the_first_ones_policy() -> None:

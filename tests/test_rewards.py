@@ -22,9 +22,11 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BloomConfig,
+    FNetConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    XLNetConfig,
 )
 
 from ppo_lab.config import (
@@ -393,6 +395,10 @@ def tiny_classifier(kind: str, *, pad: int | None = 257, labels: int = 1) -> Any
             max_position_embeddings=64,
             **sizes,
         ),
+        "xlnet": lambda: XLNetConfig(d_model=16, d_inner=16, n_layer=2, n_head=2, **sizes),
+        "fnet": lambda: FNetConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=2, **sizes
+        ),
     }[kind]()
     model = AutoModelForSequenceClassification.from_config(config)
     for parameter in model.parameters():
@@ -404,7 +410,7 @@ PROMPTS = ["a", "a longer prompt", "mid", "x"]
 COMPLETIONS = ["b", " and a far longer completion", "", "yz"]
 
 
-@pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2", "bert", "xlnet"])
 @pytest.mark.parametrize("pad", [257, 256, None, -1], ids=["pad", "pad=eos", "none", "-1"])
 def test_a_score_depends_on_its_own_text_alone(kind: str, pad: int | None) -> None:
     scorer = Classifier(
@@ -414,6 +420,14 @@ def test_a_score_depends_on_its_own_text_alone(kind: str, pad: int | None) -> No
     alone = torch.cat([scorer([p], [c]) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
     torch.testing.assert_close(together, alone)
     assert together.unique().numel() == len(PROMPTS)
+
+
+def test_an_encoder_that_padding_moves_reads_texts_one_by_one_or_not_at_all() -> None:
+    model, tokenizer = tiny_classifier("fnet"), byte_tokenizer()
+    with pytest.raises(RewardError, match=r"FNetFor.* when it is padded.*reward\.batch_size=1"):
+        Classifier(model, tokenizer, batch_size=2)
+    scorer = Classifier(model, tokenizer, batch_size=1)
+    assert scorer(PROMPTS, COMPLETIONS)[0] == scorer(PROMPTS[:1], COMPLETIONS[:1])[0]
 
 
 @pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2"])
@@ -436,6 +450,15 @@ def test_the_models_own_limit_holds_where_none_is_set() -> None:
     scorer = Classifier(tiny_classifier("gpt2"), byte_tokenizer())
     assert scorer.max_length == 64
     assert scorer(["x" * 500], ["y"]).isfinite().all()
+
+
+def test_a_text_that_would_be_read_by_the_angles_of_a_batch_is_cut_before() -> None:
+    model = tiny_classifier("llama")
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model.config.rope_parameters, model.config.max_position_embeddings = rope, 32
+    assert Classifier(model, byte_tokenizer()).max_length == 32
+    with pytest.raises(RewardError, match=r"reward\.max_length=33: .*use at most 32"):
+        Classifier(model, byte_tokenizer(), max_length=33)
 
 
 def test_the_real_reward_model_ranks_held_stories(assets: Path) -> None:
@@ -494,6 +517,16 @@ def test_probabilities_can_be_read_instead_of_logits(labels: int) -> None:
         torch.testing.assert_close(scores("logit").sigmoid(), scores("probability"))
     else:
         assert ((scores("probability") > 0) & (scores("probability") < 1)).all()
+
+
+def test_the_probability_of_one_of_several_labels_at_once_is_its_own() -> None:
+    def scores(output: str) -> torch.Tensor:
+        model = tiny_classifier("bert", labels=3)
+        model.config.problem_type = "multi_label_classification"
+        return Classifier(model, byte_tokenizer(), label="1", output=output)(PROMPTS, COMPLETIONS)
+
+    torch.testing.assert_close(scores("probability"), scores("logit").sigmoid())
+    torch.testing.assert_close(scores("log_probability"), scores("logit").sigmoid().log())
 
 
 def test_dropout_is_off_and_nothing_is_trained() -> None:

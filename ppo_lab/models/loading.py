@@ -34,6 +34,7 @@ from transformers import (
 
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
+from ppo_lab.models.fitness import steady_context
 from ppo_lab.models.sources import ModelUnavailable, Source, locate, packaged_config
 
 if TYPE_CHECKING:
@@ -198,13 +199,16 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
 
 
 def max_context(config: Any) -> int | None:
-    """The most tokens that the model can read, response included; None where unbounded (ALiBi)."""
+    """The most tokens that the model can read, response included; None where unbounded (ALiBi).
+
+    Of a rotary embedding that turns with the longest text of a batch it is where that begins.
+    """
     config = getattr(config, "config", config).get_text_config(decoder=True)
     attention = getattr(config, "attn_config", None)
     if getattr(config, "alibi", False) or getattr(attention, "alibi", False):
         return None
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-    bounds = (getattr(config, name, None) for name in names)
+    bounds = (steady_context(config), *(getattr(config, name, None) for name in names))
     return next((bound for bound in bounds if bound), None)
 
 
@@ -283,11 +287,18 @@ def _base_of(section: ModelSection, adapter: Source) -> ModelSection:
 
 def _require_causal(config: PreTrainedConfig, section: ModelSection) -> None:
     built = (config.architectures or [""])[0]
-    if config.is_encoder_decoder or built.endswith("ForSequenceClassification"):
+    foreign = ("ForSequenceClassification", "ForMaskedLM")
+    if config.is_encoder_decoder or built.endswith(foreign) or _reads_both_ways(config):
         raise ConfigError(
-            f"model.path={section.path}: {built or 'an encoder with a decoder'} is not a causal "
-            "language model; a classifier goes to reward.path"
+            f"model.path={section.path}: {built or config.model_type} is not a causal language "
+            "model; a classifier goes to reward.path"
         )
+
+
+def _reads_both_ways(config: PreTrainedConfig) -> bool:
+    """Whether it is of BERT's kin, which fill gaps unless they are said to be decoders."""
+    fills = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    return fills and getattr(config, "is_decoder", True) is False
 
 
 def _random_model(
@@ -406,7 +417,7 @@ def _zero_rates(owner: Any) -> None:
         if isinstance(value, PreTrainedConfig):
             _zero_rates(value)
         elif "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
-            setattr(owner, name, 0.0)
+            setattr(owner, name, type(value)(0))  # some configs refuse a float for an int
 
 
 def _embedding_rows(model: Any) -> int:

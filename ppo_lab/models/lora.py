@@ -61,16 +61,23 @@ def wrap_lora(model: PreTrainedModel | PeftModel, section: LoraSection) -> PeftM
     that one and goes on training it.
 
     Raises:
-        ConfigError: targets that the model does not have, or settings that differ from those of its
-            own adapter.
+        ConfigError: targets that the model does not have or PEFT does not adapt, or settings that
+            differ from those of its own adapter.
     """
     if isinstance(model, PeftModel):
         _check_same_adapter(model, section)
         return model
-    config = lora_config(section, model)
+    config, leaves = lora_config(section, model), _leaves(linear_names(model))
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[return-value]
+    try:
+        return get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[return-value]
+    except ValueError as error:  # a layer that it does not adapt, such as Mamba's out_proj
+        said = " ".join(str(error).split())
+        raise ConfigError(
+            f"lora.target_modules: PEFT refuses them for this model ({said}); choose among "
+            f"{', '.join(leaves)}, or train all weights with lora=none"
+        ) from error
 
 
 @contextmanager
@@ -117,6 +124,11 @@ def linear_names(model: PreTrainedModel) -> list[str]:
     ]
 
 
+def _leaves(names: list[str]) -> list[str]:
+    """The last parts of modules' names, each once."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
 def _default_targets(model: PreTrainedModel) -> list[str]:
     known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
     return list(known) if isinstance(known, list) else [ALL_LINEAR]
@@ -124,7 +136,7 @@ def _default_targets(model: PreTrainedModel) -> list[str]:
 
 def _check_targets(targets: list[str], names: list[str], model: PreTrainedModel) -> None:
     head = _head_name(model)
-    leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    leaves = _leaves(names)
     problems = [
         f"lora.target_modules: {target} is the output head, which is never adapted"
         if head and _names(target, head)

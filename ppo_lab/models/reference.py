@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ppo_lab.models.loading import disable_dropout
@@ -41,6 +42,7 @@ class Reference:
         self._adapter = ""
         if model is not None:
             self._trunk = Trunk(_plain(model))
+            self._trunk.check()
         elif not policy.is_peft_model or not _switches_whole(policy.pretrained_model):
             self._trunk = Trunk(_frozen(copy.deepcopy(policy.pretrained_model)))
         else:
@@ -129,7 +131,8 @@ def _switches_whole(model: Any) -> bool:
 def _is_trained(model: Any) -> bool:
     """Whether the adapter already changes the model, which a fresh one does not.
 
-    A fresh one holds zeros in `lora_B` (of embeddings: in A) and copies in `modules_to_save`.
+    A fresh one holds zeros in `lora_B` (of embeddings: in A) and copies in `modules_to_save` and
+    of the rows of single tokens.
     """
     if any(
         bool(p.any())
@@ -137,12 +140,24 @@ def _is_trained(model: Any) -> bool:
         if "lora_B" in name or "lora_embedding_A" in name
     ):
         return True
-    saved = [module for module in model.modules() if hasattr(module, "original_module")]
+    return any(_saved_otherwise(m) or _moved_tokens(m) for m in model.modules())
+
+
+def _saved_otherwise(module: Any) -> bool:
+    """Whether what an adapter keeps in a module's place (`modules_to_save`) is other than it."""
+    if not isinstance(module, ModulesToSaveWrapper):
+        return False
     return any(
-        _differ(copied, module.original_module)
-        for module in saved
-        for copied in module.modules_to_save.values()
+        _differ(copied, module.original_module) for copied in module.modules_to_save.values()
     )
+
+
+def _moved_tokens(module: Any) -> bool:
+    """Whether rows of single tokens that an adapter trains (`trainable_token_indices`) are other
+    than those that they began as.
+    """
+    rows = getattr(module, "trainable_tokens_delta", {})
+    return any(not torch.equal(row, module.trainable_tokens_original[n]) for n, row in rows.items())
 
 
 def _differ(one: nn.Module, other: nn.Module) -> bool:

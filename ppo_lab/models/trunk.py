@@ -24,13 +24,14 @@ from ppo_lab.models.fast.graphed import Graphed, Then
 from ppo_lab.models.fast.kernels import kernels_for, leave_out, without_kernels
 from ppo_lab.models.fast.proof import ROOM, Proof, prove_draws
 from ppo_lab.models.fast.recording import Recorder, Results, has_room
+from ppo_lab.models.fitness import steady_context, what_fails
 from ppo_lab.models.logprobs import Head
 
 log = logging.getLogger(__name__)
 
 
-class UnknownHead(ValueError):
-    """A model whose logits are not its head applied to its decoder's last hidden state."""
+class UnfitModel(ConfigError):
+    """A model that cannot be trained here, for what it makes of a few tokens."""
 
 
 class Trunk:
@@ -38,13 +39,12 @@ class Trunk:
 
     def __init__(self, model: Any) -> None:
         self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.decoder: Any = (
-            self.model.get_decoder()
-            if hasattr(self.model, "get_decoder")
-            else self.model.base_model
-        )
+        self.decoder: Any = _decoder_of(self.model)
         parameters = inspect.signature(self.decoder.forward).parameters
         self._takes_positions = "position_ids" in parameters
+        known = ("past_key_values", "cache_params")
+        self._cache_argument = next((name for name in known if name in parameters), "")
+        self._steady = steady_context(self.model.config)
         self.kept_below = 0  # the layers whose output is taken from where it is kept
         self.fast_layers = True  # where they are known and prove equal
         self.records_graphs = True  # on a GPU, until they prove not to work
@@ -130,8 +130,11 @@ class Trunk:
         """
         name, fast = type(self.model).__name__, self._fast_here()
         if fast is None or fast.anatomy.window:
+            dora = any(getattr(m, "lora_magnitude_vector", None) for m in self.decoder.modules())
+            why = ", since its adapter is DoRA (lora.use_dora=true)" if dora else ""
             raise ConfigError(
-                f"ppo.cache_trunk=true: the layers of {name} are not known one by one; leave it out"
+                f"ppo.cache_trunk=true: the layers of {name} are not known one by one{why}; leave "
+                "it out"
             )
         if fast.first_trained() == 0:
             raise ConfigError(
@@ -153,9 +156,7 @@ class Trunk:
             return KeysAndValues(positions)
         if fast and self._may_record(fast):
             return self._generation(fast, positions)
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.model.config)
+        return self._new_cache_of_transformers()
 
     def let_go(self) -> bool:
         """Give back what generations keep for the next, now and from now on; whether there was
@@ -186,13 +187,16 @@ class Trunk:
     def _by_transformers(
         self, ids: Tensor, attention: Tensor, cache: Any = None, by: Any = None
     ) -> Tensor:
+        self._check_length(attention)
+        # A cache of states rather than of positions has taken in which of them were padding.
+        of_states = self._cache_argument == "cache_params"
         inputs: dict[str, Any] = {
             "input_ids": ids,
-            "attention_mask": attention.long(),
+            "attention_mask": attention[:, -ids.shape[1] if of_states else 0 :].long(),
             "use_cache": cache is not None,
         }
         if cache is not None:
-            inputs["past_key_values"] = cache
+            inputs[self._cache_argument] = cache
         if self._takes_positions:
             inputs["position_ids"] = (attention.long().cumsum(1) - 1).clamp(min=0)[
                 :, -ids.shape[1] :
@@ -200,13 +204,64 @@ class Trunk:
         decoder = self.decoder if by is None else by  # a compiled one has no truth value
         return decoder(**inputs).last_hidden_state
 
+    def _check_length(self, attention: Tensor) -> None:
+        """Refuse texts over which rotary angles would be those of the batch that they are in."""
+        most = self._steady
+        if not most or attention.shape[1] <= most:
+            return
+        if (tokens := int(attention.sum(1).max())) <= most:
+            return
+        raise ConfigError(
+            f"a text of {tokens} tokens: over {most}, the rotary embedding of "
+            f"{type(self.model).__name__} turns all texts of a batch by other angles (rope_type "
+            "dynamic or longrope), so that log-probs would depend on what stands beside; shorten "
+            "prompts or responses"
+        )
+
+    def _new_cache_of_transformers(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
     @torch.no_grad()
     def check(self) -> None:
-        """Prove on a few tokens that head and decoder together give the model's own logits.
+        """Prove on a few tokens that head and decoder together give the model's own logits and,
+        where layers are passed transformers' way, that sampling and scoring see the same.
 
         Raises:
-            UnknownHead: they do not, for this architecture.
+            UnfitModel: they do not, for this architecture.
         """
+        self.check_cache()
+        training = self.model.training
+        self.model.eval()  # as it samples: transformers takes no cache while it checkpoints
+        try:
+            problem = self._foreign_head() or ("" if self._fast else self._unfit())
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of what is built otherwise than any decoder that is known
+            said = " ".join(str(error).split())[:200]
+            what = f"it does not pass a few tokens as a decoder does ({said})"
+            raise self._refusal(what) from error
+        finally:
+            self.model.train(training)
+        if problem:
+            raise self._refusal(problem)
+
+    def check_cache(self) -> None:
+        """Refuse a decoder that could not go on from a cache; no weights are needed to see it.
+
+        Raises:
+            UnfitModel: it takes none of transformers'.
+        """
+        if not self._cache_argument:
+            raise self._refusal("it takes no cache of transformers', and is sampled with one")
+
+    def _refusal(self, problem: str) -> UnfitModel:
+        name = type(self.model).__name__
+        return UnfitModel(f"model: {name}: {problem}; this architecture cannot be trained here")
+
+    def _foreign_head(self) -> str:
+        """How far its logits are from its head on its decoder's states; "" where they agree."""
         ids = torch.arange(4, device=self.head.weight.device)[None] % len(self.head.weight)
         attention = torch.ones_like(ids, dtype=torch.bool)
         ours = self.head.logits(self.hidden(ids, attention)[:, -1])
@@ -217,12 +272,22 @@ class Trunk:
         )
         tolerance = 1e-3 if theirs.dtype == self.head.weight.dtype else 5e-2
         error = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)
-        if not error <= tolerance:
-            raise UnknownHead(
-                f"{type(self.model).__name__}: its logits are not its head applied to its "
-                f"decoder's last hidden state (relative error {error.item():.2g}); this "
-                "architecture cannot be trained here"
-            )
+        if error <= tolerance:
+            return ""
+        return (
+            "its logits are not its head applied to its decoder's last hidden state (relative "
+            f"error {error.item():.2g})"
+        )
+
+    def _unfit(self) -> str:
+        """What sampling and scoring would not see alike; "" if nothing."""
+        words = self.decoder.get_input_embeddings().weight
+        return what_fails(
+            self._by_transformers,
+            self._new_cache_of_transformers,
+            words,
+            self.model.parameters(),
+        )
 
     def _fast_here(self, positions: int = 0) -> FastDecoder | None:
         """The fast road, where it may be taken over so many positions now and has proved itself on
@@ -298,6 +363,15 @@ class Trunk:
     def _proof(self) -> Proof:
         words = self.decoder.get_input_embeddings().weight
         return Proof(self._by_transformers, self.decoder.parameters(), words)
+
+
+def _decoder_of(model: Any) -> Any:
+    """What of a model gives hidden states. Some say that it is the model itself, or a part of the
+    head that has the name.
+    """
+    said = model.get_decoder() if hasattr(model, "get_decoder") else None
+    found = (said, model.base_model, getattr(model, "model", None))
+    return next((m for m in found if hasattr(m, "get_input_embeddings") and m is not model), model)
 
 
 def _has_begun(cache: Any) -> bool:

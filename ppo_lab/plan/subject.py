@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from ppo_lab.assembly import pick_device
 from ppo_lab.config import Config
+from ppo_lab.errors import ConfigError
 from ppo_lab.models.fast.families import read
+from ppo_lab.models.loading import check_vocabulary, load_tokenizer
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.plan.architecture import (
     Architecture,
@@ -74,7 +77,11 @@ class Subject:
 
 
 def subject_of(config: Config, target: Target, *, response_tokens: int = 0) -> Subject:
-    """What is known of a run."""
+    """What is known of a run.
+
+    Raises:
+        ConfigError: nobody here knows its models, or a run would refuse them.
+    """
     device = (
         torch.device("cpu") if target.device else torch.device(pick_device(config.device, Alone()))
     )
@@ -84,16 +91,28 @@ def subject_of(config: Config, target: Target, *, response_tokens: int = 0) -> S
     )
     critic = critic_model(config, device)
     own = None if critic is None else classifier_blueprint(critic.config, dtype=critic.dtype)
+    policy = blueprint(model, config.model, config.lora, dtype=dtype)
+    Trunk(policy).check_cache()
+    _check_tokenizer(config, policy)
     return Subject(
         config=config,
         model=model,
         dtype=dtype,
-        of=architecture_of(blueprint(model, config.model, config.lora, dtype=dtype)),
+        of=architecture_of(policy),
         workload=workload_of(config, response_tokens=response_tokens),
         rewards=tuple(_sizes(found) for found in reward_models(config, device)),
         critic=None if own is None else architecture_of(own),
         critic_is_known=own is None or read(Trunk(own).decoder) is not None,
     )
+
+
+def _check_tokenizer(config: Config, policy: Any) -> None:
+    """Refuse a tokenizer that is not the model's, as a run does; one that is not here is passed."""
+    try:
+        tokenizer = load_tokenizer(config.model)
+    except ConfigError:
+        return
+    check_vocabulary(tokenizer, policy)
 
 
 def _published_dtype(config: Config, device: Device) -> torch.dtype:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_lab.models.fitness import steady_context
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.processes.alone import Alone
 from ppo_lab.rewards.conversation import as_chat, is_chat, joined
@@ -79,9 +80,9 @@ class Classifier:
     """Scores by one output of a sequence classifier, as float32 numbers.
 
     The model is in evaluation mode and records no gradient. A sample's score depends on its own
-    text alone, whatever stands beside it in the batch: texts are padded with an attention mask and
-    the padding is never taken for the text's end. Texts over `max_length` tokens lose their
-    beginning, so that the response stays.
+    text alone, whatever stands beside it in the batch: texts are padded with an attention mask, on
+    the side that this model proves to bear, and the padding is never taken for the text's end.
+    Texts over `max_length` tokens lose their beginning, so that the response stays.
 
     `chat_template`: `auto` uses the tokenizer's template where the prompt is a chat and there is a
     template. `append_eos`: `auto` appends the end-of-sequence token to plain texts of decoders, the
@@ -115,6 +116,7 @@ class Classifier:
         self.chat_template = chat_template
         self.batch_size = batch_size
         self.max_length = max_length or longest_text(model, tokenizer)
+        _refuse_unsteady(model, max_length)
         _refuse_foreign_tokenizer(model, tokenizer)
         if chat_template == "always" and not tokenizer.chat_template:
             raise RewardError(
@@ -124,6 +126,7 @@ class Classifier:
         self._trunk = Trunk(model) if _is_decoder(model) else None
         self.append_eos = _appends_eos(model, tokenizer, append_eos)
         self._eos_in_chats = append_eos == "always"
+        self._pads_left = self._trunk is None and batch_size > 1 and self._wants_padding_left()
 
     @torch.no_grad()
     def __call__(self, prompts: list[Any], completions: list[str], **columns: Any) -> Tensor:
@@ -175,8 +178,10 @@ class Classifier:
         logits = (self._read_whole(ids) if self._trunk is None else self._read_last(ids)).float()
         if self.output == "logit":
             return logits[:, self.index].cpu()
-        single = logits.shape[1] == 1
-        logprobs = torch.nn.functional.logsigmoid(logits) if single else logits.log_softmax(-1)
+        # Several labels that may hold at once were each trained as a question of its own.
+        kind = getattr(self.model.config, "problem_type", None)
+        of_its_own = logits.shape[1] == 1 or kind == "multi_label_classification"
+        logprobs = torch.nn.functional.logsigmoid(logits) if of_its_own else logits.log_softmax(-1)
         chosen = logprobs[:, self.index].cpu()
         return chosen if self.output == "log_probability" else chosen.exp()
 
@@ -194,13 +199,38 @@ class Classifier:
         hidden = self._trunk.hidden(rows.to(device), real.to(device), last=1)[:, -1]
         return head(hidden.to(head.weight.dtype))
 
-    def _read_whole(self, ids: list[list[int]]) -> Tensor:
-        """An encoder's logits, its texts right-padded."""
+    def _read_whole(self, ids: list[list[int]], *, left: bool | None = None) -> Tensor:
+        """An encoder's logits, its texts padded on the side that moves none."""
+        left = self._pads_left if left is None else left
         width, pad = max(map(len, ids)), self.pad_token_id
-        rows = torch.tensor([row + [pad] * (width - len(row)) for row in ids])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
-        device = self.model.device
-        return self.model(input_ids=rows.to(device), attention_mask=mask.to(device)).logits
+        holes = [width - len(row) for row in ids]
+        rows = [
+            [pad] * n + row if left else row + [pad] * n for n, row in zip(holes, ids, strict=True)
+        ]
+        mask = [[i >= n if left else i < width - n for i in range(width)] for n in holes]
+        inputs = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask).long()}
+        return self.model(**{k: x.to(self.model.device) for k, x in inputs.items()}).logits
+
+    @torch.no_grad()
+    def _wants_padding_left(self) -> bool:
+        """Whether an encoder's texts keep their scores beside longer ones when they are padded on
+        the left, and not on the right. XLNet's do.
+
+        Raises:
+            RewardError: they do on neither side.
+        """
+        short, long = self._encode("", "a"), self._encode("", "a b c d e f g h")
+        alone = self._read_whole([short], left=False).float()
+        exact = self.model.dtype == torch.float32
+        allowed = 1e-3 * alone.abs().max() if exact else 5e-2 * (1.0 + alone.abs().max())
+        for left in (False, True):
+            beside = self._read_whole([short, long], left=left)[:1].float()
+            if (beside - alone).abs().max() <= allowed:
+                return left
+        raise RewardError(
+            f"reward.path: {type(self.model).__name__} scores a text otherwise when it is padded, "
+            "whatever the attention mask says; reward.batch_size=1 reads texts one by one"
+        )
 
 
 def _plainly(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -234,6 +264,7 @@ def longest_text(model: Any, tokenizer: Any) -> int:
     skipped = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
     positions = getattr(config, "max_position_embeddings", None) or 0
     limits = [positions - (0 if skipped is None else skipped + 1), tokenizer.model_max_length]
+    limits.append(steady_context(model.config) or 0)
     return min((limit for limit in limits if 0 < limit < 10**9), default=0)
 
 
@@ -264,6 +295,16 @@ def _pad_token_id(model: Any, tokenizer: Any) -> int:
     own = model.config.get_text_config().pad_token_id
     known = (own, tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((i for i in known if i is not None and i >= 0), 0)
+
+
+def _refuse_unsteady(model: Any, max_length: int) -> None:
+    """Texts over which a score would depend on what stands beside."""
+    steady = steady_context(model.config)
+    if steady and max_length > steady:
+        raise RewardError(
+            f"reward.max_length={max_length}: the reward model's rotary embedding turns texts of a "
+            f"batch alike up to {steady} tokens alone; use at most {steady}."
+        )
 
 
 def _refuse_foreign_tokenizer(model: Any, tokenizer: Any) -> None:

@@ -1,0 +1,179 @@
+"""Models that no fast road is known for: what is sampled is what is scored, or they are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_models import QUERIES, VOCABULARY, causal_lm, policy, ragged, trainer
+from tiny_runs import inputs, tiny
+from torch import nn
+from torch.testing import assert_close
+
+from ppo_lab import AutoModelForCausalLMWithValueHead
+from ppo_lab.assembly import longest_prompt
+from ppo_lab.config import GenerationSection
+from ppo_lab.errors import ConfigError
+from ppo_lab.models.fitness import what_fails
+from ppo_lab.models.loading import max_context
+from ppo_lab.models.trunk import Trunk, UnfitModel
+from ppo_lab.rollout import NoiseKey, Sampling, sample
+from ppo_lab.types import Tokens
+
+TWO_LAYERS: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+OTHER_NAMES: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 4, "intermediate_size": 32},
+    "mamba2": {"num_heads": 4, "head_dim": 8, "state_size": 4, "n_groups": 2, "chunk_size": 4},
+    "llama4_text": {"intermediate_size_mlp": 32, "head_dim": 8, "num_local_experts": 2},
+    "mixtral": {"num_local_experts": 4},
+    "minimax": {"head_dim": 8, "num_local_experts": 2},
+    "rwkv": {"attention_hidden_size": 16},
+    "openai-gpt": {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY},
+    "xlnet": {"d_model": 16, "d_inner": 32, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY},
+    "trocr": {
+        "d_model": 16,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 32,
+        "vocab_size": VOCABULARY,
+    },
+}
+OTHER_NAMES["falcon_mamba"] = OTHER_NAMES["mamba"]
+
+
+def model(kind: str) -> Any:
+    """One of that kind with weights large enough that its distributions are not flat."""
+    torch.manual_seed(0)
+    settings = OTHER_NAMES.get(kind, {})
+    whole = settings if "vocab_size" in settings else TWO_LAYERS | settings
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    config = transformers.AutoConfig.for_model(kind, **whole, **special)
+    made = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    for parameter in made.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "mamba2", "llama4_text", "mixtral"])
+def test_what_is_sampled_token_by_token_is_what_one_pass_scores(kind: str) -> None:
+    made = AutoModelForCausalLMWithValueHead(model(kind))
+    assert made.trunk._fast is None, "the test would be of the fast road"
+    sampling = Sampling(max_new_tokens=8, eos_ids=(), pad_id=0)
+    tokens, seen = sample(made, QUERIES, sampling=sampling, noise=NoiseKey(0, 0))
+    again = made.score(tokens, temperature=1.0)
+    assert_close(seen.logprobs, again.logprobs, rtol=1e-4, atol=1e-4)
+    assert_close(seen.values, again.values, rtol=1e-4, atol=1e-4)
+
+
+REFUSED = {
+    "rwkv": "takes no cache of transformers'",
+    "openai-gpt": "takes no cache of transformers'",
+    "xlnet": "takes no cache of transformers'",
+    "trocr": "others when the text is padded on the left",
+    "bert-generation": "change with the tokens that come after it",
+    "bert": "its logits are not its head",
+    "electra": "does not pass a few tokens as a decoder does",
+    "minimax": "does not pass a few tokens as a decoder does",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_sampling_and_scoring_would_not_see_alike_is_refused(kind: str) -> None:
+    made = model(kind)
+    with pytest.raises(UnfitModel, match=REFUSED[kind]) as caught:
+        AutoModelForCausalLMWithValueHead(made)
+    assert isinstance(caught.value, ConfigError), "a message, no traceback"
+    assert f"model: {type(made).__name__}: " in str(caught.value)
+
+
+def test_a_cache_that_is_not_read_is_noticed() -> None:
+    trunk = Trunk(causal_lm())
+
+    def forgetful(ids: Any, attention: Any, cache: Any) -> Any:
+        return trunk._by_transformers(ids, attention[:, -ids.shape[1] :])
+
+    words = trunk.decoder.get_input_embeddings().weight
+    found = what_fails(forgetful, lambda: None, words, trunk.model.parameters())
+    assert "token by token, are others" in found
+
+
+@pytest.mark.parametrize(("share", "fit"), [(0.2, True), (0.8, False)])
+def test_half_precision_may_send_some_tokens_to_other_experts(share: float, fit: bool) -> None:
+    torch.manual_seed(0)
+    states = torch.randn(2, 9, 16)
+
+    def passes(ids: Any, attention: Any, cache: Any) -> Any:
+        """Those of its columns, some of them far off whenever not all are passed."""
+        begin = attention.shape[1] - ids.shape[1] if len(ids) == 2 else 3
+        found = states[2 - len(ids) :, begin : begin + ids.shape[1]].clone()
+        if ids.shape[1] < 9:
+            off = (torch.arange(found.shape[1]) + begin) % 5 < 5 * share
+            found[:, off] *= -1.0
+        return found
+
+    words = torch.zeros(64, 16, dtype=torch.bfloat16)
+    half = [nn.Parameter(words)]
+    assert (what_fails(passes, lambda: None, words, half) == "") is fit
+
+
+def test_a_model_that_trains_stays_in_training() -> None:
+    made = model("mixtral").train()
+    AutoModelForCausalLMWithValueHead(made)
+    assert all(module.training for module in made.modules())
+
+
+def test_a_reference_of_ones_own_is_looked_at_as_well() -> None:
+    with pytest.raises(UnfitModel, match="padded on the left"):
+        trainer(policy(), ref_model=model("trocr"))
+    trainer(policy(), ref_model=causal_lm("gpt2")).reference.logprobs(ragged(), temperature=1.0)
+
+
+LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+TURNED = {
+    "dynamic": ({"rope_type": "dynamic", "factor": 2.0}, 16),
+    "longrope": (
+        {"rope_type": "longrope", "original_max_position_embeddings": 16, **LONGROPE},
+        64,
+    ),
+}
+
+
+@pytest.mark.parametrize("rope", TURNED)
+def test_texts_over_which_angles_are_those_of_a_batch_are_refused(rope: str) -> None:
+    settings, most = TURNED[rope]
+    turned = {"rope_parameters": settings | {"rope_theta": 1e4}, "max_position_embeddings": most}
+    made = policy("llama", **turned)
+    assert max_context(made.config) == 16
+    rows = [([5] * 10, [6] * 6), ([7] * 3, [8] * 4)]
+    alone = [made.score(packed(row), temperature=1.0).logprobs for row in rows]
+    beside = made.score(packed(*rows), temperature=1.0).logprobs
+    assert_close(beside[1, :4], alone[1][0])
+    assert_close(beside[0], alone[0][0])
+    with pytest.raises(ConfigError, match=r"18 tokens: over 16, .*LlamaForCausalLM"):
+        made.score(packed(([5] * 10, [6] * 9), rows[1]), temperature=1.0)
+
+
+def packed(*rows: tuple[list[int], list[int]]) -> Tokens:
+    return Tokens.pack([query for query, _ in rows], [answer for _, answer in rows], pad_id=0)
+
+
+def test_a_run_leaves_room_before_angles_are_those_of_a_batch(tmp_path: Path) -> None:
+    config = tiny(tmp_path, generation={"max_new_tokens": 6})
+    assert longest_prompt(config) == 90
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 16, **LONGROPE}
+    inputs(tmp_path, rope_parameters=rope | {"rope_theta": 1e4})
+    assert longest_prompt(config) == 10
+    with pytest.raises(ConfigError, match=r"below the 16 tokens .*rope_type dynamic or longrope"):
+        longest_prompt(replace(config, generation=GenerationSection(max_new_tokens=16)))
