@@ -96,7 +96,7 @@ def is_legal(knob: Field, value: Any) -> bool:
     legal = knob.metadata
     if "choices" in legal:
         return value in legal["choices"]
-    if isinstance(value, float) and not math.isfinite(value):
+    if _is_infinite(value):
         return False
     return (
         value >= legal.get("at_least", value)
@@ -104,6 +104,11 @@ def is_legal(knob: Field, value: Any) -> bool:
         and ("above" not in legal or value > legal["above"])
         and ("below" not in legal or value < legal["below"])
     )
+
+
+def _is_infinite(value: Any) -> bool:
+    """Whether a number is infinite or NaN, which no range of ours allows."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def illegal_values(section: Any, prefix: str = "") -> Problems:
@@ -116,7 +121,8 @@ def illegal_values(section: Any, prefix: str = "") -> Problems:
                 yield from illegal_values(part, f"{key}.{name}." if name else f"{key}.")
         if isinstance(value, (str, int, float)) and not is_legal(knob, value):
             near = suggestion(value, knob.metadata["choices"]) if isinstance(value, str) else ""
-            yield f"{key}={value}: must be {allowed(knob) or 'a finite number'}{near}"
+            legal = "a finite number" if _is_infinite(value) else allowed(knob)
+            yield f"{key}={value}: must be {legal}{near}"
 
 
 def wrong_types(section: Any) -> Problems:
@@ -407,7 +413,7 @@ def data_rules(config: Config) -> Problems:
             f"data.min_prompt_tokens={data.min_prompt_tokens}: must be at most "
             f"data.max_prompt_tokens={data.max_prompt_tokens}"
         )
-    if data.held_out > 1 and data.held_out != int(data.held_out):
+    if 1 < data.held_out < math.inf and data.held_out != int(data.held_out):
         yield f"data.held_out={data.held_out:g}: must be a share below 1, or a whole number"
     if isinstance(data, FileData) and data.cut_min_tokens > data.cut_max_tokens:
         yield (

@@ -166,6 +166,12 @@ def test_every_numeric_knob_has_a_legal_range_that_is_checked(section, knob):
         assert [line for line in illegal_values(instance) if line.startswith(f"{knob.name}=")]
 
 
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize("key", ["ppo.learning_rate", "ppo.init_kl_coef", "data.held_out"])
+def test_what_is_no_finite_number_is_refused_as_such(key, value):
+    assert refused(f"{key}={value}") == [f"{key}={value}: must be a finite number"]
+
+
 @pytest.mark.parametrize(("section", "knob"), CHOICES, ids=name_of)
 def test_every_choice_is_checked_with_the_nearest_name(section, knob):
     choice = max(knob.metadata["choices"], key=len)
