@@ -159,15 +159,19 @@ class CommandReader:
 
     def _run_problems(self, overrides: list[Override]) -> list[str]:
         chosen = [o for o in overrides if self._is_group(o)]
-        found = [line for o in chosen for line in self._option_problems(o)]
-        options = tuple(_text(o) for o in chosen if not any(self._option_problems(o)))
+        said = [list(self._option_problems(o)) for o in chosen]
+        found = [line for lines in said for line in lines]
+        options = tuple(_text(o) for o, lines in zip(chosen, said, strict=True) if not lines)
         try:
             if options not in self.composed:
                 self.composed[options] = self._compose(options)
         except Exception as error:
             return [*found, _first_line(error)]
         config = copy.deepcopy(self.composed[options])
-        settings = [o for o in overrides if o not in chosen]
+        unknown = _unknown([o for o, lines in zip(chosen, said, strict=True) if lines])
+        settings = [
+            o for o in overrides if o not in chosen and not o.key_or_group.startswith(unknown)
+        ]
         found += [line for o in settings for line in self._setting_problems(config, o)]
         stated = frozenset(o.key_or_group for o in settings)
         return found + _composed_problems(config, self.check, stated)
@@ -255,6 +259,13 @@ class CommandReader:
 def _text(override: Override) -> str:
     """An override as it was typed."""
     return override.input_line or ""
+
+
+def _unknown(refused: list[Override]) -> tuple[str, ...]:
+    """The sections whose keys depend on a choice that was refused, so that none can be judged."""
+    groups = [o.key_or_group for o in refused if o.package is None]
+    typed = [group for group in groups if group in TYPED or group.startswith("hydra/")]
+    return tuple(f"{group.replace('/', '.')}." for group in typed)
 
 
 def _names(section: type) -> list[str]:

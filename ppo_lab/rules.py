@@ -57,12 +57,23 @@ def problems(config: Config, stated: Collection[str] = ()) -> list[str]:
     """Everything wrong with a composed configuration, a line each; empty when it may run.
 
     `stated` are the keys given on the command line: a setting that has no effect is refused where
-    it was asked for, and passes where it merely came with a preset.
+    it was asked for, and passes where it merely came with a preset. A rule that quotes a value
+    already refused is not told: what it blames is often a default, which nobody typed.
     """
-    found = list(illegal_values(config))
+    illegal = list(illegal_values(config))
+    refused = [line.partition(": must be ")[0] for line in illegal]
+    found = [line for line in illegal if not _is_copied(line, illegal, stated)]
     for rule in RULES:
-        found += [line for line in rule(config) if line not in found]
+        lines = (line for line in rule(config) if not any(value in line for value in refused))
+        found += [line for line in lines if line not in found]
     return found + list(dead_settings(config, stated))
+
+
+def _is_copied(line: str, illegal: Collection[str], stated: Collection[str]) -> bool:
+    """Whether a value of `evaluation` is refused that was merely taken over from `generation`."""
+    section, _, rest = line.partition(".")
+    typed = line.partition("=")[0] in stated
+    return section == "evaluation" and not typed and f"generation.{rest}" in illegal
 
 
 def ppo_problems(ppo: PPOSection) -> list[str]:
@@ -168,7 +179,7 @@ def ppo_conflicts(ppo: PPOSection, prefix: str = "") -> Problems:
             f"{prefix}gradient_checkpointing=true: computes again what {prefix}cache_trunk=true "
             "keeps; leave one of them out"
         )
-    if ppo.warmup_steps >= max(ppo.steps, 1):
+    if ppo.warmup_steps >= ppo.steps:
         yield f"{prefix}warmup_steps={ppo.warmup_steps}: must be below {prefix}steps={ppo.steps}"
 
 

@@ -294,6 +294,22 @@ def test_what_cannot_run_is_refused_with_its_reason(overrides, said, monkeypatch
     assert [line for line in refused(*overrides) if said in line], refused(*overrides)
 
 
+@pytest.mark.parametrize(
+    ("setting", "legal"),
+    [
+        ("ppo.steps=0", "at least 1"),
+        ("data.max_prompt_tokens=0", "at least 1"),
+        ("generation.max_new_tokens=-1", "at least 1"),
+    ],
+)
+def test_a_value_out_of_range_brings_no_complaint_about_what_was_not_typed(setting, legal):
+    assert refused(setting) == [f"{setting}: must be {legal}"]
+
+
+def test_what_evaluation_is_told_itself_is_refused_beside_what_generation_is():
+    assert len(refused("generation.top_k=-1", "evaluation.top_k=-1")) == 2
+
+
 def test_a_setting_without_effect_may_come_with_a_preset():
     config = composed("lora=none")
     assert config.lora.target_modules, "the model preset names them whatever the adapter"
