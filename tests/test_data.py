@@ -378,6 +378,7 @@ def test_embedded_questions_come_with_their_own_held_out_part(tokenizer: Any) ->
     [
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"row 2 is no valid JSON"),
         ("p.jsonl", '{"prompt": "a"}\n["a"]\n', r"row 2 is list, not an object"),
+        ("p.jsonl", '["a"]\n["b"]\n', r"each line must be an object with the columns"),
         ("p.json", '[{"prompt": "a"}', r"cannot be read"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": null}', r"row 2 is missing"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}', r"row 2 is int \('3'\)"),
