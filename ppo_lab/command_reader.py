@@ -8,7 +8,6 @@ against the rules.
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -31,6 +30,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from ppo_lab.config import TYPED, conf_folder
 from ppo_lab.errors import ConfigError
+from ppo_lab.folders import unwritable
 from ppo_lab.processes import launch as processes
 from ppo_lab.rules import TYPE_NAMES, allowed, suggestion
 
@@ -182,7 +182,7 @@ class CommandReader:
         try:
             for run in runs[:1]:
                 config = self._compose(tuple(map(_text, run)))
-                return list(_folder_problems(key, str(OmegaConf.select(config, key))))
+                return list(unwritable(key, str(OmegaConf.select(config, key))))
         except Exception as error:
             return [_first_line(error)]
         return []
@@ -325,19 +325,6 @@ def _composed_problems(config: DictConfig, check: Check, stated: frozenset[str])
         return check(OmegaConf.to_object(config), stated)
     except Exception as error:
         return [_first_line(error)]
-
-
-def _folder_problems(key: str, path: str) -> Iterator[str]:
-    """Whether a run's folder can be made and written."""
-    folder = Path(path).absolute()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not there.is_dir():
-        yield f"{key}={path}: {there} is a file; must be a folder"
-        return
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        yield f"{key}={path}: cannot be written ({error.strerror or error})"
 
 
 def _missing_extra(override: Override) -> str:

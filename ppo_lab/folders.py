@@ -1,7 +1,9 @@
-"""A folder that is one run's, or one sweep's, alone."""
+"""Folders to be written: whether one can be, and one that is a run's, or a sweep's, alone."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -21,3 +23,16 @@ def claimed(folder: Path) -> Path:
             continue
         return candidate
     raise AssertionError("there is always a next number")
+
+
+def unwritable(key: str, path: str) -> Iterator[str]:
+    """Why a folder that a setting names cannot be made or written, in a sentence; else nothing."""
+    folder = Path(path).absolute()
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        yield f"{key}={path}: {there} is a file; must be a folder"
+        return
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        yield f"{key}={path}: cannot be written ({error.strerror or error})"

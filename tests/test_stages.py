@@ -94,6 +94,19 @@ def test_what_a_stage_does_not_read_is_refused(tmp_path: Path) -> None:
     assert len(found) == 6
 
 
+@pytest.mark.parametrize("output", ["/proc/1/model", "rows.jsonl/model", "rows.jsonl"])
+def test_an_output_that_cannot_be_made_is_refused_before_anything_is_loaded(
+    output: str, tmp_path: Path
+) -> None:
+    config = SFTConfig(
+        model=ModelSection(path="owner/name"),
+        data=SFTDataSection(path=write(tmp_path, [{"text": "a"}])),
+        output=str(tmp_path / output),
+    )
+    (line,) = problems(config)
+    assert line.startswith(f"output={config.output}: ")
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_sft_on_real_data_lowers_the_loss_and_leaves_a_model(
     assets: Path, tmp_path: Path, rank: int

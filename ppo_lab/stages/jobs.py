@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_lab.errors import ConfigError
+from ppo_lab.folders import unwritable
 from ppo_lab.rules import device_problem, illegal_values, matches, model_folder
 from ppo_lab.stages.config import RewardModelConfig, SFTConfig, StageSection
 from ppo_lab.stages.examples import data_problems, read_rows, split_rows
@@ -42,6 +43,8 @@ def _output_problems(output: str) -> Iterator[str]:
     folder = Path(output).expanduser()
     if output and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         yield f"output={output}: exists and is not an empty folder; must be a new one"
+    elif output:
+        yield from unwritable("output", str(folder))
 
 
 def run_sft(config: SFTConfig, folder: Path, overrides: list[str]) -> float:
