@@ -72,9 +72,11 @@ class Keeper:
             self._refused = False
         except OSError as error:
             if not self._refused:
+                before = checkpoint.newest_step(self.folder)
+                left = f", and that of iteration {before} is kept" if before else " without any"
                 self.say(
                     f"the checkpoint of iteration {step} could not be written ({error}); the run "
-                    "goes on, and the one before is kept"
+                    f"goes on{left}"
                 )
             self._refused = True
 

@@ -1,9 +1,13 @@
-"""Folders to be written: whether one can be, and one that is a run's, or a sweep's, alone."""
+"""Folders to be written: whether one can be, one that is a run's, or a sweep's, alone, and one
+that is there whole or not at all.
+"""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -36,3 +40,21 @@ def unwritable(key: str, path: str) -> Iterator[str]:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         yield f"{key}={path}: cannot be written ({error.strerror or error})"
+
+
+@contextmanager
+def put_in_place(place: Path) -> Iterator[Path]:
+    """A new folder beside `place`, which takes its place once it is written, and else goes.
+
+    What a process left that was killed here before is removed first.
+    """
+    beside = place.with_name(f".{place.name}.unfinished")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        if place.exists():
+            shutil.rmtree(place)
+        beside.rename(place)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -272,7 +272,8 @@ _PLACES = {
 def _places(folder: Path) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     for name, meaning in _PLACES.items():
-        if (folder / name).exists():
+        path = folder / name
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
             table.add_row(Text(f"  {name}"), Text(meaning, style="dim"))
     where = Text("in ", style="bold").append(short_path(folder))
     where.no_wrap, where.overflow = True, "ignore"
