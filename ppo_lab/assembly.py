@@ -21,6 +21,7 @@ from ppo_lab.config import (
 from ppo_lab.continuation import seed_random_state
 from ppo_lab.errors import ConfigError
 from ppo_lab.evaluation import Gold
+from ppo_lab.local_model import no_room
 from ppo_lab.models.critic import Critic, check_shared_vocabulary
 from ppo_lab.models.loading import (
     check_vocabulary,
@@ -206,12 +207,9 @@ def longest_prompt(config: Config) -> int:
         ConfigError: no prompt does.
     """
     context = max_context(load_config(config.model))
-    new = max(config.generation.max_new_tokens, config.evaluation.max_new_tokens)
     if context is None:
         return config.data.max_prompt_tokens
-    if context <= new:
-        raise ConfigError(
-            f"generation.max_new_tokens={new}: must be below the {context} tokens that "
-            f"model.path={config.model.path} reads, prompt included"
-        )
-    return min(config.data.max_prompt_tokens, context - new)
+    for problem in no_room(config, context):
+        raise ConfigError(problem)
+    longest = max(config.generation.max_new_tokens, config.evaluation.max_new_tokens)
+    return min(config.data.max_prompt_tokens, context - longest)

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from ppo_lab import local_model
 from ppo_lab.config import (
     Config,
     DataSection,
@@ -299,6 +300,8 @@ def model_rules(config: Config) -> Problems:
     model = config.model
     yield from model_folder("model.path", model.path)
     yield from model_folder("model.tokenizer", model.tokenizer, holds="", needed=False)
+    yield from local_model.problems(model)
+    yield from local_model.room_problems(config)
     if not model.load_in_4bit:
         return
     if config.lora.r == 0:

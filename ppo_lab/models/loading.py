@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from ppo_lab.errors import ConfigError
+from ppo_lab.local_model import POSITIONS, not_causal
 from ppo_lab.models.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
 from ppo_lab.models.sources import ModelUnavailable, Source, locate, packaged_config
 
@@ -203,8 +204,7 @@ def max_context(config: Any) -> int | None:
     attention = getattr(config, "attn_config", None)
     if getattr(config, "alibi", False) or getattr(attention, "alibi", False):
         return None
-    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-    bounds = (getattr(config, name, None) for name in names)
+    bounds = (getattr(config, name, None) for name in POSITIONS)
     return next((bound for bound in bounds if bound), None)
 
 
@@ -282,12 +282,13 @@ def _base_of(section: ModelSection, adapter: Source) -> ModelSection:
 
 
 def _require_causal(config: PreTrainedConfig, section: ModelSection) -> None:
-    built = (config.architectures or [""])[0]
-    if config.is_encoder_decoder or built.endswith("ForSequenceClassification"):
-        raise ConfigError(
-            f"model.path={section.path}: {built or 'an encoder with a decoder'} is not a causal "
-            "language model; a classifier goes to reward.path"
-        )
+    found = not_causal(
+        section.path,
+        architectures=config.architectures,
+        is_encoder_decoder=config.is_encoder_decoder,
+    )
+    for problem in found:
+        raise ConfigError(problem)
 
 
 def _random_model(

@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ppo_lab import local_model
 from ppo_lab.errors import ConfigError
 from ppo_lab.folders import unwritable
 from ppo_lab.record import brief
@@ -27,6 +28,7 @@ def problems(config: Any, stated: Collection[str] = ()) -> list[str]:
     found = list(illegal_values(config))
     found += model_folder("model.path", config.model.path)
     found += model_folder("model.tokenizer", config.model.tokenizer, holds="", needed=False)
+    found += local_model.problems(config.model)
     found += device_problem("device", config.device)
     found += data_problems(config.data)
     found += _output_problems(config.output)
