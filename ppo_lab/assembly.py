@@ -21,6 +21,7 @@ from ppo_lab.config import (
 from ppo_lab.continuation import seed_random_state
 from ppo_lab.errors import ConfigError
 from ppo_lab.evaluation import Gold
+from ppo_lab.local_model import no_room
 from ppo_lab.models.critic import Critic, check_shared_vocabulary
 from ppo_lab.models.fitness import steady_context
 from ppo_lab.models.loading import (
@@ -208,14 +209,10 @@ def longest_prompt(config: Config) -> int:
     """
     model = load_config(config.model)
     context = max_context(model)
-    new = max(config.generation.max_new_tokens, config.evaluation.max_new_tokens)
     if context is None:
         return config.data.max_prompt_tokens
-    if context <= new:
-        beyond = " (beyond, rope_type dynamic or longrope turns a text by others beside it)"
-        raise ConfigError(
-            f"generation.max_new_tokens={new}: must be below the {context} tokens that "
-            f"model.path={config.model.path} reads, prompt included"
-            f"{beyond if steady_context(model) == context else ''}"
-        )
-    return min(config.data.max_prompt_tokens, context - new)
+    turned = " (beyond, rope_type dynamic or longrope turns a text by others beside it)"
+    for problem in no_room(config, context):
+        raise ConfigError(f"{problem}{turned if steady_context(model) == context else ''}")
+    longest = max(config.generation.max_new_tokens, config.evaluation.max_new_tokens)
+    return min(config.data.max_prompt_tokens, context - longest)

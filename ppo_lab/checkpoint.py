@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ppo_lab.errors import ConfigError
+from ppo_lab.folders import put_in_place
 from ppo_lab.record import Say, to_stderr
 
 FORMAT = 1
@@ -51,22 +52,15 @@ def save(
         OSError: the disk refuses; what was there before is still there.
     """
     place = _safe(run, run / FOLDER / f"step-{step:06}")
-    beside = place.with_name(f".{place.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
     try:
-        beside.mkdir(parents=True)
-        _write(beside, state)
-        if save_model is not None:
-            save_model(str(beside / "model"))
-        _seal(beside)
-        if place.exists():
-            shutil.rmtree(place)
-        beside.rename(place)
+        with put_in_place(place) as beside:
+            _write(beside, state)
+            if save_model is not None:
+                save_model(str(beside / "model"))
+            _seal(beside)
         _flush(place.parent)
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return place
 
 
@@ -117,6 +111,11 @@ def all_in(run: Path) -> list[tuple[int, Path]]:
     folder = _safe(run, run / FOLDER)
     named = [entry for entry in folder.glob("step-*") if NAME.fullmatch(entry.name)]
     return [(step_of(entry), _safe(run, entry)) for entry in named]
+
+
+def newest_step(run: Path) -> int:
+    """The iteration of a run's newest checkpoint, 0 where there is none."""
+    return max((step for step, _ in all_in(run)), default=0)
 
 
 def step_of(folder: Path) -> int:

@@ -8,7 +8,6 @@ against the rules.
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -31,6 +30,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from ppo_lab.config import TYPED, conf_folder
 from ppo_lab.errors import ConfigError
+from ppo_lab.folders import unwritable
 from ppo_lab.processes import launch as processes
 from ppo_lab.rules import TYPE_NAMES, allowed, suggestion
 
@@ -159,15 +159,19 @@ class CommandReader:
 
     def _run_problems(self, overrides: list[Override]) -> list[str]:
         chosen = [o for o in overrides if self._is_group(o)]
-        found = [line for o in chosen for line in self._option_problems(o)]
-        options = tuple(_text(o) for o in chosen if not any(self._option_problems(o)))
+        said = [list(self._option_problems(o)) for o in chosen]
+        found = [line for lines in said for line in lines]
+        options = tuple(_text(o) for o, lines in zip(chosen, said, strict=True) if not lines)
         try:
             if options not in self.composed:
                 self.composed[options] = self._compose(options)
         except Exception as error:
             return [*found, _first_line(error)]
         config = copy.deepcopy(self.composed[options])
-        settings = [o for o in overrides if o not in chosen]
+        unknown = _unknown([o for o, lines in zip(chosen, said, strict=True) if lines])
+        settings = [
+            o for o in overrides if o not in chosen and not o.key_or_group.startswith(unknown)
+        ]
         found += [line for o in settings for line in self._setting_problems(config, o)]
         stated = frozenset(o.key_or_group for o in settings)
         return found + _composed_problems(config, self.check, stated)
@@ -178,7 +182,7 @@ class CommandReader:
         try:
             for run in runs[:1]:
                 config = self._compose(tuple(map(_text, run)))
-                return list(_folder_problems(key, str(OmegaConf.select(config, key))))
+                return list(unwritable(key, str(OmegaConf.select(config, key))))
         except Exception as error:
             return [_first_line(error)]
         return []
@@ -257,6 +261,13 @@ def _text(override: Override) -> str:
     return override.input_line or ""
 
 
+def _unknown(refused: list[Override]) -> tuple[str, ...]:
+    """The sections whose keys depend on a choice that was refused, so that none can be judged."""
+    groups = [o.key_or_group for o in refused if o.package is None]
+    typed = [group for group in groups if group in TYPED or group.startswith("hydra/")]
+    return tuple(f"{group.replace('/', '.')}." for group in typed)
+
+
 def _names(section: type) -> list[str]:
     return [knob.name for knob in fields(section)]
 
@@ -314,19 +325,6 @@ def _composed_problems(config: DictConfig, check: Check, stated: frozenset[str])
         return check(OmegaConf.to_object(config), stated)
     except Exception as error:
         return [_first_line(error)]
-
-
-def _folder_problems(key: str, path: str) -> Iterator[str]:
-    """Whether a run's folder can be made and written."""
-    folder = Path(path).absolute()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not there.is_dir():
-        yield f"{key}={path}: {there} is a file; must be a folder"
-        return
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        yield f"{key}={path}: cannot be written ({error.strerror or error})"
 
 
 def _missing_extra(override: Override) -> str:

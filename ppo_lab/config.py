@@ -455,7 +455,7 @@ class DataSection:
 
     name: str = knob("", "name of the prompt set, for logs")
     held_out: float = knob(
-        0.1, "prompts kept for evaluation: a share below 1, a number from 1 on", above=0
+        0.1, "prompts kept to judge the run by: a share below 1, a number from 1 on", above=0
     )
     shuffle: bool = knob(True, "a new order every epoch; false = the order of the file")
     min_prompt_tokens: int = knob(1, "shorter prompts are left out", at_least=0)

@@ -76,9 +76,11 @@ class Keeper:
             checkpoint.prune(self.folder, keep=self.section.keep, best=best)
         except OSError as error:
             if not self._refused:
+                before = checkpoint.newest_step(self.folder)
+                left = f", and that of iteration {before} is kept" if before else " without any"
                 self.say(
                     f"the checkpoint of iteration {step} could not be written ({error}); the run "
-                    "goes on, and the one before is kept"
+                    f"goes on{left}"
                 )
             self._refused = True
             return False

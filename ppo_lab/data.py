@@ -139,8 +139,9 @@ def load_prompts(
 def split_prompts(prompts: Prompts, *, held_out: float, seed: int) -> PromptSets:
     """The prompts in two parts, drawn by `seed`.
 
-    `held_out` is a share below 1, a number from 1 on, 0 = none. Held-out prompts are distinct, and
-    whatever repeats one of them is left out of training: a prompt is never in both parts.
+    `held_out` is a share below 1 or a number from 1 on; 0 holds none out, which no run may ask for,
+    since held-out prompts are what it is judged by. They are distinct, and whatever repeats one of
+    them is left out of training: a prompt is never in both parts.
 
     Raises:
         ConfigError: there are not enough distinct prompts.
@@ -150,15 +151,25 @@ def split_prompts(prompts: Prompts, *, held_out: float, seed: int) -> PromptSets
     for row, ids in enumerate(prompts.ids):
         first_rows.setdefault(tuple(ids), row)
     if wanted >= len(first_rows):
-        raise ConfigError(
-            f"data.held_out={held_out:g}: {wanted} of {len(first_rows)} distinct prompts would "
-            "leave none to train on; lower it (0 = none) or use more prompts."
-        )
+        raise ConfigError(_too_few(held_out, wanted, len(first_rows)))
     order = _generator(seed, _SPLIT).permutation(len(first_rows))[:wanted]
     keys = list(first_rows)
     kept = {keys[i] for i in order.tolist()}
     train = [row for row, ids in enumerate(prompts.ids) if tuple(ids) not in kept]
     return PromptSets(prompts[train], prompts[sorted(first_rows[key] for key in kept)])
+
+
+def _too_few(held_out: float, wanted: int, distinct: int) -> str:
+    """What to do where so many prompts held out would leave none to train on."""
+    if distinct < 2:
+        return (
+            "data: there is one distinct prompt; needs two or more, to train on some and to hold "
+            "others out."
+        )
+    return (
+        f"data.held_out={held_out:g}: holds out {wanted} prompts where {distinct} are distinct; "
+        f"must be at most {distinct - 1}, so that one is left to train on, or use more prompts."
+    )
 
 
 def problems(section: DataSection, *, key: str = "data") -> list[str]:

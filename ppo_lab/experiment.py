@@ -36,6 +36,7 @@ from ppo_lab.continuation import (
 )
 from ppo_lab.errors import ConfigError
 from ppo_lab.evaluation import Evaluation, Evaluator, latest_samples
+from ppo_lab.folders import put_in_place
 from ppo_lab.guards import (
     check_ceiling,
     explain,
@@ -160,9 +161,9 @@ def record(config: Config, folder: Path, overrides: Sequence[str]) -> None:
 
 
 def write_model(save: Callable[[str], None], folder: Path) -> None:
-    """Leave the trained model in the run's folder."""
-    with writing(folder, "model"):
-        save(str(folder / "model"))
+    """Leave the trained model in the run's folder, whole or not at all."""
+    with writing(folder, "model"), put_in_place((folder / "model").resolve()) as beside:
+        save(str(beside))
 
 
 def silent(text: str) -> None:
@@ -176,9 +177,18 @@ def writing(folder: Path, name: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            f"{folder / name}: cannot be written ({error}); what was learnt is in the last "
-            f"checkpoint: make room, then {resume_command(folder)}"
+            f"{folder / name}: cannot be written ({error}); {what_is_kept(folder)}"
         ) from error
+
+
+def what_is_kept(folder: Path) -> str:
+    """What of a run that cannot be written is on the disk, and what to do."""
+    if step := checkpoint.newest_step(folder):
+        return (
+            f"what was learnt up to iteration {step} is in the last checkpoint: make room, then "
+            f"{resume_command(folder)}"
+        )
+    return "there is no checkpoint, so that nothing learnt is kept: make room, then start again"
 
 
 def fail(lab: Lab, error: BaseException) -> None:

@@ -53,11 +53,12 @@ class PromptEncoder:
 
         Raises:
             ConfigError: a prompt is neither text nor chat (the message names its row), there is no
-            chat template, or
-                no prompt is left.
+            chat template, all prompts are empty, or none is left.
         """
         from ppo_lab.types import Prompts
 
+        if prompts and all(isinstance(p, str) and not p.strip() for p in prompts):
+            raise ConfigError(f"data: all {len(prompts)} prompts are empty.")
         shown = [self._checked(prompt, row) for row, prompt in enumerate(prompts, 1)]
         ids, texts, kept = [], [], []
         lengths, dropped = [], Counter[str]()

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from ppo_lab import local_model
 from ppo_lab.config import (
     Config,
     DataSection,
@@ -57,12 +58,23 @@ def problems(config: Config, stated: Collection[str] = ()) -> list[str]:
     """Everything wrong with a composed configuration, a line each; empty when it may run.
 
     `stated` are the keys given on the command line: a setting that has no effect is refused where
-    it was asked for, and passes where it merely came with a preset.
+    it was asked for, and passes where it merely came with a preset. A rule that quotes a value
+    already refused is not told: what it blames is often a default, which nobody typed.
     """
-    found = list(illegal_values(config))
+    illegal = list(illegal_values(config))
+    refused = [line.partition(": must be ")[0] for line in illegal]
+    found = [line for line in illegal if not _is_copied(line, illegal, stated)]
     for rule in RULES:
-        found += [line for line in rule(config) if line not in found]
+        lines = (line for line in rule(config) if not any(value in line for value in refused))
+        found += [line for line in lines if line not in found]
     return found + list(dead_settings(config, stated))
+
+
+def _is_copied(line: str, illegal: Collection[str], stated: Collection[str]) -> bool:
+    """Whether a value of `evaluation` is refused that was merely taken over from `generation`."""
+    section, _, rest = line.partition(".")
+    typed = line.partition("=")[0] in stated
+    return section == "evaluation" and not typed and f"generation.{rest}" in illegal
 
 
 def ppo_problems(ppo: PPOSection) -> list[str]:
@@ -96,7 +108,7 @@ def is_legal(knob: Field, value: Any) -> bool:
     legal = knob.metadata
     if "choices" in legal:
         return value in legal["choices"]
-    if isinstance(value, float) and not math.isfinite(value):
+    if _is_infinite(value):
         return False
     return (
         value >= legal.get("at_least", value)
@@ -104,6 +116,11 @@ def is_legal(knob: Field, value: Any) -> bool:
         and ("above" not in legal or value > legal["above"])
         and ("below" not in legal or value < legal["below"])
     )
+
+
+def _is_infinite(value: Any) -> bool:
+    """Whether a number is infinite or NaN, which no range of ours allows."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def illegal_values(section: Any, prefix: str = "") -> Problems:
@@ -116,7 +133,8 @@ def illegal_values(section: Any, prefix: str = "") -> Problems:
                 yield from illegal_values(part, f"{key}.{name}." if name else f"{key}.")
         if isinstance(value, (str, int, float)) and not is_legal(knob, value):
             near = suggestion(value, knob.metadata["choices"]) if isinstance(value, str) else ""
-            yield f"{key}={value}: must be {allowed(knob) or 'a finite number'}{near}"
+            legal = "a finite number" if _is_infinite(value) else allowed(knob)
+            yield f"{key}={value}: must be {legal}{near}"
 
 
 def wrong_types(section: Any) -> Problems:
@@ -162,7 +180,7 @@ def ppo_conflicts(ppo: PPOSection, prefix: str = "") -> Problems:
             f"{prefix}gradient_checkpointing=true: computes again what {prefix}cache_trunk=true "
             "keeps; leave one of them out"
         )
-    if ppo.warmup_steps >= max(ppo.steps, 1):
+    if ppo.warmup_steps >= ppo.steps:
         yield f"{prefix}warmup_steps={ppo.warmup_steps}: must be below {prefix}steps={ppo.steps}"
 
 
@@ -287,6 +305,8 @@ def model_rules(config: Config) -> Problems:
     model = config.model
     yield from model_folder("model.path", model.path)
     yield from model_folder("model.tokenizer", model.tokenizer, holds="", needed=False)
+    yield from local_model.problems(model)
+    yield from local_model.room_problems(config)
     if not model.load_in_4bit:
         return
     if config.lora.r == 0:
@@ -412,7 +432,7 @@ def data_rules(config: Config) -> Problems:
             f"data.min_prompt_tokens={data.min_prompt_tokens}: must be at most "
             f"data.max_prompt_tokens={data.max_prompt_tokens}"
         )
-    if data.held_out > 1 and data.held_out != int(data.held_out):
+    if 1 < data.held_out < math.inf and data.held_out != int(data.held_out):
         yield f"data.held_out={data.held_out:g}: must be a share below 1, or a whole number"
     if isinstance(data, FileData) and data.cut_min_tokens > data.cut_max_tokens:
         yield (

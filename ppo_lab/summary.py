@@ -19,7 +19,7 @@ from rich.text import Text
 
 from ppo_lab.types import Sample
 
-WIDE = 110
+WIDE, NARROW = 110, 60
 
 # A critic that explains a smaller share of the returns' variance is of no use; and the iterations
 # after which that is said.
@@ -150,7 +150,8 @@ def summary_page(
     status = summary.get("status", "finished")
     parts: list[RenderableType] = [Rule(Text(f"{status}: {short_path(folder)}"))]
     if _evaluations(summary)[0]:
-        parts += [_before_and_after(summary), Text(_costs(summary), style="dim"), ""]
+        figures = _before_and_after(summary, narrow=width < NARROW)
+        parts += [figures, Text(_costs(summary), style="dim"), ""]
     parts.append(_remarks(verdict(summary, gold_history)))
     parts += [part for sample in samples[:3] for part in ("", _answers(sample, wide=width >= WIDE))]
     parts += ["", _places(folder), "", Text("try next", style="bold")]
@@ -176,7 +177,7 @@ def print_summary(
     page = summary_page(
         summary, samples, folder, commands, gold_history=gold_history, width=console.width
     )
-    console.print(page)
+    console.print(page, crop=False)  # a terminal wraps what must not be cut
 
 
 def _remarks(remarks: Sequence[tuple[str, str]]) -> Table:
@@ -188,6 +189,7 @@ def _remarks(remarks: Sequence[tuple[str, str]]) -> Table:
 
 _ROWS = (
     ("mean_reward", number),
+    ("std_reward", number),
     ("gold", number),
     ("kl", number),
     ("response_length", number),
@@ -195,21 +197,23 @@ _ROWS = (
 )
 
 
-def _before_and_after(summary: Mapping[str, Any]) -> Table:
+def _before_and_after(summary: Mapping[str, Any], *, narrow: bool) -> Table:
+    """The held-out figures; the spread of scores beside their mean, or in a row of its own."""
     first, last = _evaluations(summary)
     table = Table(
-        "held-out prompts", box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0)
+        box=None, pad_edge=False, header_style="bold", padding=(0, 1 if narrow else 3, 0, 0)
     )
+    table.add_column("held-out prompts", overflow="fold")
     for title in ("before", "after", "change"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", overflow="fold")
     for name, shown in _ROWS:
         before, after = first.get(name), last.get(name)
-        if before is None and after is None:
+        if (before is None and after is None) or (name == "std_reward" and not narrow):
             continue
         change = None if before is None or after is None else after - before
         spread = [
             f" ± {number(side['std_reward'])}"
-            if name == "mean_reward" and side.get("std_reward") is not None
+            if name == "mean_reward" and side.get("std_reward") is not None and not narrow
             else ""
             for side in (first, last)
         ]
@@ -268,7 +272,8 @@ _PLACES = {
 def _places(folder: Path) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     for name, meaning in _PLACES.items():
-        if (folder / name).exists():
+        path = folder / name
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
             table.add_row(Text(f"  {name}"), Text(meaning, style="dim"))
     where = Text("in ", style="bold").append(short_path(folder))
     where.no_wrap, where.overflow = True, "ignore"

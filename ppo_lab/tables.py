@@ -122,7 +122,7 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
             while start.isspace():
                 start = lines.read(1)
             lines.seek(0)
-            rows = enumerate(json.load(lines), 1) if start == "[" else _parsed(file, lines)
+            rows = _listed(file, lines) if start == "[" else _parsed(file, lines)
             for number, row in rows:
                 if not isinstance(row, dict):
                     raise ConfigError(
@@ -132,6 +132,19 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
                 yield row
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise _broken(file, error) from error
+
+
+def _listed(file: Path, lines: Any) -> Iterator[tuple[int, Any]]:
+    """Each item of a file that is one list, with its number."""
+    try:
+        yield from enumerate(json.load(lines), 1)
+    except json.JSONDecodeError as error:
+        if not error.msg.startswith("Extra data"):
+            raise
+        raise ConfigError(
+            f"data.path={file}: its first line is a list; each line must be an object with the "
+            "columns, or the whole file one list of such objects."
+        ) from error
 
 
 def _parsed(file: Path, lines: Any) -> Iterator[tuple[int, Any]]:

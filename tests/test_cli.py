@@ -226,6 +226,18 @@ def test_a_wrong_word_is_answered_with_the_right_one(word, said):
     assert said in line
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("hydra/sweeper=nosuch", "hydra.sweeper.direction=maximize"),
+        ("reward=nosuch", "reward.path=x"),
+    ],
+)
+def test_keys_of_an_option_that_is_refused_are_not_judged(words):
+    (line,) = reader().problems(list(words))
+    assert line.startswith(f"{words[0]}: no such option")
+
+
 def test_a_misspelt_flag_is_answered_with_the_right_one(tmp_path):
     done = command("--mutlirun", "ppo.cliprange=0.1,0.2", folder=tmp_path)
     assert done.returncode == 1

@@ -166,6 +166,12 @@ def test_every_numeric_knob_has_a_legal_range_that_is_checked(section, knob):
         assert [line for line in illegal_values(instance) if line.startswith(f"{knob.name}=")]
 
 
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize("key", ["ppo.learning_rate", "ppo.init_kl_coef", "data.held_out"])
+def test_what_is_no_finite_number_is_refused_as_such(key, value):
+    assert refused(f"{key}={value}") == [f"{key}={value}: must be a finite number"]
+
+
 @pytest.mark.parametrize(("section", "knob"), CHOICES, ids=name_of)
 def test_every_choice_is_checked_with_the_nearest_name(section, knob):
     choice = max(knob.metadata["choices"], key=len)
@@ -290,6 +296,22 @@ RULES = [
 def test_what_cannot_run_is_refused_with_its_reason(overrides, said, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])
     assert [line for line in refused(*overrides) if said in line], refused(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("setting", "legal"),
+    [
+        ("ppo.steps=0", "at least 1"),
+        ("data.max_prompt_tokens=0", "at least 1"),
+        ("generation.max_new_tokens=-1", "at least 1"),
+    ],
+)
+def test_a_value_out_of_range_brings_no_complaint_about_what_was_not_typed(setting, legal):
+    assert refused(setting) == [f"{setting}: must be {legal}"]
+
+
+def test_what_evaluation_is_told_itself_is_refused_beside_what_generation_is():
+    assert len(refused("generation.top_k=-1", "evaluation.top_k=-1")) == 2
 
 
 def test_a_setting_without_effect_may_come_with_a_preset():

@@ -164,8 +164,16 @@ def test_nothing_need_be_held_out() -> None:
 
 
 def test_holding_out_everything_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data.held_out=5: 5 of 5 distinct"):
+    with pytest.raises(ConfigError, match=r"data.held_out=5: .* at most 4, so that one is left"):
         split_prompts(numbered(5), held_out=5, seed=0)
+
+
+@pytest.mark.parametrize("held_out", [0.1, 3])
+def test_one_prompt_repeated_is_too_few_whatever_is_held_out(held_out: float) -> None:
+    same = Prompts(ids=[[7]] * 20, texts=["a"] * 20, indices=list(range(20)))
+    with pytest.raises(ConfigError, match=r"one distinct prompt; needs two or more") as error:
+        split_prompts(same, held_out=held_out, seed=0)
+    assert "0 = none" not in str(error.value), "a run may not hold out none"
 
 
 # ---- files
@@ -378,11 +386,13 @@ def test_embedded_questions_come_with_their_own_held_out_part(tokenizer: Any) ->
     [
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"row 2 is no valid JSON"),
         ("p.jsonl", '{"prompt": "a"}\n["a"]\n', r"row 2 is list, not an object"),
+        ("p.jsonl", '["a"]\n["b"]\n', r"each line must be an object with the columns"),
         ("p.json", '[{"prompt": "a"}', r"cannot be read"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": null}', r"row 2 is missing"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}', r"row 2 is int \('3'\)"),
         ("p.jsonl", "", r"the file is empty"),
         ("p.jsonl", "\n\n", r"the data set has no rows"),
+        ("p.jsonl", '{"prompt": ""}\n{"prompt": " "}\n', r"all 2 prompts are empty"),
         ("p.csv", "prompt,x\n", r"the data set has no rows"),
         ("p.csv", "prompt,x\na,b,c,d\n", r"more fields than the header"),
         (

@@ -166,6 +166,28 @@ def test_the_page_fits_the_terminal(width):
     assert max(len(line) for line in text[:commands].splitlines()) <= width
 
 
+@pytest.mark.parametrize("width", [20, 40, 80])
+def test_no_terminal_is_too_narrow_for_a_command(width):
+    folder = Path("outputs") / ("a_rather_long_name_for_the_folder_of_a_run_" * 3)
+    lines = page(run(), width=width, folder=folder).splitlines()
+    for command in next_commands(folder):
+        assert f"  {command}" in lines
+    assert f"in {folder}" in lines
+
+
+@pytest.mark.parametrize("width", [40, 50, 59, 60, 80])
+def test_no_terminal_is_too_narrow_for_a_number(width):
+    first = {"mean_reward": -1234.5, "std_reward": 1.21, "kl": 0.0, "response_length": 8.0}
+    last = {"mean_reward": 4.52, "std_reward": 1.19, "kl": 0.0366, "response_length": 7.93}
+    text = page(run(eval__first=first, eval__last=last), width=width)
+    lines = text[: text.index("clip_fraction")].splitlines()[1:]
+    for shown in ("-1,234", "1.21", "4.52", "1.19", "0.0366", "7.93", "+1,239"):
+        assert any(shown in line.split() for line in lines)
+    spread = [line for line in lines if "1.21" in line]
+    assert len(spread) == 1
+    assert "±" in spread[0] or spread[0].startswith("std_reward")
+
+
 def test_what_a_model_writes_cannot_command_the_terminal_or_the_markup():
     evil = "[bold]hi[/bold] \x1b[2J\x00\x07\r\n\u202e[/] :smile:"
     text = page(run(), [Sample(evil, evil, 1.0, evil, 0.0)])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from safetensors.torch import load_file
 from tiny_runs import command, metrics, outcome, start, tiny
 
 from ppo_lab import checkpoint, experiment, secrecy
-from ppo_lab.config import ModelSection, PPOSection
+from ppo_lab.config import Config, ModelSection, PPOSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import build, run
 from ppo_lab.guards import warn_of_remote_code, warn_of_weak_penalty
@@ -269,6 +271,59 @@ def test_checkpoints_that_cannot_be_written_are_said_once_and_tried_again(
     assert (said.out + said.err).count("could not be written") == 1
     assert max(checkpoint.all_in(tmp_path / "run"))[0] == 6
     assert metrics(tmp_path / "run") == metrics(straight)
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond what metrics and samples take; a whole model does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def whole_model(folder: Path, every: int) -> Config:
+    """A run that trains every weight."""
+    slower = {"learning_rate": 1e-3}
+    return tiny(folder, lora={"r": 0}, ppo=slower, checkpoint={"every": every})
+
+
+def test_a_disk_that_is_full_from_the_beginning_is_told_to_keep_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with full_disk(), pytest.raises(ConfigError, match="no checkpoint, so that nothing learnt is"):
+        run(whole_model(tmp_path, every=1), tmp_path / "run")
+    said = capfd.readouterr()
+    assert "checkpoint of iteration 1 could not be written" in said.out + said.err
+    assert "the run goes on without any" in said.out + said.err
+    page = said.out.partition("in ")[2]
+    assert "metrics.jsonl " in page
+    assert not re.search(r"^  (model|checkpoints) ", page, re.MULTILINE), "none is there"
+    assert not [entry.name for entry in (tmp_path / "run").iterdir() if "model" in entry.name]
+
+
+def test_a_disk_that_fills_up_is_told_with_the_iteration_that_is_kept(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with ExitStack() as stack:
+        in_iteration(4, lambda: stack.enter_context(full_disk()))
+        with pytest.raises(ConfigError, match=r"up to iteration 3 is in the last checkpoint"):
+            run(whole_model(tmp_path, every=3), tmp_path / "run")
+    said = capfd.readouterr()
+    assert "and that of iteration 3 is kept" in said.out + said.err
+    assert re.search(r"^  checkpoints ", said.out, re.MULTILINE)
+
+
+def test_a_model_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    config = whole_model(tmp_path, every=0)
+    run(config, tmp_path / "run")
+    before = outcome(tmp_path / "run")["files"]["model.safetensors"]
+    longer = replace(config, resume=str(tmp_path / "run"), ppo=replace(config.ppo, steps=7))
+    with full_disk(), pytest.raises(ConfigError, match="up to iteration 6"):
+        run(longer, tmp_path / "run")
+    assert outcome(tmp_path / "run")["files"]["model.safetensors"] == before
 
 
 def test_metrics_that_cannot_be_written_wait_until_they_can(straight: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from ppo_lab.errors import ConfigError
 from ppo_lab.rewards import RewardError, build_reward, problems
 from ppo_lab.rewards.classifier import Classifier
 from ppo_lab.rewards.conversation import joined
-from ppo_lab.rewards.function import within
+from ppo_lab.rewards.function import FunctionScorer, within
 from ppo_lab.rewards.loading import load_classifier, load_reward_tokenizer
 from ppo_lab.rewards.scoring import checked_scores
 
@@ -235,6 +235,17 @@ def test_none_means_not_applicable(functions: ModuleType) -> None:
     assert function_reward(functions, reward)(["p"] * 2, ["skip", "x"]).total.tolist() == [0.0, 1.0]
     scorer = function_reward(functions, reward, none_score=-2.0)
     assert scorer(["p"] * 2, ["skip", "x"]).total.tolist() == [-2.0, 1.0]
+
+
+def test_a_batch_of_none_alone_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    answers = [[1.0, None], [None, None], [None, None]]
+    scorer = FunctionScorer(lambda prompts: answers.pop(0), name="mine:empty", none_score=-1.0)
+    assert scorer(["a", "b"], ["c", "d"]) == [1.0, -1.0]
+    assert not caplog.records
+    for _ in range(2):
+        assert scorer(["a", "b"], ["c", "d"]) == [-1.0, -1.0]
+    (record,) = caplog.records
+    assert "mine:empty returned None for all 2 samples" in record.getMessage()
 
 
 def test_an_error_names_the_sample_on_which_the_function_raises(functions: ModuleType) -> None:

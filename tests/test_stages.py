@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ppo_lab.stages.examples import data_problems, read_rows, split_rows
 from ppo_lab.stages.jobs import problems, run_reward_model, run_sft
 
 CHAT = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+STORIES = "story_preferences"
 FIT = FitSection(batch_size=8, learning_rate=5e-3, max_length=96)
 
 
@@ -94,6 +96,19 @@ def test_what_a_stage_does_not_read_is_refused(tmp_path: Path) -> None:
     assert len(found) == 6
 
 
+@pytest.mark.parametrize("output", ["/proc/1/model", "rows.jsonl/model", "rows.jsonl"])
+def test_an_output_that_cannot_be_made_is_refused_before_anything_is_loaded(
+    output: str, tmp_path: Path
+) -> None:
+    config = SFTConfig(
+        model=ModelSection(path="owner/name"),
+        data=SFTDataSection(path=write(tmp_path, [{"text": "a"}])),
+        output=str(tmp_path / output),
+    )
+    (line,) = problems(config)
+    assert line.startswith(f"output={config.output}: ")
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_sft_on_real_data_lowers_the_loss_and_leaves_a_model(
     assets: Path, tmp_path: Path, rank: int
@@ -137,6 +152,38 @@ def test_a_reward_model_learns_which_stories_are_happier(
     )
     assert not loaded[1]["missing_keys"]
     assert loaded[0].config.num_labels == 1
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_a_full_disk_is_a_message_and_leaves_nothing_half(
+    assets: Path, tmp_path: Path, stage: str, exists: bool
+) -> None:
+    out = tmp_path / "out"
+    if exists:
+        out.mkdir()
+    shared: dict[str, Any] = {
+        "model": ModelSection(path=str(assets / "stories260K")),
+        "lora": LoraSection(r=0),
+        "fit": FitSection(epochs=0.1, max_length=96),
+        "device": "cpu",
+        "output": str(out),
+    }
+    texts, pairs = (str(assets / f"data/{n}.jsonl") for n in ("sentence_polarity", STORIES))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"out: cannot be written \(.*nothing was kept"):
+            if stage == "sft":
+                data = SFTDataSection(path=texts, limit=20)
+                run_sft(SFTConfig(**shared, data=data), tmp_path, [])
+            else:
+                pair_data = PairDataSection(path=pairs, limit=20)
+                run_reward_model(RewardModelConfig(**shared, data=pair_data), tmp_path, [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [entry.name for entry in tmp_path.iterdir()] == (["out"] if exists else [])
+    assert not exists or not list(out.iterdir())
 
 
 def test_pairs_that_are_all_too_long_are_refused(assets: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from ppo_lab.errors import ConfigError
+from ppo_lab.local_model import POSITIONS, not_causal
 from ppo_lab.models.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
 from ppo_lab.models.fitness import steady_context
 from ppo_lab.models.sources import ModelUnavailable, Source, locate, packaged_config
@@ -207,8 +208,7 @@ def max_context(config: Any) -> int | None:
     attention = getattr(config, "attn_config", None)
     if getattr(config, "alibi", False) or getattr(attention, "alibi", False):
         return None
-    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-    bounds = (steady_context(config), *(getattr(config, name, None) for name in names))
+    bounds = (steady_context(config), *(getattr(config, name, None) for name in POSITIONS))
     return next((bound for bound in bounds if bound), None)
 
 
@@ -286,13 +286,14 @@ def _base_of(section: ModelSection, adapter: Source) -> ModelSection:
 
 
 def _require_causal(config: PreTrainedConfig, section: ModelSection) -> None:
-    built = (config.architectures or [""])[0]
-    foreign = ("ForSequenceClassification", "ForMaskedLM")
-    if config.is_encoder_decoder or built.endswith(foreign) or _reads_both_ways(config):
-        raise ConfigError(
-            f"model.path={section.path}: {built or config.model_type} is not a causal language "
-            "model; a classifier goes to reward.path"
-        )
+    found = not_causal(
+        section.path,
+        architectures=config.architectures or [config.model_type],
+        is_encoder_decoder=config.is_encoder_decoder,
+        reads_both_ways=_reads_both_ways(config),
+    )
+    for problem in found:
+        raise ConfigError(problem)
 
 
 def _reads_both_ways(config: PreTrainedConfig) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ppo_lab.errors import ConfigError
+from ppo_lab.local_model import lacking_libraries
 from ppo_lab.plan.devices import DEVICES, HERE, choices
 from ppo_lab.rules import DEVICE, problems, suggestion
 
@@ -28,10 +29,14 @@ class Request:
         return self.device not in DEVICES
 
     def check(self, config: Any, stated: Any = ()) -> list[str]:
-        """The problems of a configuration; a device of the table is not asked to be here."""
-        if not self.is_here:
-            config = replace(config, model=replace(config.model, load_in_4bit=False))
-        return problems(config, stated)
+        """The problems of a configuration; a device of the table is not asked to be here, nor is
+        what reads quantised weights there.
+        """
+        if self.is_here:
+            return problems(config, stated)
+        config = replace(config, model=replace(config.model, load_in_4bit=False))
+        lacking = list(lacking_libraries(config.model))
+        return [line for line in problems(config, stated) if line not in lacking]
 
 
 def read(argv: Sequence[str]) -> Request:

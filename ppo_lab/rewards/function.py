@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from ppo_lab.rewards.conversation import answer, is_chat
 from ppo_lab.rewards.scoring import RewardError, Scorer, describe
 from ppo_lab.rewards.targets import TargetError, find_target
+
+log = logging.getLogger(__name__)
 
 
 def function_scorer(section: Any, *, device: str) -> Scorer:
@@ -41,8 +44,8 @@ class FunctionScorer:
 
     Where a prompt is a chat, its completion is shown as a list with the assistant's message. A
     function that does not take arbitrary keywords (`**kwargs`) is given only those it names. None
-    among its scores means "not applicable" and becomes `none_score`. It is called without
-    gradients, once a batch.
+    among its scores means "not applicable" and becomes `none_score`; a batch of nothing else is
+    warned of, once. It is called without gradients, once a batch.
 
     `retries` further attempts follow when it raises; `timeout` seconds (0 = no limit) hold for each
     attempt, and one that exceeds them is left behind in its thread, since Python cannot stop it.
@@ -70,6 +73,7 @@ class FunctionScorer:
         self.timeout = timeout
         self.retries = retries
         self.retry_wait = retry_wait
+        self._warned = False
 
     def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> Any:
         """What the function returns, None replaced; not yet checked for number and kind.
@@ -89,8 +93,22 @@ class FunctionScorer:
             reason = f"{type(error).__name__}: {error}"
             raise RewardError(f"reward function {self.name} raised on {where}: {reason}") from error
         if isinstance(scores, (list, tuple)):
+            self._warn_of_none_alone(scores)
             return [self.none_score if score is None else score for score in scores]
         return scores
+
+    def _warn_of_none_alone(self, scores: Sequence[Any]) -> None:
+        """Say once that a whole batch got no score: mostly a function that forgets to return it."""
+        if self._warned or not scores or any(score is not None for score in scores):
+            return
+        self._warned = True
+        log.warning(
+            "reward function %s returned None for all %d samples of a batch; each counts as "
+            "none_score=%g",
+            self.name,
+            len(scores),
+            self.none_score,
+        )
 
     def _attempts(self, arguments: dict[str, Any]) -> Any:
         """One call, and more with growing waits while the function raises."""

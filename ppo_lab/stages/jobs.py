@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from ppo_lab import local_model
 from ppo_lab.errors import ConfigError
+from ppo_lab.folders import unwritable
+from ppo_lab.record import brief
 from ppo_lab.rules import device_problem, illegal_values, matches, model_folder
 from ppo_lab.stages.config import RewardModelConfig, SFTConfig, StageSection
 from ppo_lab.stages.examples import data_problems, read_rows, split_rows
@@ -21,6 +28,7 @@ def problems(config: Any, stated: Collection[str] = ()) -> list[str]:
     found = list(illegal_values(config))
     found += model_folder("model.path", config.model.path)
     found += model_folder("model.tokenizer", config.model.tokenizer, holds="", needed=False)
+    found += local_model.problems(config.model)
     found += device_problem("device", config.device)
     found += data_problems(config.data)
     found += _output_problems(config.output)
@@ -42,6 +50,8 @@ def _output_problems(output: str) -> Iterator[str]:
     folder = Path(output).expanduser()
     if output and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         yield f"output={output}: exists and is not an empty folder; must be a new one"
+    elif output:
+        yield from unwritable("output", str(folder))
 
 
 def run_sft(config: SFTConfig, folder: Path, overrides: list[str]) -> float:
@@ -53,8 +63,9 @@ def run_sft(config: SFTConfig, folder: Path, overrides: list[str]) -> float:
     model = load_causal_lm(
         parts.model_section, device=parts.device, dtype=parts.dtype, seed=config.seed
     )
-    out = _output(config, folder)
-    report = fit_sft(parts.merged(model), folder=out, **parts.arguments(model))
+    out, arguments = _output(config, folder), parts.arguments(model)
+    with _whole(out):
+        report = fit_sft(parts.merged(model), folder=out, **arguments)
     if "held_out_loss" in report:
         before, after = report["held_out_loss_before"], report["held_out_loss"]
         print(f"held-out loss   {before:.4f} -> {after:.4f} nats per token")
@@ -73,13 +84,10 @@ def run_reward_model(config: RewardModelConfig, folder: Path, overrides: list[st
     model = classifier_from(
         parts.model_section, device=parts.device, dtype=parts.dtype, seed=config.seed
     )
-    out = _output(config, folder)
-    report = fit_reward_model(
-        model,
-        folder=out,
-        center_rewards_coefficient=config.center_rewards_coefficient,
-        **parts.arguments(model, task="SEQ_CLS"),
-    )
+    out, arguments = _output(config, folder), parts.arguments(model, task="SEQ_CLS")
+    center = config.center_rewards_coefficient
+    with _whole(out):
+        report = fit_reward_model(model, folder=out, center_rewards_coefficient=center, **arguments)
     if report["pairs_too_long"]:
         print(f"left out           {report['pairs_too_long']} pairs longer than fit.max_length")
     if "held_out_accuracy" in report:
@@ -94,6 +102,31 @@ def run_reward_model(config: RewardModelConfig, folder: Path, overrides: list[st
 
 def _output(config: StageSection, folder: Path) -> Path:
     return Path(config.output).expanduser() if config.output else folder / "model"
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """A folder that is left as it was, not there or empty, where what goes into it is not whole.
+
+    Raises:
+        ConfigError: the disk refuses.
+    """
+    place = folder.resolve()
+    there = place.exists()
+    is_new = not there or not any(place.iterdir())
+    try:
+        yield
+    except BaseException as error:
+        if is_new:
+            shutil.rmtree(place, ignore_errors=True)
+        if is_new and there:
+            place.mkdir(exist_ok=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise ConfigError(
+                f"{folder}: cannot be written ({brief(error)}), and nothing was kept; make room "
+                "and start again, or choose another disk with output=FOLDER"
+            ) from error
+        raise
 
 
 class _Parts:
