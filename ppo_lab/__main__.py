@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ppo_lab import __version__
-from ppo_lab.config import Config
-from ppo_lab.errors import ConfigError
+from ppo_lab import __version__, signals
+
+if TYPE_CHECKING:  # from the first moment on a signal is to find its handler
+    from pathlib import Path
+
+    from ppo_lab.config import Config
 
 
 def main() -> None:
     """Answer a question about the program, or run it."""
+    signals.end_quietly()
     asked = set(sys.argv[1:])
     if asked & {"--version"}:
         print(f"ppo_lab {__version__}")
@@ -30,6 +34,7 @@ def main() -> None:
 
 def train(config: Config, folder: Path, overrides: list[str]) -> float:
     """Train as configured and return the objective."""
+    from ppo_lab.errors import ConfigError
     from ppo_lab.experiment import run
     from ppo_lab.memory import OutOfMemoryError, ways_out
     from ppo_lab.update import TrainingDiverged

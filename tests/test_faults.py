@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,7 +28,7 @@ from ppo_lab.experiment import build, run
 from ppo_lab.guards import warn_of_remote_code, warn_of_weak_penalty
 from ppo_lab.memory import Passes, check_fits
 from ppo_lab.rewards.scoring import RewardError
-from ppo_lab.signals import EXIT_CODE, Preempted
+from ppo_lab.signals import EXIT_CODE, Preempted, Preemption, end_quietly
 from ppo_lab.update import TrainingDiverged
 
 pytestmark = pytest.mark.filterwarnings(
@@ -108,6 +109,49 @@ def test_handlers_are_put_back(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     run(tiny(tmp_path, ppo={"steps": 1}), tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+def interrupt(event, arguments):
+    if event == "import" and arguments[0] == when:
+        os.kill(os.getpid(), signal.SIGINT)
+
+when = sys.argv.pop(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+sys.addaudithook(interrupt)
+runpy.run_module("ppo_lab", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("imported", ["ppo_lab.command_line", "hydra", "torch"])
+def test_ctrl_c_before_there_is_a_run_ends_with_a_line_and_no_traceback(
+    tmp_path: Path, imported: str
+) -> None:
+    words = [imported, *command(tmp_path), "hydra.run.dir=run"]
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "ppo_lab: interrupted\n")
+
+
+def test_a_run_takes_the_programs_own_ending_for_none_and_puts_it_back(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        end_quietly()
+        with Preemption() as preemption:
+            preemption.deferred = True
+            os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.asked == "SIGINT"
+        assert "once more stops at once" in capfd.readouterr().err
+        with pytest.raises(SystemExit) as ended:
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
 
 
 # ---- Numbers that are none, and runs that lead nowhere
@@ -494,7 +538,7 @@ def test_a_penalty_that_need_not_lead_back_is_announced() -> None:
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path: Path) -> None:
     script = Path(__file__).parent / "faults/kill_many.py"
     done = subprocess.run(
-        [os.sys.executable, str(script), "--kills", "3", "--folder", str(tmp_path)],
+        [sys.executable, str(script), "--kills", "3", "--folder", str(tmp_path)],
         capture_output=True,
         text=True,
     )
