@@ -35,16 +35,19 @@ def main() -> None:
 def train(config: Config, folder: Path, overrides: list[str]) -> float:
     """Train as configured and return the objective."""
     from ppo_lab.errors import ConfigError
-    from ppo_lab.experiment import run
-    from ppo_lab.memory import OutOfMemoryError, ways_out
-    from ppo_lab.update import TrainingDiverged
+    from ppo_lab.run_lock import early_lock
 
-    try:
-        return run(config, folder, overrides)
-    except TrainingDiverged as error:
-        raise ConfigError(str(error)) from error
-    except OutOfMemoryError as error:
-        raise ConfigError(ways_out(error)) from error
+    with early_lock(folder):  # imports take seconds, in which the process may be killed
+        from ppo_lab.experiment import run
+        from ppo_lab.memory import OutOfMemoryError, ways_out
+        from ppo_lab.update import TrainingDiverged
+
+        try:
+            return run(config, folder, overrides)
+        except TrainingDiverged as error:
+            raise ConfigError(str(error)) from error
+        except OutOfMemoryError as error:
+            raise ConfigError(ways_out(error)) from error
 
 
 if __name__ == "__main__":

@@ -29,12 +29,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from ppo_lab import gpus, sweep_index
 from ppo_lab.config import Config
-from ppo_lab.errors import ConfigError
+from ppo_lab.errors import ConfigError, refuse
 from ppo_lab.folders import claimed
 from ppo_lab.processes.launch import is_main
 from ppo_lab.record import brief, to_stderr, write_atomically
 from ppo_lab.resume import quoted, unquoted
-from ppo_lab.run_lock import in_use
+from ppo_lab.run_lock import in_use, occupied, take_early
 from ppo_lab.run_state import (
     METRICS,
     RECORD,
@@ -226,6 +226,31 @@ class OwnFolder(Callback):
         # Hydra composes every run anew, from the overrides alone.
         with read_write(config), open_dict(config):
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(place)}")
+
+
+class OneRun(Callback):
+    """Hydra's hook: a folder is locked before Hydra writes down in it what the run is to be."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Lock the folder of a run, or refuse the run; the lock goes with the process."""
+        if is_main():
+            try:
+                begin_in(Path(config.hydra.run.dir).absolute())
+            except ConfigError as error:  # Hydra would make a warning of it, and go on
+                refuse(error)
+
+
+def begin_in(folder: Path) -> None:
+    """Lock the folder in which a run is to begin.
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    if in_use(folder):
+        raise occupied(folder)
+    with suppress(OSError):  # Hydra will say it
+        folder.mkdir(parents=True, exist_ok=True)
+    take_early(folder)
 
 
 class Sweep(Callback):

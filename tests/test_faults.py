@@ -28,6 +28,7 @@ from ppo_lab.experiment import build, run
 from ppo_lab.guards import warn_of_remote_code, warn_of_weak_penalty
 from ppo_lab.memory import Passes, check_fits
 from ppo_lab.rewards.scoring import RewardError
+from ppo_lab.run_state import read_state
 from ppo_lab.signals import EXIT_CODE, Preempted, Preemption, end_quietly
 from ppo_lab.update import TrainingDiverged
 
@@ -111,29 +112,48 @@ def test_handlers_are_put_back(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-INTERRUPTED = """
+STRUCK = """
 import os, runpy, signal, sys
 
-def interrupt(event, arguments):
+def strike(event, arguments):
     if event == "import" and arguments[0] == when:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
-when = sys.argv.pop(1)
+number, when = int(sys.argv.pop(1)), sys.argv.pop(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
-sys.addaudithook(interrupt)
+sys.addaudithook(strike)
 runpy.run_module("ppo_lab", run_name="__main__")
 """
+
+
+def struck(
+    folder: Path, number: signal.Signals, imported: str, *more: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m ppo_lab`, which gets a signal when it imports something."""
+    words = [str(int(number)), imported, *command(folder), *more]
+    program = [sys.executable, "-c", STRUCK, *words]
+    return subprocess.run(program, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("imported", ["ppo_lab.command_line", "hydra", "torch"])
 def test_ctrl_c_before_there_is_a_run_ends_with_a_line_and_no_traceback(
     tmp_path: Path, imported: str
 ) -> None:
-    words = [imported, *command(tmp_path), "hydra.run.dir=run"]
-    ended = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, *words], cwd=tmp_path, capture_output=True, text=True
-    )
+    ended = struck(tmp_path, signal.SIGINT, imported, "hydra.run.dir=run")
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "ppo_lab: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("more", "run"),
+    [(["hydra.run.dir=run"], "run"), (["hydra.sweep.dir=swept", "-m"], "swept/0")],
+    ids=["a run", "a run of a sweep"],
+)
+def test_a_run_killed_while_it_imports_has_crashed(
+    tmp_path: Path, more: list[str], run: str
+) -> None:
+    struck(tmp_path, signal.SIGKILL, "ppo_lab.experiment", *more)
+    assert (tmp_path / run / ".hydra/config.yaml").exists()
+    assert read_state(tmp_path / run, run).status == "crashed"
 
 
 def test_a_run_takes_the_programs_own_ending_for_none_and_puts_it_back(

@@ -213,6 +213,24 @@ def test_two_processes_do_not_train_in_one_folder(again: tuple[Any, Path]) -> No
         run(config, folder)
 
 
+def test_a_folder_in_use_is_refused_before_anything_is_written(
+    again: tuple[Any, Path], tmp_path: Path
+) -> None:
+    _, folder = again
+    with alone_in(folder):
+        before = contents(folder)
+        command = tiny_runs.command(tmp_path, "seed=9", f"hydra.run.dir={folder}")
+        refused = tiny_runs.start(tmp_path, *command)
+        said, _ = refused.communicate(timeout=60)
+        assert contents(folder) == before
+    assert refused.returncode == 1
+    assert said.splitlines()[1:] == [f"  {folder}: another process is training in this folder"]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def test_nothing_resumes_by_accident(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished / "run", folder)
