@@ -48,7 +48,7 @@ from ppo_lab.processes import launch
 from ppo_lab.processes.alone import Alone, joined
 from ppo_lab.processes.launch import shared
 from ppo_lab.record import to_stderr
-from ppo_lab.resume import differences, record_again, resume_command, run_folder
+from ppo_lab.resume import check_new, differences, record_again, resume_command, run_folder
 from ppo_lab.rewards import build_reward
 from ppo_lab.rewards.scoring import RewardError
 from ppo_lab.run_lock import alone_in
@@ -124,9 +124,10 @@ def place_of(config: Config, folder: Path) -> Path:
     """The run's folder: a new one, or that of the run that goes on.
 
     Raises:
-        ConfigError: that run cannot go on with these settings.
+        ConfigError: that run cannot go on with these settings, or it is one and is not asked to.
     """
     if not config.resume:
+        check_new(folder.absolute())
         return folder.absolute()
     if found := differences(config):
         raise ConfigError(found)

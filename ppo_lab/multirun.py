@@ -12,7 +12,7 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
@@ -33,10 +33,9 @@ from ppo_lab.errors import ConfigError, refuse
 from ppo_lab.folders import claimed
 from ppo_lab.processes.launch import is_main
 from ppo_lab.record import brief, to_stderr, write_atomically
-from ppo_lab.resume import quoted, unquoted
+from ppo_lab.resume import MISSING_ONLY, check_new, quoted, unquoted
 from ppo_lab.run_lock import in_use, occupied, take_early
 from ppo_lab.run_state import (
-    METRICS,
     RECORD,
     SUMMARY,
     RunState,
@@ -45,8 +44,10 @@ from ppo_lab.run_state import (
     overrides_in,
     read_summary,
     settings,
+    subfolders,
+    work_in,
 )
-from ppo_lab.scheduler import join_processes
+from ppo_lab.scheduler import is_requeued, join_processes
 from ppo_lab.secrecy import hidden_text
 from ppo_lab.sweep_index import SWEEP_RECORD, states
 
@@ -154,8 +155,7 @@ def what_is_missing(config: Config, folder: Path) -> Config | float:
     summary = read_summary(folder)
     if summary.get("status") == "finished":
         return float(summary["objective"])
-    begun = (folder / METRICS).exists()
-    return replace(config, resume=str(folder) if begun and is_main() else "")
+    return replace(config, resume=str(folder) if work_in(folder) and is_main() else "")
 
 
 def record_hydra(folder: Path) -> None:
@@ -194,12 +194,15 @@ def plan_again(sweep: Path) -> None:
 
 
 def by_main_process(name: str) -> str | None:
-    """The folder for Hydra's records of a run; none in a process that is not to write them.
+    """The folder for Hydra's records of a run; none in a process that is not to write them, nor
+    where they lie already, of a run that goes on or of another.
 
     Hydra resolves it in the process that makes the run, before it asks anything of ours.
     """
     join_processes()
-    return name if is_main() else None
+    hydra: Any = HydraConfig.instance().cfg
+    place = OmegaConf.select(hydra, "hydra.runtime.output_dir") if hydra else None
+    return name if is_main() and not (place and work_in(Path(place))) else None
 
 
 OmegaConf.register_new_resolver("by_main_process", by_main_process, replace=True)
@@ -208,7 +211,7 @@ OmegaConf.register_new_resolver("by_main_process", by_main_process, replace=True
 class OwnFolder(Callback):
     """Hydra's hook: a folder named by the clock is this run's, or this sweep's, and nobody else's.
 
-    A folder that was chosen is taken as it is: an agent of W&B's comes back to that of its run.
+    A folder that was chosen is taken as it is, and so is that which an agent of W&B's names.
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
@@ -229,25 +232,60 @@ class OwnFolder(Callback):
 
 
 class OneRun(Callback):
-    """Hydra's hook: a folder is locked before Hydra writes down in it what the run is to be."""
+    """Hydra's hook: a folder is locked, and holds no other run, before Hydra writes down in it what
+    the run is to be.
+    """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Lock the folder of a run, or refuse the run; the lock goes with the process."""
+        folder = Path(config.hydra.run.dir).absolute()
         if is_main():
-            try:
-                begin_in(Path(config.hydra.run.dir).absolute())
-            except ConfigError as error:  # Hydra would make a warning of it, and go on
-                refuse(error)
+            with refusing():
+                begin_in(folder, new=not (config.resume or is_requeued(folder)))
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Refuse a new sweep whose numbered folders are another's, as a whole."""
+        if config.resume in MISSING_ONLY or not _is_numbered(config.hydra.sweep):
+            return
+        sweep = Path(config.hydra.sweep.dir).absolute()
+        with refusing():
+            check_new_sweep(sweep)
 
 
-def begin_in(folder: Path) -> None:
-    """Lock the folder in which a run is to begin.
+@contextmanager
+def refusing() -> Iterator[None]:
+    """A ConfigError ends the process, where Hydra would make a warning of it and go on."""
+    try:
+        yield
+    except ConfigError as error:
+        refuse(error)
+
+
+def check_new_sweep(sweep: Path) -> None:
+    """Nothing, where a new sweep may begin in this folder.
 
     Raises:
-        ConfigError: another process trains there.
+        ConfigError: it holds runs, or somebody is at work on one.
+    """
+    numbered = [folder for folder in subfolders(sweep) if folder.name.isdecimal()]
+    if found := [folder.name for folder in numbered if work_in(folder) or in_use(folder)]:
+        raise ConfigError(
+            f"{sweep}: holds the runs of a sweep already ({', '.join(found[:MOST_TOLD])}); its own "
+            "command with resume=true launches what is missing, another hydra.sweep.dir=FOLDER "
+            "takes a new one"
+        )
+
+
+def begin_in(folder: Path, *, new: bool) -> None:
+    """Lock the folder in which a run is to begin, a new one or one that goes on.
+
+    Raises:
+        ConfigError: another process trains there, or it holds another run.
     """
     if in_use(folder):
         raise occupied(folder)
+    if new:
+        check_new(folder)
     with suppress(OSError):  # Hydra will say it
         folder.mkdir(parents=True, exist_ok=True)
     take_early(folder)
@@ -281,7 +319,8 @@ class Sweep(Callback):
             self._turn.close()
         folder = Path(config.hydra.runtime.output_dir)
         failed = job_return.status is JobStatus.FAILED and is_main()
-        if failed and not in_use(folder) and not read_summary(folder):
+        # Whoever trains there, or whose work lies there, is not the run that was refused.
+        if failed and not in_use(folder) and not work_in(folder) and not read_summary(folder):
             error = job_return._return_value  # `return_value` raises it
             reason = hidden_text(f"{type(error).__name__}: {brief(error)}")
             with suppress(OSError):
@@ -295,6 +334,12 @@ def _is_by_clock(node: DictConfig) -> bool:
     text = str(OmegaConf.to_container(node, resolve=False)["dir"])  # type: ignore[call-overload,index]
     named = "WANDB_RUN_ID" in text and os.environ.get("WANDB_RUN_ID")
     return "${now:" in text and not named
+
+
+def _is_numbered(sweep: DictConfig) -> bool:
+    """Whether the folders of a sweep's runs are named by their numbers alone."""
+    text = OmegaConf.to_container(sweep, resolve=False)["subdir"]  # type: ignore[call-overload,index]
+    return text == "${hydra.job.num}"
 
 
 def _put(node: DictConfig, key: str, value: str) -> None:

@@ -81,10 +81,9 @@ class _Lines:
         self._whole = 0
 
     def start(self, *, resume_step: int | None) -> None:
-        """Empty, any older file set aside as *.old; or the older rows up to `resume_step`."""
+        """Empty; or the older rows up to `resume_step`."""
         if resume_step is None:
-            if self.path.exists():
-                self.path.replace(self.path.with_name(self.path.name + ".old"))
+            assert not self.path.exists(), f"{self.path}: a new run would lose these rows"
             return
         kept = [
             row for row in read_json_lines(self.path) if row.get("step", math.inf) <= resume_step
