@@ -7,7 +7,6 @@ A sweep's folder holds `multirun.yaml`, `sweep.jsonl` and a numbered folder a ru
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import sys
 from collections import Counter, defaultdict
@@ -32,12 +31,11 @@ from ppo_lab.config import Config
 from ppo_lab.errors import ConfigError, refuse
 from ppo_lab.folders import claimed
 from ppo_lab.processes.launch import is_main
-from ppo_lab.record import brief, to_stderr, write_atomically
+from ppo_lab.record import to_stderr, write_atomically, write_summary
 from ppo_lab.resume import MISSING_ONLY, check_new, quoted, unquoted
 from ppo_lab.run_lock import in_use, occupied, take_early
 from ppo_lab.run_state import (
     RECORD,
-    SUMMARY,
     RunState,
     common,
     key_of,
@@ -48,7 +46,7 @@ from ppo_lab.run_state import (
     work_in,
 )
 from ppo_lab.scheduler import is_requeued, join_processes
-from ppo_lab.secrecy import hidden_text
+from ppo_lab.secrecy import reason_of
 from ppo_lab.sweep_index import SWEEP_RECORD, states
 
 SWEEPS = f"outputs/multirun/*/*/{SWEEP_RECORD}"
@@ -322,10 +320,8 @@ class Sweep(Callback):
         # Whoever trains there, or whose work lies there, is not the run that was refused.
         if failed and not in_use(folder) and not work_in(folder) and not read_summary(folder):
             error = job_return._return_value  # `return_value` raises it
-            reason = hidden_text(f"{type(error).__name__}: {brief(error)}")
             with suppress(OSError):
-                text = json.dumps({"status": "failed", "reason": reason}, indent=2)
-                write_atomically(folder / SUMMARY, text + "\n")
+                write_summary(folder, {"status": "failed", "reason": reason_of(error)})
             sweep_index.note(folder)
 
 

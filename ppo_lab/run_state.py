@@ -51,7 +51,7 @@ def read_state(folder: Path, name: str, overrides: Iterable[str] | None = None) 
     if mark and not summary and not in_use(folder):
         status, reason = "broken", f"{SUMMARY} cannot be read"
     own = overrides_in(folder / RECORD / "overrides.yaml") if overrides is None else overrides
-    steps = summary.get("steps") if summary else last_step(folder)
+    steps = summary["steps"] if "steps" in summary else last_step(folder)
     return RunState(
         run=name,
         status=status,

@@ -174,6 +174,55 @@ def test_a_run_takes_the_programs_own_ending_for_none_and_puts_it_back(
     assert ended.value.code == 130
 
 
+# ---- Runs that are refused while they are built
+
+
+def test_a_run_refused_while_it_is_built_has_failed_and_says_why_and_may_be_begun_again(
+    tmp_path: Path,
+) -> None:
+    good = tiny(tmp_path, ppo={"steps": 1}, lora={"r": 0})
+    bad = replace(good, lora=replace(good.lora, r=4, target_modules=["nowhere"]))
+    with pytest.raises(ConfigError):
+        run(bad, tmp_path / "run")
+    state = read_state(tmp_path / "run", "run")
+    assert (state.status, state.steps) == ("failed", 0)
+    assert state.reason.startswith("ConfigError: ")
+    assert "nowhere" in state.reason
+    run(good, tmp_path / "run")
+    assert summary(tmp_path / "run")["status"] == "finished"
+    assert "nowhere" not in (tmp_path / "run/.hydra/config.yaml").read_text()
+
+
+def test_a_run_asked_to_stop_while_it_is_built_was_preempted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking = tiny(tmp_path, reward={"target": "going_away:score"})
+    (tmp_path / "going_away.py").write_text("import os; os.kill(os.getpid(), 15)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Preempted):
+        run(asking, tmp_path / "run")
+    state = read_state(tmp_path / "run", "run")
+    assert (state.status, state.reason) == ("preempted", "Preempted: SIGTERM")
+
+
+def test_a_run_that_is_refused_when_it_is_to_go_on_keeps_its_summary(
+    straight: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    before = summary(folder)
+    config = tiny(straight.parent, ppo={"steps": 7})
+    model = straight.parent / "model/config.json"
+    kept = model.read_text()
+    model.write_text(kept.replace("llama", "t5").replace("Llama", "T5"))
+    try:
+        with pytest.raises(ConfigError):
+            run(replace(config, resume=str(folder)), folder)
+    finally:
+        model.write_text(kept)
+    assert summary(folder) == before
+
+
 # ---- Numbers that are none, and runs that lead nowhere
 
 
