@@ -21,7 +21,8 @@ from tiny_runs import outcome, tiny
 from ppo_lab import checkpoint, gpus
 from ppo_lab.config import Config, conf_folder
 from ppo_lab.experiment import run
-from ppo_lab.multirun import OneRun, OwnFolder, Sweep, planned, unfinished, what_is_missing
+from ppo_lab.folders import OneRun, OwnFolder
+from ppo_lab.multirun import Sweep, planned, unfinished, what_is_missing
 from ppo_lab.run_lock import alone_in, in_use
 from ppo_lab.run_state import RunState, read_summary
 from ppo_lab.scheduler import is_requeued, join_processes

@@ -358,7 +358,7 @@ def test_a_new_sweep_is_refused_in_the_folder_of_another(tmp_path: Path) -> None
     command = ["-m", *tiny(tmp_path), "tracking=none", "seed=0,1", "hydra.sweep.dir=swept"]
     refused = ppo_lab(tmp_path, *command)
     assert refused.returncode == 1
-    assert f"{swept}: holds the runs of a sweep already (3)" in refused.stderr
+    assert f"{swept}: holds runs of a sweep already (3)" in refused.stderr
     assert "resume=true launches what is missing, another hydra.sweep.dir" in refused.stderr
     assert contents(swept) == before
 
