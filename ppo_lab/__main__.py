@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ppo_lab import __version__
-from ppo_lab.config import Config
-from ppo_lab.errors import ConfigError
+from ppo_lab import __version__, signals
+
+if TYPE_CHECKING:  # from the first moment on a signal is to find its handler
+    from pathlib import Path
+
+    from ppo_lab.config import Config
 
 
 def main() -> None:
     """Answer a question about the program, or run it."""
+    signals.end_quietly()
     asked = set(sys.argv[1:])
     if asked & {"--version"}:
         print(f"ppo_lab {__version__}")
@@ -30,16 +34,20 @@ def main() -> None:
 
 def train(config: Config, folder: Path, overrides: list[str]) -> float:
     """Train as configured and return the objective."""
-    from ppo_lab.experiment import run
-    from ppo_lab.memory import OutOfMemoryError, ways_out
-    from ppo_lab.update import TrainingDiverged
+    from ppo_lab.errors import ConfigError
+    from ppo_lab.run_lock import early_lock
 
-    try:
-        return run(config, folder, overrides)
-    except TrainingDiverged as error:
-        raise ConfigError(str(error)) from error
-    except OutOfMemoryError as error:
-        raise ConfigError(ways_out(error)) from error
+    with early_lock(folder):  # imports take seconds, in which the process may be killed
+        from ppo_lab.experiment import run
+        from ppo_lab.memory import OutOfMemoryError, ways_out
+        from ppo_lab.update import TrainingDiverged
+
+        try:
+            return run(config, folder, overrides)
+        except TrainingDiverged as error:
+            raise ConfigError(str(error)) from error
+        except OutOfMemoryError as error:
+            raise ConfigError(ways_out(error)) from error
 
 
 if __name__ == "__main__":

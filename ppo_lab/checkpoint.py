@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ppo_lab.errors import ConfigError
-from ppo_lab.folders import put_in_place
+from ppo_lab.on_disk import put_in_place
 from ppo_lab.record import Say, to_stderr
 
 FORMAT = 1

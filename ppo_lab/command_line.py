@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ppo_lab.command_reader import Check, CommandReader, a_hydra
 from ppo_lab.config import conf_folder, register_schema
-from ppo_lab.errors import ConfigError
+from ppo_lab.errors import ConfigError, message, refuse
 from ppo_lab.multirun import (
     launch_missing_only,
     record_hydra,
@@ -29,7 +29,7 @@ from ppo_lab.multirun import (
     with_search_defaults,
 )
 from ppo_lab.processes import launch as processes
-from ppo_lab.processes.launch import shared, speaks
+from ppo_lab.processes.launch import shared
 from ppo_lab.resume import MISSING_ONLY, resumed_command
 from ppo_lab.rules import suggestion
 from ppo_lab.scheduler import is_requeued, join_processes
@@ -62,13 +62,6 @@ def launch(job: Job, *, check: Check, config_name: str = "config") -> None:
     sys.argv[1:] = processes.without_a_folder(sys.argv[1:])
     entry = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=config_name)
     entry(_hydra_job(job, check))()
-
-
-def refuse(error: ConfigError) -> NoReturn:
-    """Print the problems, once for all processes that have them, and exit with code 1."""
-    if speaks(error):
-        sys.stderr.write(_message(error) + "\n")
-    sys.exit(1)
 
 
 def command_problems(argv: list[str], *, check: Check, config_name: str = "config") -> list[str]:
@@ -115,12 +108,6 @@ def _arguments(argv: list[str]) -> Namespace:
     return parser.parse_args(argv)
 
 
-def _message(error: ConfigError) -> str:
-    count = len(error.problems)
-    said = "this cannot run" if count == 1 else f"this cannot run, for {count} reasons"
-    return "\n".join([f"ppo_lab: {said}:", *(f"  {problem}" for problem in error.problems)])
-
-
 def _hydra_job(job: Job, check: Check) -> Callable[[DictConfig], float | None]:
     """The job as Hydra calls it: a refused run of a sweep lets the others go on."""
 
@@ -143,7 +130,7 @@ def _hydra_job(job: Job, check: Check) -> Callable[[DictConfig], float | None]:
             return job(config, folder, list(settings.overrides.task))
         except ConfigError as error:
             if settings.mode == RunMode.MULTIRUN:
-                raise CompactHydraException(_message(error)) from None
+                raise CompactHydraException(message(error)) from None
             refuse(error)
 
     return run

@@ -30,7 +30,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from ppo_lab.config import TYPED, conf_folder
 from ppo_lab.errors import ConfigError
-from ppo_lab.folders import unwritable
+from ppo_lab.on_disk import unwritable
 from ppo_lab.processes import launch as processes
 from ppo_lab.rules import TYPE_NAMES, allowed, suggestion
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import NoReturn
+
+from ppo_lab.processes.launch import speaks
 
 
 class ConfigError(ValueError):
@@ -15,3 +19,17 @@ class ConfigError(ValueError):
         """One problem, or several."""
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+def refuse(error: ConfigError) -> NoReturn:
+    """Print the problems, once for all processes that have them, and exit with code 1."""
+    if speaks(error):
+        sys.stderr.write(message(error) + "\n")
+    sys.exit(1)
+
+
+def message(error: ConfigError) -> str:
+    """All problems, a line each, under a line that says what they mean."""
+    count = len(error.problems)
+    said = "this cannot run" if count == 1 else f"this cannot run, for {count} reasons"
+    return "\n".join([f"ppo_lab: {said}:", *(f"  {problem}" for problem in error.problems)])

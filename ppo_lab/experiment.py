@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from ppo_lab.continuation import (
 )
 from ppo_lab.errors import ConfigError
 from ppo_lab.evaluation import Evaluation, Evaluator, latest_samples
-from ppo_lab.folders import put_in_place
 from ppo_lab.guards import (
     check_ceiling,
     explain,
@@ -45,17 +44,18 @@ from ppo_lab.guards import (
 )
 from ppo_lab.memory import check_fits
 from ppo_lab.models.loading import keep_quiet, load_tokenizer
+from ppo_lab.on_disk import put_in_place
 from ppo_lab.outcome import objective, summarise
 from ppo_lab.processes import launch
 from ppo_lab.processes.alone import Alone, joined
 from ppo_lab.processes.launch import shared
-from ppo_lab.record import to_stderr
-from ppo_lab.resume import differences, record_again, resume_command, run_folder
+from ppo_lab.record import to_stderr, write_summary
+from ppo_lab.resume import check_new, differences, record_again, resume_command, run_folder
 from ppo_lab.rewards import build_reward
 from ppo_lab.rewards.scoring import RewardError
 from ppo_lab.run_lock import alone_in
-from ppo_lab.run_state import RECORD
-from ppo_lab.secrecy import hidden, hidden_text
+from ppo_lab.run_state import RECORD, read_summary
+from ppo_lab.secrecy import hidden, reason_of
 from ppo_lab.signals import Preempted, Preemption
 from ppo_lab.sweep_index import indexed
 from ppo_lab.tracking import Composite, Tracker, open_trackers
@@ -64,6 +64,7 @@ from ppo_lab.update import TrainingDiverged
 from ppo_lab.vllm_sampler import VLLMSampler, engine_for
 
 Metrics = dict[str, float]
+BY_HYDRA = ("config.yaml", "hydra.yaml")  # without the other, config.yaml is of a run before
 ALONE = Alone()
 
 
@@ -114,8 +115,7 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
         config = processes.from_main(lambda: config)  # whether the run goes on is for one to say
         place = processes.from_main(lambda: place_of(config, folder))
         with taken(place, processes):
-            processes.from_main(lambda: record(config, place, overrides))
-            lab = build(processes.from_main(lambda: resolve(config)), place, overrides, processes)
+            lab = begin(config, place, overrides, processes)
             try:
                 train(lab, preemption)
                 save = lab.trainer.saver()
@@ -132,9 +132,10 @@ def place_of(config: Config, folder: Path) -> Path:
     """The run's folder: a new one, or that of the run that goes on.
 
     Raises:
-        ConfigError: that run cannot go on with these settings.
+        ConfigError: that run cannot go on with these settings, or it is one and is not asked to.
     """
     if not config.resume:
+        check_new(folder.absolute())
         return folder.absolute()
     if found := differences(config):
         raise ConfigError(found)
@@ -153,9 +154,21 @@ def taken(folder: Path, processes: Alone) -> Iterator[None]:
         yield
 
 
+def begin(config: Config, folder: Path, overrides: Sequence[str], processes: Alone) -> Lab:
+    """The run, written down and built; of one that comes no further the folder says why."""
+    try:
+        processes.from_main(lambda: record(config, folder, overrides))
+        return build(processes.from_main(lambda: resolve(config)), folder, overrides, processes)
+    except BaseException as error:
+        if processes.is_main and "steps" not in read_summary(folder):
+            with suppress(OSError):
+                write_summary(folder, {"status": status_of(error), "reason": reason_of(error)})
+        raise
+
+
 def record(config: Config, folder: Path, overrides: Sequence[str]) -> None:
     """Write down what the run is, unless Hydra has."""
-    if config.resume or not (folder / RECORD / "config.yaml").exists():
+    if config.resume or not all((folder / RECORD / name).exists() for name in BY_HYDRA):
         with writing(folder, RECORD):
             record_again(folder, config, overrides)
 
@@ -197,9 +210,12 @@ def fail(lab: Lab, error: BaseException) -> None:
         explain(error, lab.folder, lab.trainer.iterations_done + (error.batch is not None))
     if isinstance(error, RewardError) and _is_whole_and_not_kept(lab):
         lab.keeper.keep(lab, {}, due=True)
-    status = "preempted" if isinstance(error, Preempted | KeyboardInterrupt) else "failed"
-    reason = hidden_text(f"{type(error).__name__}: {error}")
-    lab.trackers.finish(status, {**summarise(lab), "reason": reason})
+    lab.trackers.finish(status_of(error), {**summarise(lab), "reason": reason_of(error)})
+
+
+def status_of(error: BaseException) -> str:
+    """What a run is that this ended."""
+    return "preempted" if isinstance(error, Preempted | KeyboardInterrupt) else "failed"
 
 
 def _is_whole_and_not_kept(lab: Lab) -> bool:

@@ -7,8 +7,6 @@ A sweep's folder holds `multirun.yaml`, `sweep.jsonl` and a numbered folder a ru
 from __future__ import annotations
 
 import atexit
-import json
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,29 +23,27 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from ppo_lab import gpus, sweep_index
 from ppo_lab.config import Config
 from ppo_lab.errors import ConfigError
-from ppo_lab.folders import claimed
 from ppo_lab.processes.launch import is_main
-from ppo_lab.record import brief, to_stderr, write_atomically
+from ppo_lab.record import to_stderr, write_atomically, write_summary
 from ppo_lab.resume import quoted, unquoted
 from ppo_lab.run_lock import in_use
 from ppo_lab.run_state import (
-    METRICS,
     RECORD,
-    SUMMARY,
     RunState,
     common,
     key_of,
     overrides_in,
     read_summary,
     settings,
+    work_in,
 )
 from ppo_lab.scheduler import join_processes
-from ppo_lab.secrecy import hidden_text
+from ppo_lab.secrecy import reason_of
 from ppo_lab.sweep_index import SWEEP_RECORD, states
 
 SWEEPS = f"outputs/multirun/*/*/{SWEEP_RECORD}"
@@ -154,8 +150,7 @@ def what_is_missing(config: Config, folder: Path) -> Config | float:
     summary = read_summary(folder)
     if summary.get("status") == "finished":
         return float(summary["objective"])
-    begun = (folder / METRICS).exists()
-    return replace(config, resume=str(folder) if begun and is_main() else "")
+    return replace(config, resume=str(folder) if work_in(folder) and is_main() else "")
 
 
 def record_hydra(folder: Path) -> None:
@@ -194,38 +189,18 @@ def plan_again(sweep: Path) -> None:
 
 
 def by_main_process(name: str) -> str | None:
-    """The folder for Hydra's records of a run; none in a process that is not to write them.
+    """The folder for Hydra's records of a run; none in a process that is not to write them, nor
+    where they lie already, of a run that goes on or of another.
 
     Hydra resolves it in the process that makes the run, before it asks anything of ours.
     """
     join_processes()
-    return name if is_main() else None
+    hydra: Any = HydraConfig.instance().cfg
+    place = OmegaConf.select(hydra, "hydra.runtime.output_dir") if hydra else None
+    return name if is_main() and not (place and work_in(Path(place))) else None
 
 
 OmegaConf.register_new_resolver("by_main_process", by_main_process, replace=True)
-
-
-class OwnFolder(Callback):
-    """Hydra's hook: a folder named by the clock is this run's, or this sweep's, and nobody else's.
-
-    A folder that was chosen is taken as it is: an agent of W&B's comes back to that of its run.
-    """
-
-    def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Claim the folder of a run."""
-        if _is_by_clock(config.hydra.run) and is_main():
-            _put(config.hydra.run, "dir", str(claimed(Path(config.hydra.run.dir))))
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Claim the folder of a sweep, whose path is absolute from here on: its runs may be made by
-        processes that were started elsewhere.
-        """
-        folder = Path(config.hydra.sweep.dir)
-        place = (claimed(folder) if _is_by_clock(config.hydra.sweep) else folder).absolute()
-        _put(config.hydra.sweep, "dir", str(place))
-        # Hydra composes every run anew, from the overrides alone.
-        with read_write(config), open_dict(config):
-            config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(place)}")
 
 
 class Sweep(Callback):
@@ -256,25 +231,12 @@ class Sweep(Callback):
             self._turn.close()
         folder = Path(config.hydra.runtime.output_dir)
         failed = job_return.status is JobStatus.FAILED and is_main()
-        if failed and not in_use(folder) and not read_summary(folder):
+        # Whoever trains there, or whose work lies there, is not the run that was refused.
+        if failed and not in_use(folder) and not work_in(folder) and not read_summary(folder):
             error = job_return._return_value  # `return_value` raises it
-            reason = hidden_text(f"{type(error).__name__}: {brief(error)}")
             with suppress(OSError):
-                text = json.dumps({"status": "failed", "reason": reason}, indent=2)
-                write_atomically(folder / SUMMARY, text + "\n")
+                write_summary(folder, {"status": "failed", "reason": reason_of(error)})
             sweep_index.note(folder)
-
-
-def _is_by_clock(node: DictConfig) -> bool:
-    """Whether a folder's name is made of the time alone."""
-    text = str(OmegaConf.to_container(node, resolve=False)["dir"])  # type: ignore[call-overload,index]
-    named = "WANDB_RUN_ID" in text and os.environ.get("WANDB_RUN_ID")
-    return "${now:" in text and not named
-
-
-def _put(node: DictConfig, key: str, value: str) -> None:
-    with read_write(node):
-        node[key] = value
 
 
 # ---- The last word of a sweep

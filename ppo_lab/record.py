@@ -72,6 +72,12 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Put summary.json into a run's folder, whole; NaN and infinities are null."""
+    text = json.dumps(strict(summary), indent=2, allow_nan=False)
+    write_atomically(folder / "summary.json", text + "\n")
+
+
 class _Lines:
     """One JSON-lines file. What the disk refuses waits in memory; no line is torn or doubled."""
 
@@ -81,10 +87,9 @@ class _Lines:
         self._whole = 0
 
     def start(self, *, resume_step: int | None) -> None:
-        """Empty, any older file set aside as *.old; or the older rows up to `resume_step`."""
+        """Empty; or the older rows up to `resume_step`."""
         if resume_step is None:
-            if self.path.exists():
-                self.path.replace(self.path.with_name(self.path.name + ".old"))
+            assert not self.path.exists(), f"{self.path}: a new run would lose these rows"
             return
         kept = [
             row for row in read_json_lines(self.path) if row.get("step", math.inf) <= resume_step
@@ -144,8 +149,7 @@ class JsonLines:
         """summary.json, put in place whole; and a last attempt at rows that the disk refused."""
         for lines in (self._metrics, self._samples):
             self._guarded(partial(lines.add, []))
-        text = json.dumps(strict({**summary, "status": status}), indent=2, allow_nan=False)
-        self._guarded(lambda: write_atomically(self.folder / "summary.json", text + "\n"))
+        self._guarded(lambda: write_summary(self.folder, {**summary, "status": status}))
         lost = len(self._metrics.waiting) + len(self._samples.waiting)
         if lost:
             self._say(f"{lost} rows of metrics and samples could not be written to {self.folder}")

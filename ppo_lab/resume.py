@@ -18,7 +18,7 @@ import yaml
 from ppo_lab.config import Config
 from ppo_lab.errors import ConfigError
 from ppo_lab.record import write_atomically
-from ppo_lab.run_state import RECORD, key_of, read_summary
+from ppo_lab.run_state import RECORD, key_of, read_summary, work_in
 from ppo_lab.secrecy import BLOT, hidden
 
 MISSING_ONLY = ("true", "True")  # of a sweep: each run finds its folder again, see `multirun`
@@ -69,6 +69,19 @@ def run_folder(resume: str) -> Path:
                 f"resume={resume}: holds no run (no {name}); one that had not begun is started anew"
             )
     return folder
+
+
+def check_new(folder: Path) -> None:
+    """Nothing, where a new run may begin in this folder.
+
+    Raises:
+        ConfigError: it holds a run, with whose files those of another would mix.
+    """
+    if found := work_in(folder):
+        raise ConfigError(
+            f"{folder}: holds a run already ({', '.join(found)}); {resume_command(folder)} goes on "
+            "with it, another hydra.run.dir=FOLDER takes a new one"
+        )
 
 
 def resumed_command(argv: Sequence[str]) -> list[str]:

@@ -12,15 +12,17 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ppo_lab.errors import ConfigError
+from ppo_lab.processes.launch import is_main
 
 LOCK = ".lock"
 PATIENCE = 1.0  # seconds; whoever only asks holds the lock for an instant
+_taken_early: dict[Path, BinaryIO] = {}  # by folder; until a run goes on with the lock
 
 
 @contextmanager
@@ -30,19 +32,49 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: somebody does.
     """
+    take_early(folder)
+    with _taken_early.pop(folder.resolve(), nullcontext()):
+        yield
+
+
+def take_early(folder: Path) -> None:
+    """Lock a folder in which a run is about to begin, whose `alone_in` then goes on with the lock.
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    if folder.resolve() in _taken_early:
+        return
     try:
         file = (folder / LOCK).open("a+b")  # emptied when the lock is held, not before
     except OSError:  # a folder that cannot be written is complained of elsewhere
-        yield
         return
-    with file:
-        if not _taken(file):
-            raise ConfigError(f"{folder}: another process is training in this folder")
-        with suppress(OSError):
-            file.truncate(0)
-            file.write(json.dumps(owner_now()).encode() + b"\n")
-            file.flush()
+    if not _taken(file):
+        file.close()
+        raise occupied(folder)
+    with suppress(OSError):
+        file.truncate(0)
+        file.write(json.dumps(owner_now()).encode() + b"\n")
+        file.flush()
+    _taken_early[folder.resolve()] = file
+
+
+@contextmanager
+def early_lock(folder: Path) -> Iterator[None]:
+    """The folder is locked while a run is being prepared, which is refused where it cannot be."""
+    if is_main():
+        with suppress(ConfigError):
+            take_early(folder)
+    try:
         yield
+    finally:
+        if file := _taken_early.pop(folder.resolve(), None):
+            file.close()
+
+
+def occupied(folder: Path) -> ConfigError:
+    """What is said to whoever wants a folder in which somebody trains."""
+    return ConfigError(f"{folder}: another process is training in this folder")
 
 
 def in_use(folder: Path) -> bool | None:

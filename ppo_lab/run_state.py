@@ -21,6 +21,7 @@ from ppo_lab.run_lock import in_use, owner
 
 SILENT_FOR = 900.0  # seconds without a new line after which a run on another machine has crashed
 SUMMARY, METRICS, RECORD = "summary.json", "metrics.jsonl", ".hydra"
+WORK = (METRICS, "samples.jsonl", "checkpoints", "model")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -50,7 +51,7 @@ def read_state(folder: Path, name: str, overrides: Iterable[str] | None = None) 
     if mark and not summary and not in_use(folder):
         status, reason = "broken", f"{SUMMARY} cannot be read"
     own = overrides_in(folder / RECORD / "overrides.yaml") if overrides is None else overrides
-    steps = summary.get("steps") if summary else last_step(folder)
+    steps = summary["steps"] if "steps" in summary else last_step(folder)
     return RunState(
         run=name,
         status=status,
@@ -159,6 +160,17 @@ def subfolders(folder: Path) -> list[Path]:
 def is_run(folder: Path) -> bool:
     """Whether a run has left anything in this folder."""
     return any((folder / name).exists() for name in (SUMMARY, RECORD, METRICS))
+
+
+def work_in(folder: Path) -> list[str]:
+    """What a run's work has left in this folder, by name: a new run would mix with it.
+
+    Nothing is left of a run that was refused or killed before it evaluated anything; its summary,
+    where it has one, counts no steps.
+    """
+    found = [name for name in WORK if os.path.lexists(folder / name)]
+    summary = read_summary(folder)
+    return found + [SUMMARY] * (mark_of(folder) != () and (not summary or "steps" in summary))
 
 
 def numerically(name: str) -> tuple[int, str]:

@@ -36,6 +36,11 @@ def hidden_text(text: str) -> str:
     return KNOWN.sub(BLOT, text)
 
 
+def reason_of(error: BaseException) -> str:
+    """An error's kind and what it says, on one line, for a run's summary."""
+    return hidden_text(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
 def hidden(value: Any, name: str = "") -> Any:
     """A nested configuration with its secrets blotted out; free-form keys are judged by name."""
     if isinstance(value, Mapping):

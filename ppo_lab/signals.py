@@ -11,13 +11,32 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
+
+from ppo_lab.processes.launch import is_first_here
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done yet, try again
+INTERRUPTED = 130  # what shells say of a program that SIGINT ended
 ENDINGS = (signal.SIGTERM, signal.SIGINT)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # before a time limit or a preemption, as configured
-DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 SHOW_CURSOR = "\x1b[?25h"
+
+
+def end_quietly() -> None:
+    """Have Ctrl-C end the process with a line, where it would with a traceback: for as long as
+    there is no run yet, whose `Preemption` has more to say.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(number: int, _: FrameType | None) -> NoReturn:
+    if is_first_here():
+        _tell("ppo_lab: interrupted\n")
+    raise SystemExit(INTERRUPTED)
+
+
+DEFAULTS = (signal.SIG_DFL, signal.default_int_handler, _end)
 
 
 class Preempted(SystemExit):

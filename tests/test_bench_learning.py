@@ -31,6 +31,7 @@ from ppo_lab.bench.learning.runs import (
     judge,
     overrides,
     run,
+    train_and_judge,
     variant,
 )
 from ppo_lab.bench.learning.task import Task
@@ -193,6 +194,23 @@ def test_a_record_goes_on_and_refuses_other_work(task: Task, tmp_path: Path) -> 
     other = Task(task.model, task.reward_model, task.prompts, iterations=3)
     with pytest.raises(RuntimeError, match="another task"):
         Record(file, other, {})
+
+
+def test_a_run_that_was_not_kept_is_made_in_an_empty_folder(task: Task, tmp_path: Path) -> None:
+    left = tmp_path / "ppo_lab-beta0.3-seed1" / "checkpoints"
+    left.mkdir(parents=True)
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ntest -e {left} && echo something is left; exit 1\n")
+    python.chmod(0o755)
+    todo, record = iter([Cell("ppo_lab", 0.3, 1)]), Record(None, task, {})
+    with pytest.raises(RuntimeError, match="ppo_lab failed") as failed:
+        train_and_judge(
+            *(todo, CONTESTANTS, task, {"ppo_lab": python}, record),
+            folder=tmp_path,
+            threads=1,
+            say=print,
+        )
+    assert "something is left" not in str(failed.value)
 
 
 def test_a_process_is_measured_and_its_failure_said() -> None:

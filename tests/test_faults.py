@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -29,7 +30,8 @@ from ppo_lab.experiment import build, run
 from ppo_lab.guards import warn_of_remote_code, warn_of_weak_penalty
 from ppo_lab.memory import Passes, check_fits
 from ppo_lab.rewards.scoring import RewardError
-from ppo_lab.signals import EXIT_CODE, Preempted
+from ppo_lab.run_state import read_state
+from ppo_lab.signals import EXIT_CODE, Preempted, Preemption, end_quietly
 from ppo_lab.update import TrainingDiverged
 
 pytestmark = pytest.mark.filterwarnings(
@@ -116,6 +118,117 @@ def test_handlers_are_put_back(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     run(tiny(tmp_path, ppo={"steps": 1}), tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+STRUCK = """
+import os, runpy, signal, sys
+
+def strike(event, arguments):
+    if event == "import" and arguments[0] == when:
+        os.kill(os.getpid(), number)
+
+number, when = int(sys.argv.pop(1)), sys.argv.pop(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+sys.addaudithook(strike)
+runpy.run_module("ppo_lab", run_name="__main__")
+"""
+
+
+def struck(
+    folder: Path, number: signal.Signals, imported: str, *more: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m ppo_lab`, which gets a signal when it imports something."""
+    words = [str(int(number)), imported, *command(folder), *more]
+    program = [sys.executable, "-c", STRUCK, *words]
+    return subprocess.run(program, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("imported", ["ppo_lab.command_line", "hydra", "torch"])
+def test_ctrl_c_before_there_is_a_run_ends_with_a_line_and_no_traceback(
+    tmp_path: Path, imported: str
+) -> None:
+    ended = struck(tmp_path, signal.SIGINT, imported, "hydra.run.dir=run")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "ppo_lab: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("more", "run"),
+    [(["hydra.run.dir=run"], "run"), (["hydra.sweep.dir=swept", "-m"], "swept/0")],
+    ids=["a run", "a run of a sweep"],
+)
+def test_a_run_killed_while_it_imports_has_crashed(
+    tmp_path: Path, more: list[str], run: str
+) -> None:
+    struck(tmp_path, signal.SIGKILL, "ppo_lab.experiment", *more)
+    assert (tmp_path / run / ".hydra/config.yaml").exists()
+    assert read_state(tmp_path / run, run).status == "crashed"
+
+
+def test_a_run_takes_the_programs_own_ending_for_none_and_puts_it_back(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        end_quietly()
+        with Preemption() as preemption:
+            preemption.deferred = True
+            os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.asked == "SIGINT"
+        assert "once more stops at once" in capfd.readouterr().err
+        with pytest.raises(SystemExit) as ended:
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
+
+
+# ---- Runs that are refused while they are built
+
+
+def test_a_run_refused_while_it_is_built_has_failed_and_says_why_and_may_be_begun_again(
+    tmp_path: Path,
+) -> None:
+    good = tiny(tmp_path, ppo={"steps": 1}, lora={"r": 0})
+    bad = replace(good, lora=replace(good.lora, r=4, target_modules=["nowhere"]))
+    with pytest.raises(ConfigError):
+        run(bad, tmp_path / "run")
+    state = read_state(tmp_path / "run", "run")
+    assert (state.status, state.steps) == ("failed", 0)
+    assert state.reason.startswith("ConfigError: ")
+    assert "nowhere" in state.reason
+    run(good, tmp_path / "run")
+    assert summary(tmp_path / "run")["status"] == "finished"
+    assert "nowhere" not in (tmp_path / "run/.hydra/config.yaml").read_text()
+
+
+def test_a_run_asked_to_stop_while_it_is_built_was_preempted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking = tiny(tmp_path, reward={"target": "going_away:score"})
+    (tmp_path / "going_away.py").write_text("import os; os.kill(os.getpid(), 15)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Preempted):
+        run(asking, tmp_path / "run")
+    state = read_state(tmp_path / "run", "run")
+    assert (state.status, state.reason) == ("preempted", "Preempted: SIGTERM")
+
+
+def test_a_run_that_is_refused_when_it_is_to_go_on_keeps_its_summary(
+    straight: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    before = summary(folder)
+    config = tiny(straight.parent, ppo={"steps": 7})
+    model = straight.parent / "model/config.json"
+    kept = model.read_text()
+    model.write_text(kept.replace("llama", "t5").replace("Llama", "T5"))
+    try:
+        with pytest.raises(ConfigError):
+            run(replace(config, resume=str(folder)), folder)
+    finally:
+        model.write_text(kept)
+    assert summary(folder) == before
 
 
 # ---- Numbers that are none, and runs that lead nowhere
@@ -607,7 +720,7 @@ def test_a_penalty_that_need_not_lead_back_is_announced() -> None:
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path: Path) -> None:
     script = Path(__file__).parent / "faults/kill_many.py"
     done = subprocess.run(
-        [os.sys.executable, str(script), "--kills", "3", "--folder", str(tmp_path)],
+        [sys.executable, str(script), "--kills", "3", "--folder", str(tmp_path)],
         capture_output=True,
         text=True,
     )

@@ -57,11 +57,11 @@ def test_resuming_drops_later_rows_and_a_torn_last_line(tmp_path):
     assert steps(tmp_path, "samples.jsonl") == [1, 2, 3, 4, 5]
 
 
-def test_a_new_run_in_an_old_folder_sets_the_old_record_aside(tmp_path):
+def test_a_new_record_is_not_begun_over_an_old_one(tmp_path):
     JsonLines(tmp_path).log({"kl": 1.0}, 1)
-    JsonLines(tmp_path).log({"kl": 2.0}, 1)
-    assert read_json_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "kl": 2.0}]
-    assert read_json_lines(tmp_path / "metrics.jsonl.old") == [{"step": 1, "kl": 1.0}]
+    with pytest.raises(AssertionError, match="would lose these rows"):
+        JsonLines(tmp_path)
+    assert read_json_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "kl": 1.0}]
 
 
 def test_the_summary_is_strict_json_with_the_status_and_leaves_no_scraps(tmp_path):

@@ -15,8 +15,15 @@ from tiny_runs import Killed, kill, metrics, outcome, tiny
 from ppo_lab import checkpoint
 from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import run
-from ppo_lab.resume import differences, is_finished, resume_command, resumed_command
+from ppo_lab.resume import (
+    check_new,
+    differences,
+    is_finished,
+    resume_command,
+    resumed_command,
+)
 from ppo_lab.run_lock import alone_in
+from ppo_lab.run_state import WORK
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Could not find a config file:UserWarning"  # PEFT, of a model that has no folder
@@ -213,11 +220,64 @@ def test_two_processes_do_not_train_in_one_folder(again: tuple[Any, Path]) -> No
         run(config, folder)
 
 
-def test_nothing_resumes_by_accident(finished: Path, tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused_before_anything_is_written(
+    again: tuple[Any, Path], tmp_path: Path
+) -> None:
+    _, folder = again
+    with alone_in(folder):
+        before = contents(folder)
+        command = tiny_runs.command(tmp_path, "seed=9", f"hydra.run.dir={folder}")
+        refused = tiny_runs.start(tmp_path, *command)
+        said, _ = refused.communicate(timeout=60)
+        assert contents(folder) == before
+    assert refused.returncode == 1
+    assert said.splitlines()[1:] == [f"  {folder}: another process is training in this folder"]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("left", [*WORK, "summary.json"])
+def test_a_new_run_is_refused_where_anything_of_another_lies(
+    finished: Path, tmp_path: Path, left: str
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished / "run", folder)
-    run(tiny(finished, ppo={"steps": 1}), folder)
-    assert len(metrics(folder)) == 1
+    for name in {*WORK, "summary.json"} - {left}:
+        one = folder / name
+        shutil.rmtree(one) if one.is_dir() else one.unlink()
+    with pytest.raises(ConfigError) as refused:
+        run(tiny(finished), folder)
+    assert f"holds a run already ({left})" in str(refused.value)
+    assert resume_command(folder) in str(refused.value)
+    assert "another hydra.run.dir" in str(refused.value)
+
+
+def test_a_command_in_a_folder_that_holds_a_run_leaves_it_as_it_is(
+    again: tuple[Any, Path], tmp_path: Path
+) -> None:
+    _, folder = again
+    before = contents(folder)
+    words = tiny_runs.command(tmp_path, "seed=9", f"hydra.run.dir={folder}")
+    refused = tiny_runs.start(tmp_path, *words)
+    said, _ = refused.communicate(timeout=60)
+    assert refused.returncode == 1
+    assert "holds a run already" in said
+    assert contents(folder) == before
+
+
+def test_a_new_run_may_begin_where_others_have_made_nothing(tmp_path: Path) -> None:
+    check_new(tmp_path / "nowhere")
+    check_new(tmp_path)
+    with alone_in(tmp_path):  # what is left of a run that was refused, or killed, or by anybody
+        (tmp_path / ".hydra").mkdir()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "summary.json").write_text('{"status": "failed", "reason": "no such model"}')
+    check_new(tmp_path)
+    (tmp_path / "summary.json").write_text('{"status": "fin')
+    with pytest.raises(ConfigError, match=r"\(summary.json\)"):
+        check_new(tmp_path)
 
 
 def test_a_command_that_resumes_repeats_the_runs_own_overrides_before_its_own(

@@ -20,8 +20,9 @@ from made_up_runs import make_run
 from scale.thousand_runs import measured
 
 from ppo_lab import sweep_index
+from ppo_lab.errors import ConfigError
 from ppo_lab.folders import claimed
-from ppo_lab.run_lock import LOCK, alone_in, in_use, owner
+from ppo_lab.run_lock import LOCK, alone_in, early_lock, in_use, owner, take_early
 from ppo_lab.run_state import RunState, fate, last_step, read_state, settings
 from ppo_lab.runs import main
 from ppo_lab.sweep_index import INDEX, append, indexed, plan, read, states
@@ -98,6 +99,26 @@ def test_a_run_at_work_is_running_and_one_that_was_killed_has_crashed(tmp_path: 
     status, why = fate(run, {})
     assert status == "crashed"
     assert "its process is gone" in why
+
+
+def test_a_lock_that_was_taken_early_is_the_runs_and_goes_with_it(tmp_path: Path) -> None:
+    take_early(tmp_path)
+    take_early(tmp_path)
+    assert in_use(tmp_path)
+    with alone_in(tmp_path):
+        assert in_use(tmp_path)
+        with pytest.raises(ConfigError, match="another process"):
+            take_early(tmp_path)
+    assert in_use(tmp_path) is False
+
+
+def test_a_lock_that_was_taken_early_is_let_go_where_no_run_begins(tmp_path: Path) -> None:
+    with early_lock(tmp_path):
+        assert in_use(tmp_path)
+    assert in_use(tmp_path) is False
+    with alone_in(tmp_path), early_lock(tmp_path):
+        pass  # whoever cannot have it is told so when the run is to begin
+    assert owner(tmp_path)["pid"] == os.getpid()
 
 
 def test_of_a_run_on_another_machine_the_age_of_its_files_tells(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from tiny_runs import outcome, tiny
 from ppo_lab import checkpoint, gpus
 from ppo_lab.config import Config, conf_folder
 from ppo_lab.experiment import run
-from ppo_lab.multirun import OwnFolder, Sweep, planned, unfinished, what_is_missing
-from ppo_lab.run_lock import alone_in
+from ppo_lab.folders import OneRun, OwnFolder
+from ppo_lab.multirun import Sweep, planned, unfinished, what_is_missing
+from ppo_lab.run_lock import alone_in, in_use
 from ppo_lab.run_state import RunState, read_summary
 from ppo_lab.scheduler import is_requeued, join_processes
 from ppo_lab.signals import Preempted, Preemption
@@ -237,6 +238,26 @@ def test_a_folder_that_was_chosen_and_that_of_an_agents_run_are_taken_as_they_ar
     config = composed(f"{tmp_path}/${{oc.env:WANDB_RUN_ID,${{now:%Y}}}}")
     OwnFolder().on_run_start(config)
     assert config.hydra.run.dir == f"{tmp_path}/run1"
+
+
+def test_a_job_that_is_requeued_may_go_on_in_the_folder_of_its_run_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    config = OmegaConf.merge(composed(str(tmp_path)), {"resume": ""})
+    with pytest.raises(SystemExit):
+        OneRun().on_run_start(config)
+    assert "holds a run already (metrics.jsonl)" in capsys.readouterr().err
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "17")
+    with pytest.raises(SystemExit):
+        OneRun().on_run_start(config)
+    with alone_in(tmp_path):  # as that job, the first time
+        pass
+    OneRun().on_run_start(config)
+    assert in_use(tmp_path)
+    with alone_in(tmp_path):
+        pass
 
 
 def test_of_the_processes_of_one_run_only_the_first_makes_a_folder(

@@ -14,8 +14,8 @@ import ppo_lab
 
 PACKAGE = Path(ppo_lab.__file__).parent
 HYDRA = {"hydra", "omegaconf"}
-MAY_IMPORT_HYDRA = {"__main__", "config", "command_line", "command_reader", "help", "multirun"}
-MAY_IMPORT_HYDRA |= {"stages", "sft", "reward_model"}
+MAY_IMPORT_HYDRA = {"__main__", "config", "command_line", "command_reader", "folders", "help"}
+MAY_IMPORT_HYDRA |= {"multirun", "stages", "sft", "reward_model"}
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "base"}
 
 

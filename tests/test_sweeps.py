@@ -352,6 +352,39 @@ def test_a_search_maximises_and_goes_on_after_a_failure_unless_told_otherwise() 
     assert with_search_defaults(command) == [*command, "hydra.sweeper.max_failure_rate=1.0"]
 
 
+def test_a_new_sweep_is_refused_in_the_folder_of_another(tmp_path: Path) -> None:
+    swept = made_run(tmp_path / "swept" / "3").parent
+    before = contents(swept)
+    command = ["-m", *tiny(tmp_path), "tracking=none", "seed=0,1", "hydra.sweep.dir=swept"]
+    refused = ppo_lab(tmp_path, *command)
+    assert refused.returncode == 1
+    assert f"{swept}: holds runs of a sweep already (3)" in refused.stderr
+    assert "resume=true launches what is missing, another hydra.sweep.dir" in refused.stderr
+    assert contents(swept) == before
+
+
+def test_a_run_of_a_sweep_is_refused_in_a_folder_that_holds_another(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "swept" / "mine")
+    before = contents(run)
+    place = ["hydra.sweep.dir=swept", "hydra.sweep.subdir=mine"]
+    refused = ppo_lab(tmp_path, "-m", *tiny(tmp_path), "tracking=none", *place)
+    assert refused.returncode == 1
+    assert f"{run}: holds a run already (metrics.jsonl)" in refused.stderr
+    assert {name: text for name, text in contents(run).items() if name.name != ".lock"} == before
+
+
+def made_run(folder: Path) -> Path:
+    """A run that was killed after its first iteration."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text("[seed=7]")
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    return folder
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 @pytest.mark.slow
 def test_a_failed_run_leaves_the_others_alone_and_runs_again(tmp_path: Path) -> None:
     fuse = tmp_path / "fuse"
@@ -519,9 +552,9 @@ def test_optuna_maximises_and_goes_on_with_its_study(tmp_path: Path) -> None:
     study = [f"hydra.sweeper.storage=sqlite:///{tmp_path}/study.db", "hydra.sweeper.study_name=a"]
     search = ["hydra/sweeper=optuna", *study, "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"]
     space = "ppo.init_kl_coef=tag(log, interval(0.01, 0.3))"
-    command = ["-m", *search, *tiny(tmp_path), "tracking=none", space, "hydra.sweep.dir=swept"]
-    for trials in (2, 4):
-        done = ppo_lab(tmp_path, *command)
+    command = ["-m", *search, *tiny(tmp_path), "tracking=none", space]
+    for trials in (2, 4):  # each time in a folder of their own: trials are numbered anew
+        done = ppo_lab(tmp_path, *command, f"hydra.sweep.dir=swept-{trials}")
         assert done.returncode == 0, done.stderr
         optuna = pytest.importorskip("optuna")
         found = optuna.load_study(study_name="a", storage=f"sqlite:///{tmp_path}/study.db")

@@ -254,7 +254,7 @@ def test_wandb_mode_of_the_environment_is_respected(logged_out, monkeypatch):
     said, _, _ = train(logged_out, range(1, 3))
     assert said == ["W&B: none, by WANDB_MODE=disabled"]
     monkeypatch.setenv("WANDB_MODE", "offline")
-    said, _, _ = train(logged_out, range(1, 3))
+    said, _, _ = train(logged_out / "another", range(1, 3))
     assert said[0].startswith("W&B: offline, by WANDB_MODE=offline")
 
 

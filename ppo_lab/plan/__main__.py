@@ -6,8 +6,8 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from ppo_lab.command_line import configurations, refuse
-from ppo_lab.errors import ConfigError
+from ppo_lab.command_line import configurations
+from ppo_lab.errors import ConfigError, refuse
 from ppo_lab.plan.devices import DEVICES
 from ppo_lab.plan.request import Request, read
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from ppo_lab import local_model
 from ppo_lab.errors import ConfigError
-from ppo_lab.folders import unwritable
+from ppo_lab.on_disk import unwritable
 from ppo_lab.record import brief
 from ppo_lab.rules import device_problem, illegal_values, matches, model_folder
 from ppo_lab.stages.config import RewardModelConfig, SFTConfig, StageSection

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -198,6 +199,7 @@ def train_and_judge(
             continue
         contestant = contestants[cell.contestant]
         output = folder / f"{contestant.folder}-beta{cell.beta:g}-seed{cell.seed}"
+        shutil.rmtree(output, ignore_errors=True)  # of a run that was not kept
         spec = task.spec(prompts=prompts, beta=cell.beta, seed=cell.seed, threads=threads)
         command = contestant.command(pythons[cell.contestant], spec | {"output": str(output)})
         _, cost = run(command, name=cell.contestant, threads=threads)
