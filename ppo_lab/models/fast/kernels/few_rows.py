@@ -2,10 +2,10 @@
 
     y = x W^T + b + s (x A^T) B^T
 
-A token's pass has a row a sample: what it takes is to read W once, or less than that, the launches.
-So the adapter's two products are made beside the weight's, from the same tiles of x, by every
-program for itself: A is small. Sums are float32; as elsewhere x A^T is rounded to the precision of
-x before it goes on.
+A token's pass has a row a sample: of a product little more remains than to read W, and a kernel of
+its own for each of the adapter's two small ones would take as long again. So they are made beside
+the weight's, from the same tiles of x, by every program for itself: A is small. Sums are float32;
+as elsewhere x A^T is rounded to the precision of x before it goes on.
 
 Where outputs are too few to keep a GPU busy, several programs share a tile of them, each with a
 part of the inputs; the last of them to be done adds the parts up, in their order, so that the sum
