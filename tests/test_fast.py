@@ -34,7 +34,7 @@ from ppo_lab.bench.equality import tiny_policy
 from ppo_lab.config import LoraSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.choice import FAN, LEVELS, choose
-from ppo_lab.models.fast import draws, families, gemm
+from ppo_lab.models.fast import draws, families, gemm, products
 from ppo_lab.models.fast.attention import KeysAndValues, attend, blocks_of, last_columns
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.draws import draw_from
@@ -406,7 +406,7 @@ def library(request: Any, monkeypatch: Any) -> None:
     """Frozen weights multiplied by either library, whatever this processor prefers."""
     if request.param == "onednn" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("torch was built without oneDNN")
-    monkeypatch.setattr(gemm, "_takes_onednn", lambda dtype: request.param == "onednn")
+    monkeypatch.setattr(gemm, "takes_onednn", lambda dtype: request.param == "onednn")
 
 
 @pytest.mark.usefixtures("library")
@@ -430,6 +430,29 @@ def test_products_and_their_gradients_are_torchs_by_either_library(
             assert_close(ours, wanted)
             slopes = [torch.autograd.grad(y, given, g)[0] for y in (ours, wanted)]
             assert_close(*slopes)
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias", "both"])
+@pytest.mark.parametrize("rows", [0, 3, 40])
+def test_trained_products_have_torchs_gradients_by_another_library(
+    rows: int, trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(gemm, "takes_onednn", lambda dtype: True)
+    monkeypatch.setattr(products, "SMALL", 0)
+    layer, g = torch.nn.Linear(7, 9), torch.randn(rows, 9)
+    layer.weight.requires_grad_(trained != "bias")
+    layer.bias.requires_grad_(trained != "weight")
+    x = torch.randn(7, rows).t().requires_grad_()
+    found = []
+    for function in (product, torch.nn.functional.linear):
+        y = function(x, layer.weight, layer.bias)
+        wanted = [p for p in (x, *layer.parameters()) if p.requires_grad]
+        found.append([y, *torch.autograd.grad(y, wanted, g)])
+    assert type(found[0][0].grad_fn).__name__ == "_TrainedBackward"
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs)
 
 
 @pytest.mark.usefixtures("library")

@@ -116,7 +116,7 @@ def test_counted_flops_are_what_torch_counts(kind: str, lora: bool, monkeypatch:
 
     model = policy(kind, lora=lora, attn_implementation="eager")  # torch counts no other on a CPU
     model.trunk._fast = None
-    monkeypatch.setattr(gemm, "_takes_onednn", lambda dtype: False)  # of which torch counts nothing
+    monkeypatch.setattr(gemm, "takes_onednn", lambda dtype: False)  # of which torch counts nothing
     tokens = ragged()
     rectangle = Amount.of([(4, 5)] * 4)  # torch counts padding
     rectangle = rectangle._replace(scored=int(tokens.mask.sum()), pairs=4 * 8 * 8)

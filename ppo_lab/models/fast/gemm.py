@@ -51,7 +51,7 @@ def times(
     if weight.dtype != x.dtype:
         return _widened(x, weight, bias)
     thin = x.dtype == torch.float32 and len(x) <= THIN and weight.numel() < LARGE
-    if _takes_onednn(x.dtype) and not thin:
+    if takes_onednn(x.dtype) and not thin:
         return _by_onednn(x, weight, bias)
     if bias is None:
         return torch.mm(weight, x.t()).t()
@@ -70,7 +70,7 @@ def pulled_back(
         for g, w in zip(*_tiles(grad, weight), strict=True):
             slope.addmm_(g, w.to(g.dtype))
         return slope
-    if _takes_onednn(grad.dtype):
+    if takes_onednn(grad.dtype):
         return _by_onednn(grad, weight.t())
     # Of a layer that narrows, it lies as the slope of the activation before it does.
     narrows = weight.shape[0] < weight.shape[1]
@@ -83,7 +83,7 @@ def wide(
     bias: Float[Tensor, " outputs"] | None = None,
 ) -> Float[Tensor, "rows outputs"]:
     """x W^T + b, contiguous, for few rows and many outputs."""
-    by_mkl = x.dtype == weight.dtype == torch.float32 and not _takes_onednn(x.dtype)
+    by_mkl = x.dtype == weight.dtype == torch.float32 and not takes_onednn(x.dtype)
     if not (by_mkl and len(weight) >= WIDE and weight.is_contiguous()):
         return times(x, weight, bias).contiguous()
     rows, inputs = x.shape
@@ -101,7 +101,7 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @functools.cache
-def _takes_onednn(dtype: torch.dtype) -> bool:
+def takes_onednn(dtype: torch.dtype) -> bool:
     """Whether oneDNN's products with W as it lies are the fastest here."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False

@@ -21,6 +21,9 @@ STEP = 128
 LARGEST = 2**24
 WIDEST_ADAPTER = 64
 
+# Trained weights of fewer numbers, which stay in a core's cache, are left to torch everywhere.
+SMALL = 2**16
+
 
 def product(
     x: Float[Tensor, "rows inputs"], weight: Float[Tensor, "outputs inputs"], bias: Tensor | None
@@ -30,6 +33,8 @@ def product(
         return _times(x, weight, bias)
     if x.device.type == "cpu" and not _is_trained(weight, bias):
         return _Frozen.apply(x, weight, bias)
+    if _is_worth_its_own(x, weight):
+        return _Trained.apply(x, weight, bias)
     return F.linear(x, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
 
 
@@ -54,6 +59,25 @@ class _Frozen(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return _pulled_back(grads[0], weight), None, None
+
+
+class _Trained(torch.autograd.Function):
+    """x W^T + b with the gradients g W of x, g^T x of W and sum(g) of b."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _times(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return (
+            _pulled_back(grad, weight) if for_x else None,
+            grad.t() @ x if for_weight else None,
+            grad.sum(0) if for_bias else None,
+        )
 
 
 class _Adapted(torch.autograd.Function):
@@ -134,6 +158,13 @@ def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 def _pairs(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """A and B of each adapter."""
     return list(zip(matrices[::2], matrices[1::2], strict=True))
+
+
+def _is_worth_its_own(x: Tensor, weight: Tensor) -> bool:
+    """Whether a trained weight is multiplied faster by another library than torch's choice."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != x.dtype:
+        return False
+    return weight.numel() >= SMALL and gemm.takes_onednn(x.dtype)
 
 
 def _is_trained(weight: Tensor, bias: Tensor | None) -> bool:
