@@ -196,3 +196,18 @@ def test_pairs_that_are_all_too_long_are_refused(assets: Path, tmp_path: Path) -
     )
     with pytest.raises(ConfigError, match=r"fit\.max_length=4"):
         run_reward_model(config, tmp_path, [])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_stage_of_one_step_learns(assets: Path, tmp_path: Path, schedule: str) -> None:
+    config = SFTConfig(
+        model=ModelSection(path=str(assets / "stories260K")),
+        lora=LoraSection(r=0),
+        data=SFTDataSection(path=str(assets / "data/sentence_polarity.jsonl"), limit=12),
+        fit=FitSection(learning_rate=5e-3, max_length=96, lr_schedule=schedule),
+        device="cpu",
+    )
+    run_sft(config, tmp_path, [])
+    report = json.loads((tmp_path / "model/report.json").read_text())
+    assert report["steps"] == 1
+    assert report["held_out_loss"] < report["held_out_loss_before"] - 0.01

@@ -28,7 +28,10 @@ class FitSection:
         "linear", "learning rate over the stage", choices=("constant", "linear", "cosine")
     )
     warmup_ratio: float = knob(
-        0.03, "share of the steps over which the learning rate rises from 0", at_least=0, below=1
+        0.03,
+        "share of the steps over which the learning rate rises, rounded down",
+        at_least=0,
+        below=1,
     )
     weight_decay: float = knob(0.0, "decoupled weight decay", at_least=0)
     max_grad_norm: float = knob(1.0, "largest gradient norm; 0 = unlimited", at_least=0)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ppo_lab.optim import make_schedule
 from ppo_lab.stages.config import FitSection
 
 
@@ -28,10 +29,6 @@ def training_arguments(
         "per_device_eval_batch_size": fit.batch_size,
         "gradient_accumulation_steps": fit.gradient_accumulation_steps,
         "learning_rate": fit.learning_rate,
-        "lr_scheduler_type": fit.lr_schedule
-        if fit.warmup_ratio == 0 or fit.lr_schedule != "constant"
-        else "constant_with_warmup",
-        "warmup_steps": fit.warmup_ratio,
         "weight_decay": fit.weight_decay,
         "max_grad_norm": fit.max_grad_norm,
         "max_length": fit.max_length,
@@ -89,6 +86,25 @@ def silence(trainer: Any) -> None:
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+
+
+def follow_schedule(trainer: Any, fit: FitSection) -> None:
+    """Give the trainer the course of the learning rate that PPO has.
+
+    transformers' own begins a warm-up at 0 and makes it a step long at least: a stage of one
+    optimizer step would learn nothing.
+    """
+
+    def create(num_training_steps: int, optimizer: Any = None) -> Any:
+        trainer.lr_scheduler = make_schedule(
+            optimizer or trainer.optimizer,
+            lr_schedule=fit.lr_schedule,
+            warmup_steps=int(fit.warmup_ratio * num_training_steps),
+            steps=num_training_steps,
+        )
+        return trainer.lr_scheduler
+
+    trainer.create_scheduler = create
 
 
 def run(trainer: Any, what: str) -> dict[str, float]:

@@ -8,7 +8,15 @@ from typing import Any
 from ppo_lab import trl_parts
 from ppo_lab.errors import ConfigError
 from ppo_lab.stages.config import FitSection
-from ppo_lab.stages.fitting import quiet, run, save, scratch_folder, silence, training_arguments
+from ppo_lab.stages.fitting import (
+    follow_schedule,
+    quiet,
+    run,
+    save,
+    scratch_folder,
+    silence,
+    training_arguments,
+)
 
 
 def fit_reward_model(
@@ -52,6 +60,7 @@ def fit_reward_model(
             peft_config=peft_config,
         )
         silence(trainer)
+        follow_schedule(trainer, fit)
         _refuse_empty(trainer, train, held_out, max_length=fit.max_length)
         kept = len(trainer.train_dataset)
         report = {"pairs": kept, "pairs_too_long": len(train) - kept, **run(trainer, what)}

@@ -7,7 +7,15 @@ from typing import Any
 
 from ppo_lab import trl_parts
 from ppo_lab.stages.config import FitSection
-from ppo_lab.stages.fitting import quiet, run, save, scratch_folder, silence, training_arguments
+from ppo_lab.stages.fitting import (
+    follow_schedule,
+    quiet,
+    run,
+    save,
+    scratch_folder,
+    silence,
+    training_arguments,
+)
 
 
 def fit_sft(
@@ -46,6 +54,7 @@ def fit_sft(
             peft_config=peft_config,
         )
         silence(trainer)
+        follow_schedule(trainer, fit)
         before = _held_out_loss(trainer, held_out)
         report: dict[str, Any] = {"examples": len(train), **run(trainer, what)}
         after = _held_out_loss(trainer, held_out)
