@@ -211,3 +211,32 @@ def test_a_stage_of_one_step_learns(assets: Path, tmp_path: Path, schedule: str)
     report = json.loads((tmp_path / "model/report.json").read_text())
     assert report["steps"] == 1
     assert report["held_out_loss"] < report["held_out_loss_before"] - 0.01
+
+
+def prompted(assets: Path, folder: Path, lengths: list[int]) -> SFTConfig:
+    """A stage of prompts of so many words, at 64 tokens an example."""
+    rows = [{"prompt": "once " * n, "completion": "upon a time"} for n in lengths]
+    return SFTConfig(
+        model=ModelSection(path=str(assets / "stories260K")),
+        lora=LoraSection(r=0),
+        data=SFTDataSection(path=write(folder, rows), held_out=4),
+        fit=FitSection(max_length=64),
+        device="cpu",
+    )
+
+
+def test_prompts_that_are_all_too_long_are_refused(assets: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"fit\.max_length=64: all 20 prompts to train on"):
+        run_sft(prompted(assets, tmp_path, [200] * 24), tmp_path, [])
+    assert not (tmp_path / "model").exists()
+
+
+def test_prompts_that_are_too_long_are_counted_and_not_as_examples(
+    assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_sft(prompted(assets, tmp_path, [3, 3, 200] * 8), tmp_path, [])
+    report = json.loads((tmp_path / "model/report.json").read_text())
+    assert report["examples_too_long"] > 0
+    assert report["examples"] + report["examples_too_long"] == 20
+    assert report["examples"] + report["held_out"] == 16
+    assert f"{report['examples_too_long']} prompts as long as" in capsys.readouterr().out

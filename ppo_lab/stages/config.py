@@ -37,7 +37,7 @@ class FitSection:
     max_grad_norm: float = knob(1.0, "largest gradient norm; 0 = unlimited", at_least=0)
     max_length: int = knob(
         512,
-        "most tokens of an example: longer texts are cut, longer pairs left out",
+        "most tokens of an example: longer texts are cut, longer prompts and pairs left out",
         at_least=2,
     )
     gradient_checkpointing: bool = knob(

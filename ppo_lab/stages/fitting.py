@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ppo_lab.errors import ConfigError
 from ppo_lab.optim import make_schedule
 from ppo_lab.stages.config import FitSection
 
@@ -105,6 +106,23 @@ def follow_schedule(trainer: Any, fit: FitSection) -> None:
         return trainer.lr_scheduler
 
     trainer.create_scheduler = create
+
+
+def refuse_empty(trainer: Any, train: Any, held_out: Any, *, max_length: int, what: str) -> None:
+    """Nothing, if the length bound leaves rows to train on and to hold out; `what` is what a
+    message calls what is too long.
+
+    Raises:
+        ConfigError: otherwise; a loss or an accuracy over nothing would say nothing.
+    """
+    for use, given, kept in (
+        ("to train on", train, trainer.train_dataset),
+        ("held out", held_out, trainer.eval_dataset),
+    ):
+        if given is not None and not len(kept):
+            raise ConfigError(
+                f"fit.max_length={max_length}: all {len(given)} {what} {use} are longer; raise it."
+            )
 
 
 def run(trainer: Any, what: str) -> dict[str, float]:
