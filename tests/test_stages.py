@@ -240,3 +240,36 @@ def test_prompts_that_are_too_long_are_counted_and_not_as_examples(
     assert report["examples"] + report["examples_too_long"] == 20
     assert report["examples"] + report["held_out"] == 16
     assert f"{report['examples_too_long']} prompts as long as" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_an_adapter_alone_learns_faster_by_its_factor(
+    assets: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer
+
+    rates: dict[str, float] = {}
+
+    def watch(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        names = {id(p): name for name, p in trainer.model.named_parameters()}
+        for group in trainer.optimizer.param_groups:
+            rates.update({names[id(p)]: group["initial_lr"] for p in group["params"]})
+        return step(trainer, *args, **kwargs)
+
+    step = Trainer.training_step
+    monkeypatch.setattr(Trainer, "training_step", watch)
+    shared: dict[str, Any] = {
+        "model": ModelSection(path=str(assets / "stories260K")),
+        "lora": LoraSection(r=2, learning_rate_factor=10),
+        "fit": FitSection(learning_rate=1e-3, max_length=96),
+        "device": "cpu",
+    }
+    if stage == "sft":
+        texts = SFTDataSection(path=str(assets / "data/sentence_polarity.jsonl"), limit=12)
+        run_sft(SFTConfig(**shared, data=texts), tmp_path, [])
+    else:
+        pairs = PairDataSection(path=str(assets / f"data/{STORIES}.jsonl"), limit=12)
+        run_reward_model(RewardModelConfig(**shared, data=pairs), tmp_path, [])
+    heads = {name: rate for name, rate in rates.items() if "lora_" not in name}
+    assert {round(rates[name], 9) for name in rates.keys() - heads} == {1e-2}
+    assert [round(rate, 9) for rate in heads.values()] == ([] if stage == "sft" else [1e-3])

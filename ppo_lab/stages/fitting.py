@@ -89,16 +89,19 @@ def silence(trainer: Any) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
-def follow_schedule(trainer: Any, fit: FitSection) -> None:
-    """Give the trainer the course of the learning rate that PPO has.
+def follow_schedule(trainer: Any, fit: FitSection, *, adapter_factor: float) -> None:
+    """Give the trainer the course of the learning rate that PPO has, and an adapter
+    `adapter_factor` times that rate.
 
     transformers' own begins a warm-up at 0 and makes it a step long at least: a stage of one
     optimizer step would learn nothing.
     """
 
     def create(num_training_steps: int, optimizer: Any = None) -> Any:
+        optimizer = optimizer or trainer.optimizer
+        _set_apart(optimizer, adapter_weights(trainer.model), factor=adapter_factor)
         trainer.lr_scheduler = make_schedule(
-            optimizer or trainer.optimizer,
+            optimizer,
             lr_schedule=fit.lr_schedule,
             warmup_steps=int(fit.warmup_ratio * num_training_steps),
             steps=num_training_steps,
@@ -106,6 +109,21 @@ def follow_schedule(trainer: Any, fit: FitSection) -> None:
         return trainer.lr_scheduler
 
     trainer.create_scheduler = create
+
+
+def adapter_weights(model: Any) -> list[Any]:
+    """The weights of an adapter; none of a head that is trained beside it."""
+    return [p for name, p in model.named_parameters() if "lora_" in name]
+
+
+def _set_apart(optimizer: Any, weights: list[Any], *, factor: float) -> None:
+    """Move some weights into groups of their own, `factor` times as fast as those they were in."""
+    apart = {id(p) for p in weights}
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in apart]
+        if moved:
+            group["params"] = [p for p in group["params"] if id(p) not in apart]
+            optimizer.add_param_group({**group, "params": moved, "lr": factor * group["lr"]})
 
 
 def refuse_empty(trainer: Any, train: Any, held_out: Any, *, max_length: int, what: str) -> None:

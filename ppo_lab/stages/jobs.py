@@ -176,6 +176,7 @@ class _Parts:
             "device": self.device.type,
             "mixed": self.mixed,
             "peft_config": adapter,
+            "adapter_factor": self.config.lora.learning_rate_factor,
         }
 
 

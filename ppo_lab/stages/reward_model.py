@@ -32,6 +32,7 @@ def fit_reward_model(
     device: str = "auto",
     mixed: bool = False,
     peft_config: Any = None,
+    adapter_factor: float = 1.0,
     what: str = "reward modelling",
 ) -> dict[str, Any]:
     """Teach a sequence classifier with one output which answers are preferred; save it.
@@ -60,7 +61,7 @@ def fit_reward_model(
             peft_config=peft_config,
         )
         silence(trainer)
-        follow_schedule(trainer, fit)
+        follow_schedule(trainer, fit, adapter_factor=adapter_factor)
         refuse_empty(trainer, train, held_out, max_length=fit.max_length, what="pairs")
         kept = len(trainer.train_dataset)
         report = {"pairs": kept, "pairs_too_long": len(train) - kept, **run(trainer, what)}

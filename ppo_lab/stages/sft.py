@@ -31,6 +31,7 @@ def fit_sft(
     device: str = "auto",
     mixed: bool = False,
     peft_config: Any = None,
+    adapter_factor: float = 1.0,
     group_by_length: bool = False,
     what: str = "supervised fine-tuning",
 ) -> dict[str, Any]:
@@ -39,8 +40,9 @@ def fit_sft(
     Rows hold `text`, or `prompt` and `completion` (the loss is then on completions alone), or chat
     `messages`. Texts get the tokenizer's EOS at their end. A prompt as long as `fit.max_length`
     leaves nothing of its completion to learn from, and is left out. `held_out` (rows, or None)
-    gives `held_out_loss`: nats per token, before (`held_out_loss_before`) and after. `group_by_length`
-    makes batches of texts of like length: less padding, a less random order.
+    gives `held_out_loss`: nats per token, before (`held_out_loss_before`) and after. An adapter
+    learns `adapter_factor` times as fast as `fit.learning_rate`. `group_by_length` makes batches of
+    texts of like length: less padding, a less random order.
     """
     trainer_class, config_class = trl_parts.sft_parts()
     with scratch_folder(folder.parent) as scratch, quiet():
@@ -56,7 +58,7 @@ def fit_sft(
             peft_config=peft_config,
         )
         silence(trainer)
-        follow_schedule(trainer, fit)
+        follow_schedule(trainer, fit, adapter_factor=adapter_factor)
         refuse_empty(trainer, train, held_out, max_length=fit.max_length, what="prompts")
         kept = len(trainer.train_dataset)
         before = _held_out_loss(trainer, held_out)
