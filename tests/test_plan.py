@@ -32,6 +32,7 @@ from ppo_lab.plan.devices import DEVICES, named
 from ppo_lab.plan.estimate import Plan, plan_of
 from ppo_lab.plan.graphs import Recorded, recorded_by, records_again
 from ppo_lab.plan.heads import HeadShape, logprob_bytes
+from ppo_lab.plan.machine import product_rate
 from ppo_lab.plan.meter import Meter
 from ppo_lab.plan.parallel import fitting, ways
 from ppo_lab.plan.rehearsal import ByDepth, Miniature, Rehearsal
@@ -605,6 +606,12 @@ def test_epochs_that_were_not_made_are_not_counted(monkeypatch: pytest.MonkeyPat
     assert stats["ppo/epochs"] == 1
     flops = stats["mfu"] * stats["time/iteration"] * 1e9
     assert flops == pytest.approx(Meter(made.policy).flops(ragged(), epochs=1, critic_epochs=1))
+
+
+def test_measuring_the_peak_rate_moves_no_random_number_of_a_run() -> None:
+    before = torch.get_rng_state()
+    assert product_rate(torch.float32, "cpu") > 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_there_is_no_utilisation_of_a_device_that_nobody_knows() -> None:
