@@ -463,6 +463,23 @@ def test_checkpointed_activations_are_fewer_and_cost_time(tmp_path: Path) -> Non
     assert again.phases["update"].work.flops > plain.phases["update"].work.flops
 
 
+@pytest.mark.parametrize("target", [Target(DEVICES["h100"]), Target()])
+def test_the_exact_kl_costs_two_more_passes_and_the_vocabulary(
+    tmp_path: Path, target: Target
+) -> None:
+    config = tiny(tmp_path)
+    full = replace(config, ppo=replace(config.ppo, kl_penalty="full"))
+    plain, exact = (plan_of(c, target) for c in (config, full))
+    read, reread = (plan.phases["reference"] for plan in (plain, exact))
+    assert reread.work.flops > 2.9 * read.work.flops
+    entries = sum(row.response for row in plain.workload.rows) * plain.of.vocabulary
+    assert reread.work.bytes >= 3 * read.work.bytes + work.FULL_KL_BYTES * entries
+    assert reread.seconds > 2.5 * read.seconds
+    assert exact.memory.passing["reference"]["reading"] >= 28 * entries
+    others = plain.phases.keys() - {"reference"}
+    assert all(exact.phases[k].work == plain.phases[k].work for k in others)
+
+
 def test_a_model_that_fits_no_device_whole_fits_when_it_is_sharded(tmp_path: Path) -> None:
     config = tiny(tmp_path, lora={"r": 0})
     target = Target(DEVICES["a10"], 8)
