@@ -537,6 +537,33 @@ def test_a_measurement_is_believed_for_a_while(
     assert len(made) == 2
 
 
+def test_a_machine_is_measured_with_the_layers_that_the_run_would_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PPO_LAB_CACHE", str(tmp_path / "cache"))
+    asked: list[bool] = []
+    train = Miniature.train
+    monkeypatch.setattr(
+        Miniature, "train", lambda self, *a: asked.append(layers_of(self)) or train(self, *a)
+    )  # fmt: skip
+    config = tiny(tmp_path)
+    for fast in (True, False):
+        asked.clear()
+        plan_of(replace(config, model=replace(config.model, fast_layers=fast)), Target())
+        assert set(asked) == {fast}
+
+
+def layers_of(mini: Miniature) -> bool:
+    """Whether policy and reference of a miniature go through the project's own layers."""
+    assert mini.reference.trunk.fast_layers == mini.policy.trunk.fast_layers
+    return mini.policy.trunk.fast_layers
+
+
+def test_a_plan_says_that_compiled_layers_are_not_counted(tmp_path: Path) -> None:
+    config = tiny(tmp_path, model={"torch_compile": True})
+    assert any("torch_compile" in note for note in plan_of(config, Target(DEVICES["h100"])).notes)
+
+
 # ------ The command
 
 

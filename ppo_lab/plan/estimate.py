@@ -83,6 +83,8 @@ def _notes(subject: Subject, device: Device | None) -> tuple[str, ...]:
     notes = [*subject.workload.notes]
     if not subject.rewards:
         notes.append("what a reward function takes is not counted")
+    if subject.config.model.torch_compile:
+        notes.append("what model.torch_compile saves is not counted")
     if device:
         notes.append(
             f"published rates of {device.name}, of which passes are taken to reach "

@@ -70,6 +70,7 @@ def _rehearsal(subject: Subject, device: str) -> Rehearsal:
                 layers=layers,
             ),
             checkpointing=config.ppo.gradient_checkpointing,
+            fast_layers=config.model.fast_layers,
         )
         for layers in (1, 2)
     )
@@ -153,6 +154,7 @@ def _key(subject: Subject) -> Any:
         subject.model.to_json_string(),
         asdict(config.lora),
         config.model.attn_implementation,
+        config.model.fast_layers,
         str(subject.dtype),
         config.ppo.gradient_checkpointing,
     )
