@@ -480,6 +480,20 @@ def test_the_exact_kl_costs_two_more_passes_and_the_vocabulary(
     assert all(exact.phases[k].work == plain.phases[k].work for k in others)
 
 
+def test_evaluations_are_planned_at_their_own_length(tmp_path: Path) -> None:
+    config = tiny(tmp_path, generation={"max_new_tokens": 8}, evaluation={"max_new_tokens": 8})
+    longer = replace(config, evaluation=replace(config.evaluation, max_new_tokens=32))
+    short, long = (plan_of(c, Target(DEVICES["h100"])) for c in (config, longer))
+    assert {row.response for row in long.workload.examined} == {32}
+    assert long.iteration_s == short.iteration_s
+    assert long.evaluation_s > 3 * short.evaluation_s
+    assert long.run_s - short.run_s == pytest.approx(
+        long.workload.evaluations * (long.evaluation_s - short.evaluation_s)
+    )
+    asked = plan_of(longer, Target(DEVICES["h100"]), response_tokens=8)
+    assert asked.evaluation_s == short.evaluation_s
+
+
 def test_a_model_that_fits_no_device_whole_fits_when_it_is_sharded(tmp_path: Path) -> None:
     config = tiny(tmp_path, lora={"r": 0})
     target = Target(DEVICES["a10"], 8)
