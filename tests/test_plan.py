@@ -245,6 +245,13 @@ def test_a_batch_falls_into_steps_passes_and_chunks() -> None:
 # ------ Devices and plans
 
 
+def test_a_process_is_planned_with_the_share_of_the_busiest() -> None:
+    share = load(examined=(Row(3, 5),) * 4).shared_by(3)
+    assert (len(share.rows), share.mini_batch, share.samples_a_step) == (3, 1, 2)
+    assert len(share.examined) == 2
+    assert [len(step) for step in share.steps()] == [2, 1]
+
+
 def test_devices_are_found_by_the_names_that_torch_gives_them() -> None:
     assert named("NVIDIA H100 80GB HBM3") is DEVICES["h100"]
     assert named("NVIDIA A100-SXM4-40GB") is DEVICES["a100-40"]

@@ -91,14 +91,17 @@ class Workload:
         return replace(self, micro_batch_tokens=tokens)
 
     def shared_by(self, processes: int) -> Workload:
-        """What one of several processes has to do."""
-        share = max(1, len(self.rows) // processes)
+        """What the busiest of several processes has to do, for which the others wait."""
+
+        def share(samples: int) -> int:
+            return -(-samples // processes)
+
         return replace(
             self,
-            rows=self.rows[:share],
-            mini_batch=max(1, self.mini_batch // processes),
-            samples_a_step=max(1, self.samples_a_step // processes),
-            examined=self.examined[: -(-len(self.examined) // processes)],
+            rows=self.rows[: share(len(self.rows))],
+            mini_batch=share(self.mini_batch),
+            samples_a_step=share(self.samples_a_step),
+            examined=self.examined[: share(len(self.examined))],
         )
 
     def _passes_of(self, step: tuple[Row, ...]) -> list[tuple[Row, ...]]:
