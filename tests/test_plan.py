@@ -501,6 +501,18 @@ def test_evaluations_are_planned_at_their_own_length(tmp_path: Path) -> None:
     assert asked.evaluation_s == short.evaluation_s
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mixture_of_experts_is_planned_in_every_precision(
+    tmp_path: Path, dtype: str, rank: int
+) -> None:
+    experts = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    config = tiny(tmp_path, model={"dtype": dtype}, lora={"r": rank})
+    inputs(tmp_path, **experts, num_local_experts=4, num_experts_per_tok=2)
+    plan = plan_of(config, Target(DEVICES["h100"]))
+    assert plan.memory.passing["update"]["activations"] > 0
+
+
 def test_a_model_that_fits_no_device_whole_fits_when_it_is_sharded(tmp_path: Path) -> None:
     config = tiny(tmp_path, lora={"r": 0})
     target = Target(DEVICES["a10"], 8)
