@@ -45,7 +45,7 @@ from ppo_lab.guards import (
 from ppo_lab.memory import check_fits
 from ppo_lab.models.loading import keep_quiet, load_tokenizer
 from ppo_lab.on_disk import put_in_place
-from ppo_lab.outcome import objective, summarise
+from ppo_lab.outcome import check_metrics, summarise
 from ppo_lab.processes import launch
 from ppo_lab.processes.alone import Alone, joined
 from ppo_lab.processes.launch import shared
@@ -338,8 +338,8 @@ def train(lab: Lab, preemption: Preemption) -> None:
     preemption.deferred = True
     if not lab.evaluations:
         evaluate(lab, 0)
-        with lab.processes.together():
-            objective(lab)
+    with lab.processes.together():
+        check_metrics(lab)
     for metrics in iterations(lab):
         step = lab.trainer.iterations_done
         if step == steps or (every and step % every == 0):

@@ -54,12 +54,28 @@ def objective(lab: Any) -> float:
     Raises:
         ConfigError: there is no such number in this run.
     """
-    name = lab.config.objective.removeprefix("eval/")
+    return _evaluated(lab, "objective", lab.config.objective)
+
+
+def check_metrics(lab: Any) -> None:
+    """Nothing, where the last evaluation has the metrics that the configuration names: of a
+    reward's parts only an evaluation tells the names.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    objective(lab)
+    if best := lab.config.checkpoint.best_metric:
+        _evaluated(lab, "checkpoint.best_metric", best)
+
+
+def _evaluated(lab: Any, key: str, metric: str) -> float:
     found = lab.evaluations[-1].metrics
+    name = metric.removeprefix("eval/")
     if name not in found:
         raise ConfigError(
-            f"objective={lab.config.objective}: this run has no such metric; it has "
-            + ", ".join(f"eval/{key}" for key in sorted(found))
+            f"{key}={metric}: this run has no such metric; it has "
+            + ", ".join(f"eval/{name}" for name in sorted(found))
         )
     return found[name]
 

@@ -196,6 +196,17 @@ def test_a_record_goes_on_and_refuses_other_work(task: Task, tmp_path: Path) -> 
         Record(file, other, {})
 
 
+@pytest.mark.parametrize("which", ["start", "scorer"])
+def test_another_model_of_the_same_shape_is_another_task(tmp_path: Path, which: str) -> None:
+    task = small_task(tmp_path)
+    before = task.fingerprint()
+    assert task.fingerprint() == before
+    (weights,) = (tmp_path / which).glob("*.safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert task.fingerprint() != before
+
+
 def test_a_run_that_was_not_kept_is_made_in_an_empty_folder(task: Task, tmp_path: Path) -> None:
     left = tmp_path / "ppo_lab-beta0.3-seed1" / "checkpoints"
     left.mkdir(parents=True)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from tiny_runs import command, metrics, outcome, start, tiny
 
 from ppo_lab import checkpoint, experiment, secrecy
-from ppo_lab.config import Config, ModelSection, PPOSection
+from ppo_lab.config import CheckpointSection, Config, ModelSection, PPOSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import build, run
 from ppo_lab.guards import warn_of_remote_code, warn_of_weak_penalty
@@ -740,3 +740,30 @@ def test_two_signals_stop_a_process_at_once(tmp_path: Path) -> None:
     process.communicate(timeout=20)
     assert time.monotonic() - begun < 10
     assert process.returncode in (-signal.SIGINT, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize("key", ["objective", "checkpoint.best_metric"])
+def test_a_part_that_the_reward_does_not_have_is_refused_by_the_first_evaluation(
+    tmp_path: Path, key: str
+) -> None:
+    wrong = "eval/reward/varieti"
+    changes: dict[str, Any] = (
+        {"objective": wrong} if key == "objective" else {"checkpoint": {"best_metric": wrong}}
+    )
+    config = tiny(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=f"{key}={wrong}: .* it has .*eval/reward/variety"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_part_that_is_watched_is_looked_for_when_a_run_goes_on_too(tmp_path: Path) -> None:
+    good, wrong = (
+        {"best_metric": f"eval/reward/{part}", "every": 0} for part in ("variety", "other")
+    )
+    folder = tmp_path / "run"
+    run(tiny(tmp_path, checkpoint=good), folder)
+    longer = tiny(tmp_path, ppo={"steps": 8}, checkpoint=wrong)
+    with pytest.raises(ConfigError, match="best_metric=eval/reward/other: this run has no such"):
+        run(replace(longer, resume=str(folder)), folder)
+    run(replace(longer, checkpoint=CheckpointSection(**good), resume=str(folder)), folder)
+    assert len(metrics(folder)) == 8

@@ -32,6 +32,7 @@ from ppo_lab.plan.devices import DEVICES, named
 from ppo_lab.plan.estimate import Plan, plan_of
 from ppo_lab.plan.graphs import Recorded, recorded_by, records_again
 from ppo_lab.plan.heads import HeadShape, logprob_bytes
+from ppo_lab.plan.machine import product_rate
 from ppo_lab.plan.meter import Meter
 from ppo_lab.plan.parallel import fitting, ways
 from ppo_lab.plan.rehearsal import ByDepth, Miniature, Rehearsal
@@ -242,6 +243,13 @@ def test_a_batch_falls_into_steps_passes_and_chunks() -> None:
 
 
 # ------ Devices and plans
+
+
+def test_a_process_is_planned_with_the_share_of_the_busiest() -> None:
+    share = load(examined=(Row(3, 5),) * 4).shared_by(3)
+    assert (len(share.rows), share.mini_batch, share.samples_a_step) == (3, 1, 2)
+    assert len(share.examined) == 2
+    assert [len(step) for step in share.steps()] == [2, 1]
 
 
 def test_devices_are_found_by_the_names_that_torch_gives_them() -> None:
@@ -462,6 +470,49 @@ def test_checkpointed_activations_are_fewer_and_cost_time(tmp_path: Path) -> Non
     assert again.phases["update"].work.flops > plain.phases["update"].work.flops
 
 
+@pytest.mark.parametrize("target", [Target(DEVICES["h100"]), Target()])
+def test_the_exact_kl_costs_two_more_passes_and_the_vocabulary(
+    tmp_path: Path, target: Target
+) -> None:
+    config = tiny(tmp_path)
+    full = replace(config, ppo=replace(config.ppo, kl_penalty="full"))
+    plain, exact = (plan_of(c, target) for c in (config, full))
+    read, reread = (plan.phases["reference"] for plan in (plain, exact))
+    assert reread.work.flops > 2.9 * read.work.flops
+    entries = sum(row.response for row in plain.workload.rows) * plain.of.vocabulary
+    assert reread.work.bytes >= 3 * read.work.bytes + work.FULL_KL_BYTES * entries
+    assert reread.seconds > 2.5 * read.seconds
+    assert exact.memory.passing["reference"]["reading"] >= 28 * entries
+    others = plain.phases.keys() - {"reference"}
+    assert all(exact.phases[k].work == plain.phases[k].work for k in others)
+
+
+def test_evaluations_are_planned_at_their_own_length(tmp_path: Path) -> None:
+    config = tiny(tmp_path, generation={"max_new_tokens": 8}, evaluation={"max_new_tokens": 8})
+    longer = replace(config, evaluation=replace(config.evaluation, max_new_tokens=32))
+    short, long = (plan_of(c, Target(DEVICES["h100"])) for c in (config, longer))
+    assert {row.response for row in long.workload.examined} == {32}
+    assert long.iteration_s == short.iteration_s
+    assert long.evaluation_s > 3 * short.evaluation_s
+    assert long.run_s - short.run_s == pytest.approx(
+        long.workload.evaluations * (long.evaluation_s - short.evaluation_s)
+    )
+    asked = plan_of(longer, Target(DEVICES["h100"]), response_tokens=8)
+    assert asked.evaluation_s == short.evaluation_s
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mixture_of_experts_is_planned_in_every_precision(
+    tmp_path: Path, dtype: str, rank: int
+) -> None:
+    experts = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    config = tiny(tmp_path, model={"dtype": dtype}, lora={"r": rank})
+    inputs(tmp_path, **experts, num_local_experts=4, num_experts_per_tok=2)
+    plan = plan_of(config, Target(DEVICES["h100"]))
+    assert plan.memory.passing["update"]["activations"] > 0
+
+
 def test_a_model_that_fits_no_device_whole_fits_when_it_is_sharded(tmp_path: Path) -> None:
     config = tiny(tmp_path, lora={"r": 0})
     target = Target(DEVICES["a10"], 8)
@@ -517,6 +568,33 @@ def test_a_measurement_is_believed_for_a_while(
     monkeypatch.setattr(measured_module, "BELIEVED_S", 0.0)
     plan_of(config, Target())
     assert len(made) == 2
+
+
+def test_a_machine_is_measured_with_the_layers_that_the_run_would_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PPO_LAB_CACHE", str(tmp_path / "cache"))
+    asked: list[bool] = []
+    train = Miniature.train
+    monkeypatch.setattr(
+        Miniature, "train", lambda self, *a: asked.append(layers_of(self)) or train(self, *a)
+    )  # fmt: skip
+    config = tiny(tmp_path)
+    for fast in (True, False):
+        asked.clear()
+        plan_of(replace(config, model=replace(config.model, fast_layers=fast)), Target())
+        assert set(asked) == {fast}
+
+
+def layers_of(mini: Miniature) -> bool:
+    """Whether policy and reference of a miniature go through the project's own layers."""
+    assert mini.reference.trunk.fast_layers == mini.policy.trunk.fast_layers
+    return mini.policy.trunk.fast_layers
+
+
+def test_a_plan_says_that_compiled_layers_are_not_counted(tmp_path: Path) -> None:
+    config = tiny(tmp_path, model={"torch_compile": True})
+    assert any("torch_compile" in note for note in plan_of(config, Target(DEVICES["h100"])).notes)
 
 
 # ------ The command
@@ -605,6 +683,12 @@ def test_epochs_that_were_not_made_are_not_counted(monkeypatch: pytest.MonkeyPat
     assert stats["ppo/epochs"] == 1
     flops = stats["mfu"] * stats["time/iteration"] * 1e9
     assert flops == pytest.approx(Meter(made.policy).flops(ragged(), epochs=1, critic_epochs=1))
+
+
+def test_measuring_the_peak_rate_moves_no_random_number_of_a_run() -> None:
+    before = torch.get_rng_state()
+    assert product_rate(torch.float32, "cpu") > 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_there_is_no_utilisation_of_a_device_that_nobody_knows() -> None:

@@ -44,6 +44,7 @@ from ppo_lab.rewards.conversation import joined
 from ppo_lab.rewards.function import FunctionScorer, within
 from ppo_lab.rewards.loading import load_classifier, load_reward_tokenizer
 from ppo_lab.rewards.scoring import checked_scores
+from ppo_lab.signals import Preempted
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -258,6 +259,28 @@ def test_an_error_names_the_sample_on_which_the_function_raises(functions: Modul
     ) as error:
         scorer(["p"] * 4, ["a", "b", "", "d"])
     assert isinstance(error.value.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("timeout", [0.0, 5.0])
+def test_a_function_that_ends_the_program_is_an_error_like_others(
+    functions: ModuleType, timeout: float
+) -> None:
+    def reward(completions: list[str], **kwargs: Any) -> list[float]:
+        if "" in completions:
+            sys.exit(3)
+        return [1.0] * len(completions)
+
+    scorer = function_reward(functions, reward, timeout=timeout)
+    with pytest.raises(RewardError, match=r"sample 1 .*it called sys\.exit\(3\)"):
+        scorer(["p"] * 3, ["a", "", "b"])
+
+
+def test_a_run_that_is_asked_to_stop_while_it_scores_is_no_error(functions: ModuleType) -> None:
+    def reward(completions: list[str], **kwargs: Any) -> list[float]:
+        raise Preempted("SIGTERM")
+
+    with pytest.raises(Preempted):
+        function_reward(functions, reward)(["p"], ["a"])
 
 
 def test_an_error_of_the_batch_alone_is_told_as_such(functions: ModuleType) -> None:

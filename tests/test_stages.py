@@ -196,3 +196,80 @@ def test_pairs_that_are_all_too_long_are_refused(assets: Path, tmp_path: Path) -
     )
     with pytest.raises(ConfigError, match=r"fit\.max_length=4"):
         run_reward_model(config, tmp_path, [])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_stage_of_one_step_learns(assets: Path, tmp_path: Path, schedule: str) -> None:
+    config = SFTConfig(
+        model=ModelSection(path=str(assets / "stories260K")),
+        lora=LoraSection(r=0),
+        data=SFTDataSection(path=str(assets / "data/sentence_polarity.jsonl"), limit=12),
+        fit=FitSection(learning_rate=5e-3, max_length=96, lr_schedule=schedule),
+        device="cpu",
+    )
+    run_sft(config, tmp_path, [])
+    report = json.loads((tmp_path / "model/report.json").read_text())
+    assert report["steps"] == 1
+    assert report["held_out_loss"] < report["held_out_loss_before"] - 0.01
+
+
+def prompted(assets: Path, folder: Path, lengths: list[int]) -> SFTConfig:
+    """A stage of prompts of so many words, at 64 tokens an example."""
+    rows = [{"prompt": "once " * n, "completion": "upon a time"} for n in lengths]
+    return SFTConfig(
+        model=ModelSection(path=str(assets / "stories260K")),
+        lora=LoraSection(r=0),
+        data=SFTDataSection(path=write(folder, rows), held_out=4),
+        fit=FitSection(max_length=64),
+        device="cpu",
+    )
+
+
+def test_prompts_that_are_all_too_long_are_refused(assets: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"fit\.max_length=64: all 20 prompts to train on"):
+        run_sft(prompted(assets, tmp_path, [200] * 24), tmp_path, [])
+    assert not (tmp_path / "model").exists()
+
+
+def test_prompts_that_are_too_long_are_counted_and_not_as_examples(
+    assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_sft(prompted(assets, tmp_path, [3, 3, 200] * 8), tmp_path, [])
+    report = json.loads((tmp_path / "model/report.json").read_text())
+    assert report["examples_too_long"] > 0
+    assert report["examples"] + report["examples_too_long"] == 20
+    assert report["examples"] + report["held_out"] == 16
+    assert f"{report['examples_too_long']} prompts as long as" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_an_adapter_alone_learns_faster_by_its_factor(
+    assets: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer
+
+    rates: dict[str, float] = {}
+
+    def watch(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        names = {id(p): name for name, p in trainer.model.named_parameters()}
+        for group in trainer.optimizer.param_groups:
+            rates.update({names[id(p)]: group["initial_lr"] for p in group["params"]})
+        return step(trainer, *args, **kwargs)
+
+    step = Trainer.training_step
+    monkeypatch.setattr(Trainer, "training_step", watch)
+    shared: dict[str, Any] = {
+        "model": ModelSection(path=str(assets / "stories260K")),
+        "lora": LoraSection(r=2, learning_rate_factor=10),
+        "fit": FitSection(learning_rate=1e-3, max_length=96),
+        "device": "cpu",
+    }
+    if stage == "sft":
+        texts = SFTDataSection(path=str(assets / "data/sentence_polarity.jsonl"), limit=12)
+        run_sft(SFTConfig(**shared, data=texts), tmp_path, [])
+    else:
+        pairs = PairDataSection(path=str(assets / f"data/{STORIES}.jsonl"), limit=12)
+        run_reward_model(RewardModelConfig(**shared, data=pairs), tmp_path, [])
+    heads = {name: rate for name, rate in rates.items() if "lora_" not in name}
+    assert {round(rates[name], 9) for name in rates.keys() - heads} == {1e-2}
+    assert [round(rate, 9) for rate in heads.values()] == ([] if stage == "sft" else [1e-3])

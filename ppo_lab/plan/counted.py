@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ppo_lab.models.logprobs import TILE
 from ppo_lab.plan import work
 from ppo_lab.plan.architecture import Architecture
 from ppo_lab.plan.memory import Memory, cache_bytes, standing_bytes, update_bytes
@@ -11,6 +12,10 @@ from ppo_lab.plan.rehearsal import Held
 from ppo_lab.plan.subject import Subject, seen
 from ppo_lab.plan.work import Amount, Work
 from ppo_lab.trainer import PASS_TOKENS
+
+# Bytes an entry of the vocabulary while the exact KL is made: both logits, both softmaxes, the
+# probabilities, the difference and the product, in float32.
+FULL_KL_HELD = 28.0
 
 
 class Phase(NamedTuple):
@@ -47,10 +52,20 @@ def work_of(subject: Subject, *, with_critic: bool = False) -> dict[str, Work]:
             cached=subject.config.ppo.cache_trunk,
         ),
     }
+    found["reference"] += full_kl_work(subject)
     if with_critic and subject.critic:
         found["reference"] += critic_work(subject, reading=True)
         found["update"] += critic_work(subject, reading=False)
     return found
+
+
+def full_kl_work(subject: Subject) -> Work:
+    """What `ppo.kl_penalty=full` adds to the reference's work: nothing with another penalty."""
+    if subject.config.ppo.kl_penalty != "full":
+        return Work()
+    load = subject.workload
+    rows = [(row.prompt, row.response) for row in load.rows]
+    return work.full_kl(subject.of, rows, passes=len(load.reading(PASS_TOKENS)))
 
 
 def _scoring(subject: Subject) -> Work:
@@ -110,9 +125,20 @@ def memory_of(subject: Subject, peaks: Peaks, around: dict[str, float]) -> Memor
             "KV cache": cache_bytes(of, positions),
             "sampling": max(peaks.drawn, peaks.held.reading.at(of.layers)),
         },
-        "reference": {"reading": peaks.held.reading.at(of.layers) + peaks.scored},
+        "reference": {
+            "reading": peaks.held.reading.at(of.layers) + max(peaks.scored, _full_kl_bytes(subject))
+        },
     }
     return Memory(standing, passing, around)
+
+
+def _full_kl_bytes(subject: Subject) -> float:
+    """The most that the exact KL holds over the vocabulary, of the tokens that it takes at once."""
+    if subject.config.ppo.kl_penalty != "full":
+        return 0.0
+    parts = subject.workload.reading(PASS_TOKENS)
+    scored = max(sum(row.response for row in part) for part in parts)
+    return FULL_KL_HELD * min(TILE, scored * subject.of.vocabulary)
 
 
 def _relative_size(critic: Architecture, policy: Architecture) -> float:

@@ -11,7 +11,7 @@ from ppo_lab.plan.devices import Device
 from ppo_lab.plan.here import estimate_here
 from ppo_lab.plan.memory import Memory
 from ppo_lab.plan.published import REACHED_BYTES, REACHED_FLOPS, estimate_published
-from ppo_lab.plan.subject import Subject, Target, subject_of
+from ppo_lab.plan.subject import Subject, Target, seen, subject_of
 from ppo_lab.plan.workload import Workload
 
 
@@ -64,8 +64,6 @@ def plan_of(
     device = target.device
     found = estimate_published(subject, device) if device else estimate_here(subject)
     load, of_phases = subject.workload, found.phases
-    share = load.evaluated / len(load.rows)
-    evaluation = share * sum(of_phases[name].seconds for name in ("generate", "score", "reference"))
     return Plan(
         target=target,
         of=subject.of,
@@ -73,8 +71,22 @@ def plan_of(
         memory=found.memory,
         room=found.room,
         phases=of_phases,
-        evaluation_s=evaluation,
+        evaluation_s=_evaluation_s(load, of_phases),
         notes=_notes(subject, device),
+    )
+
+
+def _evaluation_s(load: Workload, of_phases: dict[str, Phase]) -> float:
+    """Seconds of an evaluation, by what an iteration's sampling and reading take: sampling goes
+    with the rows and the longest response, reading with the tokens.
+    """
+    if not load.examined:
+        return 0.0
+    longest = max(row.response for row in load.examined) / load.longest
+    sampled = len(load.examined) / len(load.rows) * longest
+    read = seen(load.examined) / seen(load.rows)
+    return sampled * of_phases["generate"].seconds + read * (
+        of_phases["score"].seconds + of_phases["reference"].seconds
     )
 
 
@@ -83,6 +95,8 @@ def _notes(subject: Subject, device: Device | None) -> tuple[str, ...]:
     notes = [*subject.workload.notes]
     if not subject.rewards:
         notes.append("what a reward function takes is not counted")
+    if subject.config.model.torch_compile:
+        notes.append("what model.torch_compile saves is not counted")
     if device:
         notes.append(
             f"published rates of {device.name}, of which passes are taken to reach "

@@ -16,7 +16,7 @@ from torch import Tensor
 from ppo_lab.models import logprobs
 from ppo_lab.models.choice import LEVELS
 from ppo_lab.models.fast.draws import draw_from
-from ppo_lab.models.logprobs import Head, token_logprobs
+from ppo_lab.models.logprobs import Head, token_full_kl, token_logprobs
 from ppo_lab.plan.machine import seconds_of
 from ppo_lab.plan.trace import tracked
 
@@ -68,6 +68,17 @@ def logprob_seconds(head: HeadShape, tokens: int, *, gradients: bool) -> float:
                 weight.grad = hidden.grad = None
 
     return seconds_of(work) * head.vocabulary / columns * tokens / some
+
+
+@torch.no_grad()
+def full_kl_seconds(head: HeadShape, tokens: int) -> float:
+    """Seconds of the exact KL of so many tokens, the logits of policy and reference included."""
+    columns = min(head.vocabulary, SLICE)
+    some = max(1, min(tokens, int(MOST_FLOPS / (4 * columns * head.hidden))))
+    weight, hidden = _slice(head, some)
+    whole = Head(weight)
+    seconds = seconds_of(lambda: token_full_kl(hidden, hidden, whole, whole, temperature=1.0))
+    return seconds * head.vocabulary / columns * tokens / some
 
 
 def logprob_bytes(head: HeadShape, tokens: int, *, gradients: bool) -> int:

@@ -10,7 +10,16 @@ import torch
 from ppo_lab.assembly import pick_device
 from ppo_lab.memory import free_bytes, resident_bytes
 from ppo_lab.plan.architecture import blueprint
-from ppo_lab.plan.counted import Estimate, Peaks, Phase, critic_work, memory_of, work_of
+from ppo_lab.plan.counted import (
+    Estimate,
+    Peaks,
+    Phase,
+    critic_work,
+    full_kl_work,
+    memory_of,
+    work_of,
+)
+from ppo_lab.plan.heads import full_kl_seconds
 from ppo_lab.plan.measured import Measured, measured
 from ppo_lab.plan.memory import CUDA_CONTEXT, CUDA_HOLES, allocator_bytes
 from ppo_lab.plan.rehearsal import Miniature, Rehearsal
@@ -61,6 +70,7 @@ def _rehearsal(subject: Subject, device: str) -> Rehearsal:
                 layers=layers,
             ),
             checkpointing=config.ppo.gradient_checkpointing,
+            fast_layers=config.model.fast_layers,
         )
         for layers in (1, 2)
     )
@@ -88,8 +98,11 @@ def _measured_phases(subject: Subject, found: Measured) -> dict[str, Phase]:
         "reference": read * sum(map(seen, reading)) / max(map(seen, reading)),
         "update": load.epochs * (epoch * learning + len(load.steps()) * found.step_s),
     }
-    rate = counted["reference"].flops / seconds["reference"]
+    exact = full_kl_work(subject).flops
+    rate = (counted["reference"].flops - exact) / seconds["reference"]
     seconds["score"] = counted["score"].flops / rate
+    if exact:
+        seconds["reference"] += _full_kl_seconds(subject, found)
     if subject.critic:
         seconds["reference"] += critic_work(subject, reading=True).flops / rate
         seconds["update"] += critic_work(subject, reading=False).flops / rate
@@ -105,6 +118,16 @@ def _measured_phases(subject: Subject, found: Measured) -> dict[str, Phase]:
         )
         for name in counted
     }
+
+
+def _full_kl_seconds(subject: Subject, found: Measured) -> float:
+    """Seconds of the exact KL: two more passes through the trunk, and the vocabulary of both."""
+    load = subject.workload
+    reading = load.reading(PASS_TOKENS)
+    passes = sum(map(seen, reading)) / max(map(seen, reading))
+    scored = sum(row.response for row in load.rows)
+    trunks = 2 * passes * found.reading.at(subject.of.layers)
+    return trunks + full_kl_seconds(subject.head, scored)
 
 
 def _reading_a_layer(subject: Subject, found: Measured) -> float:
@@ -131,6 +154,7 @@ def _key(subject: Subject) -> Any:
         subject.model.to_json_string(),
         asdict(config.lora),
         config.model.attn_implementation,
+        config.model.fast_layers,
         str(subject.dtype),
         config.ppo.gradient_checkpointing,
     )

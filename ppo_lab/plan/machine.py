@@ -46,9 +46,11 @@ def product_rate(dtype: torch.dtype, device: str) -> float:
     """FLOPs a second of a large product, by the library that is fastest, the best of several."""
     on_cpu = torch.device(device).type == "cpu"
     rows, width = (512, 2048) if on_cpu else (8192, 8192)
-    # Not of ones: a GPU multiplies those faster than what models hold.
-    a = torch.randn(rows, width, device=device).to(dtype)
-    b = torch.randn(width, width, device=device).to(dtype)
+    # Not of ones: a GPU multiplies those faster than what models hold. And not by the global
+    # generator: a run measures this once on a machine, and its rewards may draw from that one.
+    draw = torch.Generator(device).manual_seed(0)
+    a = torch.randn(rows, width, device=device, generator=draw).to(dtype)
+    b = torch.randn(width, width, device=device, generator=draw).to(dtype)
     multiply = pulled_back if on_cpu else torch.mm
     return 2 * rows * width * width / seconds_of(lambda: multiply(a, b), tries=5)
 

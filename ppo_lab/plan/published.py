@@ -87,7 +87,9 @@ def _launches(subject: Subject, found: Traced, recorded: Recorded) -> dict[str, 
     forward = found.forward.at(layers)
     learning = forward + found.backward.at(layers) * subject.of.reached_share
     passes, steps = load.epochs * len(load.passes()), load.epochs * len(load.steps())
-    reading = len(load.reading(PASS_TOKENS))
+    # The exact KL passes through the policy and the reference once more.
+    exact = subject.config.ppo.kl_penalty == "full"
+    reading = len(load.reading(PASS_TOKENS)) * (3 if exact else 1)
     update = _of_passes(passes, learning, recorded=recorded.learning)
     return {
         "generate": _of_sampling(subject, found, recorded),

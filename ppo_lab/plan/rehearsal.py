@@ -75,8 +75,9 @@ class Held:
 class Miniature:
     """A policy of one or two layers that trains, reads and samples."""
 
-    def __init__(self, model: Any, *, checkpointing: bool) -> None:
+    def __init__(self, model: Any, *, checkpointing: bool, fast_layers: bool = True) -> None:
         self.policy = AutoModelForCausalLMWithValueHead(model)
+        self.policy.trunk.fast_layers = fast_layers
         if checkpointing:
             self.policy.gradient_checkpointing_enable()
         self.reference = Reference(self.policy)

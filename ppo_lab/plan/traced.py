@@ -105,7 +105,7 @@ def _trace(model: Any, training: Sequence[Row], reading: Sequence[Row], *, confi
     known = _known(trunk.decoder, config.model, widest)
     fast = known and config.model.fast_layers and not checkpointing
     passed = FastDecoder(trunk.decoder, known).hidden if known and fast else trunk.hidden
-    with torch.device("meta"), attention_of_a_gpu():
+    with torch.device("meta"), attention_of_a_gpu(), experts_of_a_gpu():
         model.train()
         tracker = tracked()
         with tracker as live:
@@ -141,6 +141,27 @@ def attention_of_a_gpu() -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = before
+
+
+@contextmanager
+def experts_of_a_gpu() -> Iterator[None]:
+    """Experts by one grouped product, in every precision: torch's own on the meta device knows
+    bfloat16 alone.
+    """
+    places = [(F, "grouped_mm"), (torch, "_grouped_mm")]
+    before = [(place, name, getattr(place, name)) for place, name in places if hasattr(place, name)]
+    for place, name, _ in before:
+        setattr(place, name, _by_one_product)
+    try:
+        yield
+    finally:
+        for place, name, function in before:
+            setattr(place, name, function)
+
+
+def _by_one_product(rows: Tensor, experts: Tensor, offs: Tensor | None = None) -> Tensor:
+    """As large a result as each row's product with its expert's matrix, which takes as much."""
+    return rows @ experts[0]
 
 
 def _by_one_kernel(

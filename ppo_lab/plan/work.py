@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 # but the gradient written; and the gradient's norm before it.
 ADAM_BYTES = 32
 
+# Bytes that the exact KL reads and writes an entry of the vocabulary, in float32: both heads'
+# logits and their division by the temperature (6), both softmaxes (6), and what is made of them.
+FULL_KL_BYTES = 4 * (6 + 6 + 9)
+
 
 @dataclass(frozen=True)
 class Work:
@@ -121,6 +125,16 @@ def reference(of: Architecture, rows: Sequence[tuple[int, int]], *, passes: int 
     weights = (of.matrices + of.head) * of.bytes_per_weight
     flops = forward_flops(of, Amount.of(rows), adapter=of.has_own_reference)
     return Work(flops, passes * weights)
+
+
+def full_kl(of: Architecture, rows: Sequence[tuple[int, int]], *, passes: int = 1) -> Work:
+    """The exact KL beside the reference's log-probs: one more pass of the policy and one of the
+    reference, and the whole vocabulary of both at every response token.
+    """
+    amount = Amount.of(rows)
+    weights = (2 * of.matrices + of.adapter + 2 * of.head) * of.bytes_per_weight
+    flops = forward_flops(of, amount) + forward_flops(of, amount, adapter=of.has_own_reference)
+    return Work(flops, passes * weights + FULL_KL_BYTES * amount.scored * of.vocabulary)
 
 
 def update(

@@ -49,7 +49,8 @@ class Workload:
     """One iteration, and how often it comes.
 
     `rows` are those of a typical batch; the longest response is sampled to its end by all.
-    `notes` say what of it is assumed and not known.
+    `examined` are those of an evaluation, if its prompts are of the same lengths. `notes` say what
+    of it is assumed and not known.
     """
 
     rows: tuple[Row, ...]
@@ -59,7 +60,7 @@ class Workload:
     iterations: int
     sampled_at_once: int = 0
     micro_batch_tokens: int = 0
-    evaluated: int = 0
+    examined: tuple[Row, ...] = ()
     evaluations: int = 0
     notes: tuple[str, ...] = field(default=())
 
@@ -90,14 +91,17 @@ class Workload:
         return replace(self, micro_batch_tokens=tokens)
 
     def shared_by(self, processes: int) -> Workload:
-        """What one of several processes has to do."""
-        share = max(1, len(self.rows) // processes)
+        """What the busiest of several processes has to do, for which the others wait."""
+
+        def share(samples: int) -> int:
+            return -(-samples // processes)
+
         return replace(
             self,
-            rows=self.rows[:share],
-            mini_batch=max(1, self.mini_batch // processes),
-            samples_a_step=max(1, self.samples_a_step // processes),
-            evaluated=-(-self.evaluated // processes),
+            rows=self.rows[: share(len(self.rows))],
+            mini_batch=share(self.mini_batch),
+            samples_a_step=share(self.samples_a_step),
+            examined=self.examined[: share(len(self.examined))],
         )
 
     def _passes_of(self, step: tuple[Row, ...]) -> list[tuple[Row, ...]]:
@@ -116,7 +120,10 @@ def workload_of(config: Config, *, response_tokens: int = 0) -> Workload:
     """
     notes: list[str] = []
     prompts = _prompt_lengths(config, notes)
-    responses = _response_lengths(config, response_tokens, notes)
+    responses = _response_lengths(
+        config, response_tokens, notes, longest=config.generation.max_new_tokens
+    )
+    judged = _response_lengths(config, response_tokens, longest=config.evaluation.max_new_tokens)
     ppo = config.ppo
     mini = ppo.mini_batch_size or ppo.batch_size
     every = config.evaluation.every
@@ -128,7 +135,10 @@ def workload_of(config: Config, *, response_tokens: int = 0) -> Workload:
         iterations=ppo.steps,
         sampled_at_once=config.generation.batch_size,
         micro_batch_tokens=ppo.micro_batch_tokens,
-        evaluated=config.evaluation.prompts,
+        examined=tuple(
+            Row(prompts[i % len(prompts)], judged[i % len(judged)])
+            for i in range(config.evaluation.prompts)
+        ),
         # The first one and the last, and those between them.
         evaluations=2 + ((ppo.steps - 1) // every if every else 0),
         notes=tuple(notes),
@@ -178,21 +188,23 @@ def _known_lengths(config: Config, notes: list[str]) -> list[int]:
     return [-(-len(ids) // characters) for ids in sets.train.ids]
 
 
-def _response_lengths(config: Config, asked: int, notes: list[str]) -> list[int]:
+def _response_lengths(
+    config: Config, asked: int, notes: list[str] | None = None, *, longest: int
+) -> list[int]:
     """The lengths of responses, as often as need be: as asked for, as the embedded policy has
-    learnt to answer, or as long as they may become.
+    learnt to answer, or as `longest`, which they may become.
     """
     from ppo_lab.embedded.build import folder_of_this_version
     from ppo_lab.embedded.corpus import sft_rows
 
-    longest = config.generation.max_new_tokens
     if asked:
         return [min(asked, longest)]
     if config.model.path == str(folder_of_this_version() / "policy"):
         tokenizer = load_tokenizer(config.model)
         answers = [row["completion"] for row in sft_rows(ANSWERS, split="train", seed=0)]
         return [min(len(tokenizer(answer)["input_ids"]) + 1, longest) for answer in answers]
-    notes.append("responses counted at their longest; response_tokens=N counts N")
+    if notes is not None:
+        notes.append("responses counted at their longest; response_tokens=N counts N")
     return [longest]
 
 

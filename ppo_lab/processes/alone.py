@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_lab.processes import launch
+from ppo_lab.signals import Preempted
 from ppo_lab.types import brought
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ def joined(*, device: str, timeout: float) -> Iterator[Alone]:
     except ProcessLost:
         raise
     except BaseException as error:
-        if isinstance(error, SystemExit) or launch.is_shared(error):
+        if isinstance(error, Preempted) or launch.is_shared(error):
             group.part()
         raise
     group.part()

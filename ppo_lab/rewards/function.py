@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ class FunctionScorer:
         accepted = {**self._accepted(arguments), **self.kwargs}
 
         def call() -> Any:
-            with torch.no_grad():
+            with torch.no_grad(), exits_as_errors():
                 return self.function(**accepted)
 
         return within(self.timeout, call) if self.timeout else call()
@@ -166,6 +167,22 @@ class FunctionScorer:
             except Exception:
                 return describe(i, prompts, completions)
         return f"a batch of {len(completions)} samples (on none of them alone)"
+
+
+@contextmanager
+def exits_as_errors() -> Iterator[None]:
+    """What ends the program inside becomes an error like others: of several processes the rest
+    would wait for this one.
+
+    Raises:
+        RuntimeError: `sys.exit` was called.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        if type(error) is not SystemExit:  # the run itself is asked to stop
+            raise
+        raise RuntimeError(f"it called sys.exit({error.code})") from error
 
 
 def within(seconds: float, call: Callable[[], Any]) -> Any:

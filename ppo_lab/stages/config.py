@@ -28,13 +28,16 @@ class FitSection:
         "linear", "learning rate over the stage", choices=("constant", "linear", "cosine")
     )
     warmup_ratio: float = knob(
-        0.03, "share of the steps over which the learning rate rises from 0", at_least=0, below=1
+        0.03,
+        "share of the steps over which the learning rate rises, rounded down",
+        at_least=0,
+        below=1,
     )
     weight_decay: float = knob(0.0, "decoupled weight decay", at_least=0)
     max_grad_norm: float = knob(1.0, "largest gradient norm; 0 = unlimited", at_least=0)
     max_length: int = knob(
         512,
-        "most tokens of an example: longer texts are cut, longer pairs left out",
+        "most tokens of an example: longer texts are cut, longer prompts and pairs left out",
         at_least=2,
     )
     gradient_checkpointing: bool = knob(

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ppo_lab.errors import ConfigError
+from ppo_lab.optim import make_schedule
 from ppo_lab.stages.config import FitSection
 
 
@@ -28,10 +30,6 @@ def training_arguments(
         "per_device_eval_batch_size": fit.batch_size,
         "gradient_accumulation_steps": fit.gradient_accumulation_steps,
         "learning_rate": fit.learning_rate,
-        "lr_scheduler_type": fit.lr_schedule
-        if fit.warmup_ratio == 0 or fit.lr_schedule != "constant"
-        else "constant_with_warmup",
-        "warmup_steps": fit.warmup_ratio,
         "weight_decay": fit.weight_decay,
         "max_grad_norm": fit.max_grad_norm,
         "max_length": fit.max_length,
@@ -89,6 +87,60 @@ def silence(trainer: Any) -> None:
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+
+
+def follow_schedule(trainer: Any, fit: FitSection, *, adapter_factor: float) -> None:
+    """Give the trainer the course of the learning rate that PPO has, and an adapter
+    `adapter_factor` times that rate.
+
+    transformers' own begins a warm-up at 0 and makes it a step long at least: a stage of one
+    optimizer step would learn nothing.
+    """
+
+    def create(num_training_steps: int, optimizer: Any = None) -> Any:
+        optimizer = optimizer or trainer.optimizer
+        _set_apart(optimizer, adapter_weights(trainer.model), factor=adapter_factor)
+        trainer.lr_scheduler = make_schedule(
+            optimizer,
+            lr_schedule=fit.lr_schedule,
+            warmup_steps=int(fit.warmup_ratio * num_training_steps),
+            steps=num_training_steps,
+        )
+        return trainer.lr_scheduler
+
+    trainer.create_scheduler = create
+
+
+def adapter_weights(model: Any) -> list[Any]:
+    """The weights of an adapter; none of a head that is trained beside it."""
+    return [p for name, p in model.named_parameters() if "lora_" in name]
+
+
+def _set_apart(optimizer: Any, weights: list[Any], *, factor: float) -> None:
+    """Move some weights into groups of their own, `factor` times as fast as those they were in."""
+    apart = {id(p) for p in weights}
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in apart]
+        if moved:
+            group["params"] = [p for p in group["params"] if id(p) not in apart]
+            optimizer.add_param_group({**group, "params": moved, "lr": factor * group["lr"]})
+
+
+def refuse_empty(trainer: Any, train: Any, held_out: Any, *, max_length: int, what: str) -> None:
+    """Nothing, if the length bound leaves rows to train on and to hold out; `what` is what a
+    message calls what is too long.
+
+    Raises:
+        ConfigError: otherwise; a loss or an accuracy over nothing would say nothing.
+    """
+    for use, given, kept in (
+        ("to train on", train, trainer.train_dataset),
+        ("held out", held_out, trainer.eval_dataset),
+    ):
+        if given is not None and not len(kept):
+            raise ConfigError(
+                f"fit.max_length={max_length}: all {len(given)} {what} {use} are longer; raise it."
+            )
 
 
 def run(trainer: Any, what: str) -> dict[str, float]:

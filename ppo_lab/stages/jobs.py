@@ -66,6 +66,8 @@ def run_sft(config: SFTConfig, folder: Path, overrides: list[str]) -> float:
     out, arguments = _output(config, folder), parts.arguments(model)
     with _whole(out):
         report = fit_sft(parts.merged(model), folder=out, **arguments)
+    if report["examples_too_long"]:
+        print(f"left out        {report['examples_too_long']} prompts as long as fit.max_length")
     if "held_out_loss" in report:
         before, after = report["held_out_loss_before"], report["held_out_loss"]
         print(f"held-out loss   {before:.4f} -> {after:.4f} nats per token")
@@ -174,6 +176,7 @@ class _Parts:
             "device": self.device.type,
             "mixed": self.mixed,
             "peft_config": adapter,
+            "adapter_factor": self.config.lora.learning_rate_factor,
         }
 
 

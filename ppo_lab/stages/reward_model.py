@@ -6,9 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from ppo_lab import trl_parts
-from ppo_lab.errors import ConfigError
 from ppo_lab.stages.config import FitSection
-from ppo_lab.stages.fitting import quiet, run, save, scratch_folder, silence, training_arguments
+from ppo_lab.stages.fitting import (
+    follow_schedule,
+    quiet,
+    refuse_empty,
+    run,
+    save,
+    scratch_folder,
+    silence,
+    training_arguments,
+)
 
 
 def fit_reward_model(
@@ -24,6 +32,7 @@ def fit_reward_model(
     device: str = "auto",
     mixed: bool = False,
     peft_config: Any = None,
+    adapter_factor: float = 1.0,
     what: str = "reward modelling",
 ) -> dict[str, Any]:
     """Teach a sequence classifier with one output which answers are preferred; save it.
@@ -52,29 +61,14 @@ def fit_reward_model(
             peft_config=peft_config,
         )
         silence(trainer)
-        _refuse_empty(trainer, train, held_out, max_length=fit.max_length)
+        follow_schedule(trainer, fit, adapter_factor=adapter_factor)
+        refuse_empty(trainer, train, held_out, max_length=fit.max_length, what="pairs")
         kept = len(trainer.train_dataset)
         report = {"pairs": kept, "pairs_too_long": len(train) - kept, **run(trainer, what)}
         if held_out is not None:
             report |= _held_out(trainer)
         save(trainer, tokenizer, folder, report)
     return report
-
-
-def _refuse_empty(trainer: Any, train: Any, held_out: Any, *, max_length: int) -> None:
-    """Nothing, if the length bound leaves pairs to train on and to hold out.
-
-    Raises:
-        ConfigError: otherwise; an accuracy over no pairs would say nothing.
-    """
-    for what, given, kept in (
-        ("to train on", train, trainer.train_dataset),
-        ("held out", held_out, trainer.eval_dataset),
-    ):
-        if given is not None and not len(kept):
-            raise ConfigError(
-                f"fit.max_length={max_length}: all {len(given)} pairs {what} are longer; raise it."
-            )
 
 
 def _held_out(trainer: Any) -> dict[str, float]:

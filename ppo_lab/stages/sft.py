@@ -7,7 +7,16 @@ from typing import Any
 
 from ppo_lab import trl_parts
 from ppo_lab.stages.config import FitSection
-from ppo_lab.stages.fitting import quiet, run, save, scratch_folder, silence, training_arguments
+from ppo_lab.stages.fitting import (
+    follow_schedule,
+    quiet,
+    refuse_empty,
+    run,
+    save,
+    scratch_folder,
+    silence,
+    training_arguments,
+)
 
 
 def fit_sft(
@@ -22,15 +31,18 @@ def fit_sft(
     device: str = "auto",
     mixed: bool = False,
     peft_config: Any = None,
+    adapter_factor: float = 1.0,
     group_by_length: bool = False,
     what: str = "supervised fine-tuning",
 ) -> dict[str, Any]:
     """Teach `model` the rows of `train` and save it into `folder`; what came out, in numbers.
 
     Rows hold `text`, or `prompt` and `completion` (the loss is then on completions alone), or chat
-    `messages`. Texts get the tokenizer's EOS at their end. `held_out` (rows, or None) gives
-    `held_out_loss`: nats per token, before (`held_out_loss_before`) and after. `group_by_length`
-    makes batches of texts of like length: less padding, a less random order.
+    `messages`. Texts get the tokenizer's EOS at their end. A prompt as long as `fit.max_length`
+    leaves nothing of its completion to learn from, and is left out. `held_out` (rows, or None)
+    gives `held_out_loss`: nats per token, before (`held_out_loss_before`) and after. An adapter
+    learns `adapter_factor` times as fast as `fit.learning_rate`. `group_by_length` makes batches of
+    texts of like length: less padding, a less random order.
     """
     trainer_class, config_class = trl_parts.sft_parts()
     with scratch_folder(folder.parent) as scratch, quiet():
@@ -46,12 +58,19 @@ def fit_sft(
             peft_config=peft_config,
         )
         silence(trainer)
+        follow_schedule(trainer, fit, adapter_factor=adapter_factor)
+        refuse_empty(trainer, train, held_out, max_length=fit.max_length, what="prompts")
+        kept = len(trainer.train_dataset)
         before = _held_out_loss(trainer, held_out)
-        report: dict[str, Any] = {"examples": len(train), **run(trainer, what)}
+        report: dict[str, Any] = {
+            "examples": kept,
+            "examples_too_long": len(train) - kept,
+            **run(trainer, what),
+        }
         after = _held_out_loss(trainer, held_out)
         if held_out is not None:
             report |= {
-                "held_out": len(held_out),
+                "held_out": len(trainer.eval_dataset),
                 "held_out_loss_before": before,
                 "held_out_loss": after,
             }

@@ -58,8 +58,16 @@ class Task:
         digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
         for folder in (self.model, self.reward_model):
             digest.update((Path(folder) / "config.json").read_bytes())
+            for weights in weights_in(Path(folder)):
+                with weights.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
         digest.update(Path(self.prompts).read_bytes())
         return digest.hexdigest()[:16]
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """The files of a model's weights, in the order of their names."""
+    return sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
 
 
 def prompts_in(file: Path) -> list[str]:
