@@ -115,7 +115,7 @@ class WandbTracker:
         self._finish_timeout = ARTIFACT_TIMEOUT if section.log_model else FINISH_TIMEOUT
         self._aside_timeout = ARTIFACT_TIMEOUT if section.log_model else TABLE_TIMEOUT
         self._aside: threading.Thread | None = None
-        self._sent_through = self._at = -1
+        self._sent_through = self._at = -1  # the last iteration that W&B had before, and has now
         self._last_table = -math.inf
         self._samples: tuple[list[Sample], int] | None = None
         self._troubled = False
@@ -246,15 +246,20 @@ class WandbTracker:
 
     def _take_samples(self, run: Any, samples: tuple[list[Sample], int]) -> None:
         self._samples = samples
-        if samples[1] - self._last_table >= self.section.samples_every:
+        if self._x_is_known() and samples[1] - self._last_table >= self.section.samples_every:
             self._send_samples(run)
+
+    def _x_is_known(self) -> bool:
+        """Whether the client can tell how far the run is: in a resumed one after a row alone."""
+        return self._at >= 0 or self._sent_through < 0
 
     def _send_samples(self, run: Any) -> None:
         """Send the samples at hand; where an earlier table is still under way, they wait."""
         if self._samples and self._is_free(0.0):
             (samples, step), self._samples = self._samples, None
             self._last_table = step
-            self._go_aside(lambda: _send_table(run, samples, step, at_least=self._at))
+            x = {} if self._x_is_known() else {X_AXIS: self._sent_through}
+            self._go_aside(lambda: _send_table(run, samples, step, x))
 
     def _go_aside(self, job: Callable[[], Any]) -> None:
         """Do what the client waits for the server with, so that no row stands behind it."""
@@ -372,13 +377,15 @@ def _chartable(wandb: Any, stats: Mapping[str, Any]) -> dict[str, Any]:
     return charts
 
 
-def _send_table(run: Any, samples: Sequence[Sample], step: int, *, at_least: int) -> None:
-    """A table under its own iteration, or that of rows sent meanwhile: x never goes back."""
+def _send_table(run: Any, samples: Sequence[Sample], step: int, x: Mapping[str, int]) -> None:
+    """A table whose first column says of which iteration it is. Its row has no `x` while rows may
+    come before it: the client puts in that of the newest row, so that x never goes back.
+    """
     import wandb
 
     columns: list[Any] = ["iteration", *Sample.__dataclass_fields__]
     rows = [[step, *(_encodable(value) for value in asdict(sample).values())] for sample in samples]
-    run.log({X_AXIS: max(step, at_least), "samples": wandb.Table(columns=columns, data=rows)})
+    run.log({**x, "samples": wandb.Table(columns=columns, data=rows)})
 
 
 def _send_model(run: Any, folder: Path, status: str) -> None:

@@ -177,6 +177,29 @@ def test_a_checkpoint_older_than_the_server_doubles_no_row(server, logged_out):
     assert arrived(only_run(server)) == list(range(1, 16))
 
 
+def test_x_never_goes_back_however_late_a_table_comes_and_no_row_comes_twice(
+    server, logged_out, monkeypatch
+):
+    from ppo_lab import wandb_mirror
+
+    send = wandb_mirror._send_table
+
+    def late(run, *table):
+        time.sleep(0.5)  # as a server that takes its time; rows go on meanwhile
+        send(run, *table)
+
+    monkeypatch.setattr(wandb_mirror, "_send_table", late)
+    train(logged_out, range(1, 11), status="failed", pause=0.02, samples_every=1)
+    assert only_run(server)["summary"]["iteration"] == 10
+    train(logged_out, range(6, 16), resume_step=5, pause=0.02, samples_every=1)
+    train(logged_out, range(15, 16), resume_step=14, samples_every=1)
+    run = only_run(server)
+    assert arrived(run) == list(range(1, 16))
+    x = [row["iteration"] for row in run["history"]]
+    assert x == sorted(x)
+    assert [row["iteration"] for row in run["history"] if "samples" in row][-1] == 15
+
+
 def test_inside_a_sweep_the_agent_names_the_run_and_the_group_is_the_sweeps(
     server, logged_out, monkeypatch
 ):
