@@ -110,6 +110,7 @@ class WandbTracker:
             section.name or os.environ.get("WANDB_NAME") or _default_name(config, overrides)
         )
         self._was_online = resumed and any((folder / "wandb").glob("run-*"))
+        self._resumed = resumed
         self._earlier = read_json_lines(folder / "metrics.jsonl") if resumed else []
         self._console = "auto" if capture_console else "off"
         self._finish_timeout = ARTIFACT_TIMEOUT if section.log_model else FINISH_TIMEOUT
@@ -232,6 +233,8 @@ class WandbTracker:
                 run.config.update({f"{name}_cfg": dict(ours)})
         run.define_metric(X_AXIS, hidden=True)
         run.define_metric("*", step_metric=X_AXIS)
+        if self._resumed:  # what an earlier end left there would outlast this one's beginning
+            run.summary.update({"status": "", "reason": ""})
         if not run.offline:
             server_has = run.summary.get(X_AXIS) if run.resumed else None
             self._sent_through = -1 if server_has is None else int(server_has)

@@ -85,6 +85,7 @@ def train(
     overrides: tuple[str, ...] = (),
     resume_step: int | None = None,
     pause: float = 0.0,
+    reason: str = "",
     **section: Any,
 ) -> tuple[list[str], float, float]:
     """What was said, the longest time that one iteration's logging took and that of the end."""
@@ -107,7 +108,7 @@ def train(
         longest = max(longest, time.perf_counter() - start)
         time.sleep(pause)
     start = time.perf_counter()
-    both.finish(status, SUMMARY)
+    both.finish(status, {**SUMMARY, "reason": reason} if reason else SUMMARY)
     return said, longest, time.perf_counter() - start
 
 
@@ -198,6 +199,15 @@ def test_x_never_goes_back_however_late_a_table_comes_and_no_row_comes_twice(
     x = [row["iteration"] for row in run["history"]]
     assert x == sorted(x)
     assert [row["iteration"] for row in run["history"] if "samples" in row][-1] == 15
+
+
+def test_a_run_that_went_on_after_a_failure_does_not_keep_its_reason(server, logged_out):
+    train(logged_out, range(1, 3), status="failed", reason="RewardError: NaN")
+    assert only_run(server)["summary"]["reason"] == "RewardError: NaN"
+    train(logged_out, range(3, 5), resume_step=2)
+    summary = only_run(server)["summary"]
+    assert summary["status"] == "finished"
+    assert not summary["reason"]
 
 
 def test_inside_a_sweep_the_agent_names_the_run_and_the_group_is_the_sweeps(
