@@ -4,12 +4,15 @@ during a bounded time alone. What goes wrong is said once, and the run goes on.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import queue
 import secrets
 import string
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +28,7 @@ from ppo_lab.types import Sample
 X_AXIS = "iteration"
 INIT_TIMEOUT = 10.0  # seconds, as all of these
 FINISH_TIMEOUT = 10.0
+READ_TIMEOUT = 30.0
 TABLE_TIMEOUT = 5.0
 ARTIFACT_TIMEOUT = 120.0
 THREAD_NAME = "ppo_lab-wandb"
@@ -109,7 +113,6 @@ class WandbTracker:
         self._name = (
             section.name or os.environ.get("WANDB_NAME") or _default_name(config, overrides)
         )
-        self._was_online = resumed and any((folder / "wandb").glob("run-*"))
         self._resumed = resumed
         self._earlier = read_json_lines(folder / "metrics.jsonl") if resumed else []
         self._console = "auto" if capture_console else "off"
@@ -201,6 +204,15 @@ class WandbTracker:
         self._prepare(run)
         return run
 
+    def _earlier_parts(self, kind: str) -> dict[Path, int]:
+        """The folders that the client left of earlier attempts, oldest first, each with the last
+        iteration in it. A server that could not be reached leaves one without any.
+        """
+        if not self._resumed:
+            return {}
+        parts = {part: _last_iteration(part) for part in (self.folder / "wandb").glob(f"{kind}-*")}
+        return {part: last for part, last in sorted(parts.items()) if last >= 0}
+
     def _options(self, wandb: Any, mode: str) -> dict[str, Any]:
         section, sweep = self.section, os.environ.get("WANDB_SWEEP_ID")
         project = section.project or os.environ.get("WANDB_PROJECT") or "ppo_lab"
@@ -208,7 +220,7 @@ class WandbTracker:
         group = section.group or os.environ.get("WANDB_RUN_GROUP") or (sweep and f"sweep-{sweep}")
         return {
             **({} if sweep else {name: value or None for name, value in own.items()}),
-            "resume": "must" if mode == "online" and self._was_online else "allow",
+            "resume": "must" if mode == "online" and self._earlier_parts("run") else "allow",
             "dir": str(self.folder),
             "config": uploaded_config(self.config),
             "allow_val_change": True,
@@ -300,6 +312,15 @@ def _staging(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.environ.pop("WANDB_DATA_DIR", None)
+
+
+def _last_iteration(part: Path) -> int:
+    """The last iteration in a folder of the client's, -1 where it has none or cannot be read."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(part)]
+    with suppress(OSError, ValueError, KeyError, subprocess.SubprocessError):
+        said = subprocess.run(command, capture_output=True, timeout=READ_TIMEOUT, check=True)
+        return int(json.loads(said.stdout)["summary"][X_AXIS])
+    return -1
 
 
 def _mode(wanted: str) -> tuple[Literal["online", "offline", "disabled"], str]:

@@ -210,6 +210,25 @@ def test_a_run_that_went_on_after_a_failure_does_not_keep_its_reason(server, log
     assert not summary["reason"]
 
 
+def test_a_run_whose_server_was_out_of_reach_at_first_goes_online_later(
+    server, logged_out, monkeypatch
+):
+    import wandb
+
+    from ppo_lab import wandb_mirror
+
+    monkeypatch.setattr(wandb_mirror, "INIT_TIMEOUT", 1.0)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    said, _, _ = train(logged_out, range(1, 4), status="preempted")
+    assert "the server cannot be had" in said[0]
+    assert any((logged_out / "wandb").glob("run-*"))
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    wandb.teardown()  # as a new process would begin
+    said, _, _ = train(logged_out, range(4, 7), resume_step=3)
+    assert said[0].startswith("W&B: online")
+    assert arrived(only_run(server)) == list(range(1, 7))
+
+
 def test_inside_a_sweep_the_agent_names_the_run_and_the_group_is_the_sweeps(
     server, logged_out, monkeypatch
 ):
