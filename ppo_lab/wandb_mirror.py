@@ -14,7 +14,7 @@ import string
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -199,8 +199,10 @@ class WandbTracker:
             wandb.teardown()  # or the id counts as in use
             _quieten(wandb)
             run = wandb.init(mode=mode, **self._options(wandb, mode))
-        later = f"{why}; upload: wandb sync {_short(Path(run.dir).parent)}"
+        parts = self._earlier_parts("offline-run") if run.offline else {}
+        later = f"{why}; upload: wandb sync {' '.join(map(_short, _to_upload(parts, run)))}"
         self._tell(f"W&B: {mode}, {later if mode == 'offline' else run.url}")
+        self._sent_through = self._held(run, parts)
         self._prepare(run)
         return run
 
@@ -247,12 +249,17 @@ class WandbTracker:
         run.define_metric("*", step_metric=X_AXIS)
         if self._resumed:  # what an earlier end left there would outlast this one's beginning
             run.summary.update({"status": "", "reason": ""})
+        for row in self._earlier:
+            known = {name: value for name, value in row.items() if value is not None}
+            self._send(run, {X_AXIS: known.pop("step"), **known})
+
+    def _held(self, run: Any, parts: Mapping[Path, int]) -> int:
+        """The last iteration that the server has, or that folders to be uploaded hold."""
         if not run.offline:
-            server_has = run.summary.get(X_AXIS) if run.resumed else None
-            self._sent_through = -1 if server_has is None else int(server_has)
-            for row in self._earlier:
-                known = {name: value for name, value in row.items() if value is not None}
-                self._send(run, {X_AXIS: known.pop("step"), **known})
+            return int(run.summary.get(X_AXIS, -1)) if run.resumed else -1
+        # How much of an earlier attempt arrived, nobody knows here.
+        arrived = self._earlier[-1]["step"] if self._earlier and self._earlier_parts("run") else -1
+        return max([*parts.values(), int(arrived)])
 
     def _send(self, run: Any, row: dict[str, float]) -> None:
         if row[X_AXIS] > self._sent_through:
@@ -314,11 +321,18 @@ def _staging(folder: Path) -> Iterator[None]:
         os.environ.pop("WANDB_DATA_DIR", None)
 
 
+def _to_upload(parts: Iterable[Path], run: Any) -> list[Path]:
+    """The folders of these, and the run's own, that have not been uploaded yet."""
+    return [part for part in parts if not any(part.glob("*.synced"))] + [Path(run.dir).parent]
+
+
 def _last_iteration(part: Path) -> int:
     """The last iteration in a folder of the client's, -1 where it has none or cannot be read."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(part)]
     with suppress(OSError, ValueError, KeyError, subprocess.SubprocessError):
-        said = subprocess.run(command, capture_output=True, timeout=READ_TIMEOUT, check=True)
+        said = subprocess.run(  # noqa: S603 (the client's own command)
+            command, capture_output=True, timeout=READ_TIMEOUT, check=True
+        )
         return int(json.loads(said.stdout)["summary"][X_AXIS])
     return -1
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -227,6 +228,32 @@ def test_a_run_whose_server_was_out_of_reach_at_first_goes_online_later(
     said, _, _ = train(logged_out, range(4, 7), resume_step=3)
     assert said[0].startswith("W&B: online")
     assert arrived(only_run(server)) == list(range(1, 7))
+
+
+def test_a_run_that_was_killed_and_resumed_offline_is_uploaded_whole(server, logged_out):
+    killed = (
+        "import os, sys; from pathlib import Path; from test_tracking import train\n"
+        "def steps():\n    yield from range(1, 11)\n    import time; time.sleep(4)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "train(Path(sys.argv[1]), steps(), mode='offline')"
+    )
+    path = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", killed, str(logged_out)]
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == -9
+    record = JsonLines(logged_out, resume_step=10)
+    for step in (11, 12):  # as the client loses what it was told last
+        record.log({"kl": step / 10}, step)
+    train(logged_out, range(13, 16), resume_step=12, mode="offline")
+    said, _, _ = train(logged_out, range(14, 18), resume_step=13, mode="offline")
+    _, _, parts = said[0].partition("upload: wandb sync ")
+    assert len(parts.split()) == 3
+    upload = [sys.executable, "-m", "wandb", "sync", *parts.split()]
+    subprocess.run(upload, env=environment, check=True, capture_output=True)
+    run = only_run(server)
+    assert arrived(run) == list(range(1, 18))
+    x = [row["iteration"] for row in run["history"]]
+    assert x == sorted(x)
 
 
 def test_inside_a_sweep_the_agent_names_the_run_and_the_group_is_the_sweeps(
