@@ -31,6 +31,7 @@ FINISH_TIMEOUT = 10.0
 READ_TIMEOUT = 30.0
 TABLE_TIMEOUT = 5.0
 ARTIFACT_TIMEOUT = 120.0
+LONGEST_NAME = 128  # characters, by W&B's own rule
 THREAD_NAME = "ppo_lab-wandb"
 
 
@@ -65,7 +66,11 @@ def run_name(base: str, overrides: Sequence[str], *, seed: int) -> str:
             continue
         short = _SHORT.get(key, key.rpartition(".")[2] if "." in key else "")
         parts.append(f"{short}{value}")
-    return "-".join([*parts, f"s{seed}"])[:128]
+    told, repetition = "-".join(parts), f"s{seed}"
+    room = LONGEST_NAME - len(repetition) - 1
+    if len(told) > room:  # the model first, what was overridden last, are kept
+        told = f"{told[: room // 2 - 2]}...{told[-(room - room // 2 - 1) :]}"
+    return "-".join(filter(None, [told, repetition]))
 
 
 def run_id(folder: Path, chosen: str = "") -> str:

@@ -453,6 +453,16 @@ def test_names_tell_runs_apart():
     assert run_name("a", overrides, seed=4) == "a-kl0.1-clip0.2-r8-steps5-s4"
 
 
+def test_a_long_name_keeps_its_beginning_its_end_and_its_seed():
+    overrides = [f"generation.setting_{i}=value_{i}" for i in range(20)]
+    names = [run_name("tiny", overrides, seed=seed) for seed in (1, 22)]
+    assert [len(name) for name in names] == [128, 128]
+    assert names[0].startswith("tiny-setting_0value_0-")
+    assert names[0].endswith("-setting_19value_19-s1")
+    assert names[1].endswith("-setting_19value_19-s22")
+    assert run_name("", [], seed=3) == "s3"
+
+
 def test_the_config_goes_up_nested_with_its_aliases():
     config = {"ppo": {"init_kl_coef": 0.0, "cliprange": 0.3}, "seed": 1}
     assert uploaded_config(config) == {**config, "beta": 0.0, "epsilon": 0.3}
