@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,14 @@ from made_up_runs import (
 )
 
 from ppo_lab.compare.__main__ import main
-from ppo_lab.compare.comparison import compare, describe, frame, remarks
+from ppo_lab.compare.comparison import (
+    clip_fraction_by_epsilon,
+    compare,
+    describe,
+    frame,
+    remarks,
+)
+from ppo_lab.compare.figures import objectives, save_figures
 from ppo_lab.compare.groups import differing_keys, grouped
 from ppo_lab.compare.outcomes import evaluations, outcomes
 from ppo_lab.compare.overoptimisation import fit_overoptimisation, peak_of
@@ -231,6 +239,43 @@ def test_the_table_of_runs_holds_differing_keys_and_outcomes(sweep: Path) -> Non
     assert table["ppo.cliprange"].tolist() == [0.1, 0.1, 0.4, 0.4] * 2
     assert table["group"].nunique() == 4
     assert table["objective"].notna().all()
+
+
+def test_a_run_that_lacks_beta_or_epsilon_does_not_keep_the_others_from_being_drawn(
+    sweep: Path, tmp_path: Path
+) -> None:
+    runs = read_runs([str(sweep)])
+    for key, run in zip(("ppo.init_kl_coef", "ppo.cliprange"), runs, strict=False):
+        del run.config[key]
+    names = {file.name for file in save_figures(compare(runs), tmp_path)}
+    assert "compare_objective.png" in names
+
+
+def test_pictures_and_page_count_the_same_runs(tmp_path: Path) -> None:
+    for beta, epsilon in product((0.1, 0.3), (0.1, 0.2)):
+        for seed, steps in ((0, 40), (1, 40), (0, 20)):  # the third differs in more than its seed
+            make_run(
+                tmp_path / f"{beta}-{epsilon}-{seed}-{steps}",
+                beta=beta,
+                epsilon=epsilon,
+                seed=seed,
+                steps=steps,
+            )
+    for folder in tmp_path.glob("*-20"):
+        failed = {"status": "failed", "objective": -99, "train": {"clip_fraction": 0.0}}
+        (folder / "summary.json").write_text(json.dumps(failed))
+    comparison = compare(read_runs([str(tmp_path)]))
+    xs, ys, table = objectives(comparison)
+    assert (xs, ys) == ([0.1, 0.3], [0.1, 0.2])
+    finished = [run for run in comparison.runs if run.status == "finished"]
+    first = [
+        r for r in finished if r.config["ppo.init_kl_coef"] == r.config["ppo.cliprange"] == 0.1
+    ]
+    assert table[0][0] == np.mean([outcomes(run)["objective"] for run in first])
+    assert np.min(table) > -99
+    fractions = clip_fraction_by_epsilon(comparison)
+    assert [len(some) for some in fractions.values()] == [4, 4]
+    assert min(map(min, fractions.values())) > 0.0
 
 
 # ---- The page ----------------------------------------------------------------------------------

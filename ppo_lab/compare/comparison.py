@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import pandas
 
-from ppo_lab.compare.groups import FIRST, Group, differing_keys, grouped, short, shown
+from ppo_lab.compare.groups import (
+    FIRST,
+    Group,
+    differing_keys,
+    grouped,
+    is_number,
+    settled,
+    short,
+    shown,
+)
 from ppo_lab.compare.outcomes import outcomes
 from ppo_lab.compare.overoptimisation import Overoptimisation, fit_overoptimisation
 from ppo_lab.compare.runs import Run
@@ -73,7 +82,7 @@ def frame(comparison: Comparison) -> pandas.DataFrame:
 
 
 def _all_numbers(column: pandas.Series) -> bool:
-    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in column.dropna())
+    return all(map(is_number, column.dropna()))
 
 
 def remarks(comparison: Comparison) -> list[str]:
@@ -116,7 +125,7 @@ def _rank_correlations(comparison: Comparison) -> Iterator[str]:
 def _finished_pairs(comparison: Comparison, key: str, metric: str) -> list[tuple[float, float]]:
     finished = [run for run in comparison.runs if run.status == "finished"]
     found = [(run.config.get(key), outcomes(run)[metric]) for run in finished]
-    return [(float(x), y) for x, y in found if isinstance(x, int | float) and np.isfinite(y)]
+    return [(float(x), y) for x, y in found if is_number(x) and np.isfinite(y)]
 
 
 def _level_means(pairs: Sequence[tuple[float, float]]) -> list[float]:
@@ -132,11 +141,13 @@ def by_level(pairs: Iterable[tuple[float, float]]) -> dict[float, list[float]]:
 
 
 def clip_fraction_by_epsilon(comparison: Comparison) -> dict[float, list[float]]:
-    """The mean clip fraction of every run, by its epsilon, rising."""
-    pairs = [(run.config.get(FIRST[1]), outcomes(run)["clip_fraction"]) for run in comparison.runs]
-    return by_level(
-        (float(x), y) for x, y in pairs if isinstance(x, int | float) and np.isfinite(y)
-    )
+    """The mean clip fraction of every run that counts among those of its epsilon, which rises."""
+    found: dict[float, list[Run]] = {}
+    for run in comparison.runs:
+        if is_number(epsilon := run.config.get(FIRST[1])):
+            found.setdefault(float(epsilon), []).append(run)
+    pairs = [(e, outcomes(run)["clip_fraction"]) for e in found for run in settled(found[e])]
+    return by_level((epsilon, y) for epsilon, y in pairs if np.isfinite(y))
 
 
 def _epsilon_that_never_binds(comparison: Comparison) -> Iterator[str]:

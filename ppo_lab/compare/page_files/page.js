@@ -50,9 +50,9 @@ function visibleRuns() {
   return DATA.runs.filter((run) => words.every((word) => title(run).toLowerCase().includes(word)));
 }
 
-function groupsOf(runs) {
+function groupsOf(runs, of = (run) => run.group) {
   const groups = new Map();
-  for (const run of runs) groups.set(run.group, [...(groups.get(run.group) ?? []), run]);
+  for (const run of runs) groups.set(of(run), [...(groups.get(of(run)) ?? []), run]);
   return [...groups.values()];
 }
 
@@ -202,10 +202,11 @@ function paretoFront(points) {
 
 function drawHeat() {
   const [x, y, name] = ["heat-x", "heat-y", "heat-value"].map((id) => byId(id).value);
-  const runs = visibleRuns().filter((run) => isNumber(run.outcomes[name]) && value(run, x) !== undefined && value(run, y) !== undefined);
+  const placed = visibleRuns().filter((run) => value(run, x) !== undefined && value(run, y) !== undefined);
+  const runs = placed.filter((run) => isNumber(run.outcomes[name]));
   const [xs, ys] = [x, y].map((key) => unique(runs.map((run) => value(run, key))).sort(inOrder));
   const cells = xs.length <= MOST_CELLS && ys.length <= MOST_CELLS;
-  const traces = !runs.length ? [] : cells ? [heatTrace(runs, x, y, xs, ys, name)] : [cloudTrace(runs, x, y, name)];
+  const traces = !runs.length ? [] : cells ? [heatTrace(placed, x, y, xs, ys, name)] : [cloudTrace(runs, x, y, name)];
   const type = (values) => (cells ? "category" : values.every((v) => v > 0) ? "log" : undefined);
   draw("heat", traces, {
     title: { text: escaped(name), font: { size: 13 } }, absent: `no run has a value of ${name}`,
@@ -229,8 +230,9 @@ function cloudTrace(runs, x, y, name) {
 
 function drawClip() {
   const key = "ppo.cliprange";
-  const runs = visibleRuns().filter((run) => isNumber(run.outcomes.clip_fraction) && isNumber(run.config[key] ?? epsilonOf(run)));
   const epsilon = (run) => run.config[key] ?? epsilonOf(run);
+  const counted = groupsOf(visibleRuns(), epsilon).flatMap(settled);
+  const runs = counted.filter((run) => isNumber(run.outcomes.clip_fraction) && isNumber(epsilon(run)));
   const values = unique(runs.map(epsilon)).sort(inOrder);
   const means = values.map((v) => outcome(runs.filter((run) => epsilon(run) === v), "clip_fraction").mean);
   const points = { mode: "markers", x: runs.map((r) => String(epsilon(r))), y: runs.map((r) => r.outcomes.clip_fraction), text: runs.map(hover),
