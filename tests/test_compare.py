@@ -138,6 +138,14 @@ def test_without_a_gold_score_nothing_is_fitted_and_it_is_said(tmp_path: Path) -
     assert said == "no over-optimisation fit: no run has a gold score"
 
 
+def test_gold_without_any_kl_is_not_called_no_gold(tmp_path: Path) -> None:
+    zeros = np.zeros(4)
+    runs = [exact_run(tmp_path / str(n), zeros, mean_reward=zeros, gold=zeros) for n in range(2)]
+    said = fit_overoptimisation(runs)
+    assert isinstance(said, str)
+    assert "0 evaluations of 0 runs with a gold score and KL above 0" in said
+
+
 # ---- Reading -----------------------------------------------------------------------------------
 
 
