@@ -194,6 +194,16 @@ def test_each_fate_of_a_run_is_told_by_its_folder(tmp_path: Path) -> None:
     assert page(compare(list(runs.values())), [], title="fates")
 
 
+def test_answers_are_the_last_evaluations_and_not_those_from_training(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", steps=10)
+    rows = [{"step": 20, "prompt": "p", "response": "r", "score": 1.0, "reference_response": None}]
+    with (folder / "samples.jsonl").open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    assert {row["step"] for row in read_run(folder, "a").samples} == {10}
+    (folder / "samples.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert len(read_run(folder, "a").samples) == 1
+
+
 def test_globs_folders_and_runs_mix_and_each_run_is_read_once(sweep: Path) -> None:
     runs = read_runs([str(sweep / "*"), str(sweep), str(sweep / "3")])
     assert [run.name for run in runs] == [str(i) for i in range(8)]

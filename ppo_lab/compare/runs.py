@@ -131,8 +131,12 @@ def _read_summary(file: Path) -> dict[str, Any]:
 
 
 def _read_samples(file: Path) -> list[dict[str, Any]]:
-    """The samples of the last evaluation that left any."""
+    """The samples of the last evaluation that left any; of the last iteration where none did.
+
+    An evaluation's have the reference's answers beside them, those from training have none.
+    """
     rows = [row for row in _whole_lines(file) if "prompt" in row]
+    rows = [row for row in rows if row.get("reference_response") is not None] or rows
     last = max((row.get("step", 0) for row in rows), default=0)
     return [row for row in rows if row.get("step", 0) == last]
 
