@@ -296,6 +296,14 @@ def test_pictures_and_page_count_the_same_runs(tmp_path: Path) -> None:
     assert min(map(min, fractions.values())) > 0.0
 
 
+def test_a_setting_called_like_an_outcome_keeps_a_column_of_its_own(tmp_path: Path) -> None:
+    for name in ("eval/mean_reward", "eval/gold"):
+        make_run(tmp_path / name.replace("/", "-"), objective=name)
+    table = frame(compare(read_runs([str(tmp_path)])))
+    assert sorted(table["config.objective"]) == ["eval/gold", "eval/mean_reward"]
+    assert table["objective"].dtype == float
+
+
 # ---- The page ----------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from ppo_lab.compare.groups import (
     short,
     shown,
 )
-from ppo_lab.compare.outcomes import outcomes
+from ppo_lab.compare.outcomes import OUTCOMES, outcomes
 from ppo_lab.compare.overoptimisation import Overoptimisation, fit_overoptimisation
 from ppo_lab.compare.runs import Run
 from ppo_lab.compare.statistics import rank_correlation, t_interval
@@ -27,6 +27,7 @@ from ppo_lab.compare.statistics import rank_correlation, t_interval
 BINDS_FROM = (
     0.01  # share of tokens; a smaller clip fraction means that epsilon changes next to nothing
 )
+OF_A_RUN = ("run", "path", "status", "reason", "group", "seed", "steps")
 TASK = ("model.", "reward.", "data.")
 
 
@@ -58,7 +59,12 @@ def _fits(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, Overoptimisatio
 
 
 def frame(comparison: Comparison) -> pandas.DataFrame:
-    """One row a run: where it is, what became of it, the keys that differ, what it came to."""
+    """One row a run: where it is, what became of it, the keys that differ, what it came to.
+
+    A key that is called like another column, as `objective` is, has `config.` before its name.
+    """
+    taken = {*OF_A_RUN, *OUTCOMES}
+    columns = {key: f"config.{key}" if key in taken else key for key in comparison.keys}
     number = {id(run): i for i, group in enumerate(comparison.groups) for run in group.runs}
     rows = [
         {
@@ -69,15 +75,15 @@ def frame(comparison: Comparison) -> pandas.DataFrame:
             "group": number[id(run)],
             "seed": run.config.get("seed"),
             "steps": run.steps,
-            **{key: run.config.get(key) for key in comparison.keys},
+            **{column: run.config.get(key) for key, column in columns.items()},
             **outcomes(run),
         }
         for run in comparison.runs
     ]
     table = pandas.DataFrame(rows)
-    for key in comparison.keys:  # a column of several types has no place in Parquet
-        if table[key].map(type).nunique() > 1 and not _all_numbers(table[key]):
-            table[key] = table[key].map(str)
+    for name in columns.values():  # a column of several types has no place in Parquet
+        if table[name].map(type).nunique() > 1 and not _all_numbers(table[name]):
+            table[name] = table[name].map(str)
     return table
 
 
