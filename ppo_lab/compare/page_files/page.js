@@ -104,16 +104,13 @@ function settled(runs) {
 
 const outcome = (runs, name) => interval(settled(runs).map((run) => run.outcomes[name]));
 
-// The mean curve of several seeds and their range, at the steps that at least two of them reached.
+// The mean curve of several seeds and their range; nothing where their steps differ, as in the PNG: no run is cut short.
 function band(runs, metric) {
-  const at = new Map();
-  for (const run of runs) {
-    const found = curve(run, metric);
-    found?.x.forEach((step, i) => at.set(step, [...(at.get(step) ?? []), found.y[i]]));
-  }
-  const steps = [...at.keys()].filter((step) => at.get(step).length > 1).sort((a, b) => a - b);
-  const values = steps.map((step) => at.get(step));
-  return { x: steps, y: values.map((v) => interval(v).mean), low: values.map((v) => Math.min(...v)), high: values.map((v) => Math.max(...v)) };
+  const [first, ...others] = runs.map((run) => curve(run, metric));
+  const same = others.every(({ x }) => x.length === first.x.length && x.every((step, i) => step === first.x[i]));
+  if (!same) return null;
+  const values = [...first.x].map((_, i) => [first, ...others].map(({ y }) => y[i]));
+  return { x: first.x, y: values.map((v) => interval(v).mean), low: values.map((v) => Math.min(...v)), high: values.map((v) => Math.max(...v)) };
 }
 
 // ---- Plots -----------------------------------------------------------------------------------------
@@ -161,8 +158,9 @@ function lineTrace(run, metric, style) {
 }
 
 function bandTraces(group, metric, style, colours) {
-  const { x, y, low, high } = band(group, metric);
-  if (!x.length) return group.map((run) => lineTrace(run, metric, style));
+  const found = band(group, metric);
+  if (!found) return group.map((run) => lineTrace(run, metric, style));
+  const { x, y, low, high } = found;
   const edge = { x, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: colours.label(group[0]) };
   const fillcolor = colours.of(group[0]) + "2b";
   const text = escaped(`${DATA.groups[group[0].group]}, ${group.length} seeds`);
@@ -429,7 +427,7 @@ function setUp() {
   fill(byId("left"), withSamples, withSamples[0]?.[0]);
   fill(byId("right"), withSamples, withSamples.at(-1)?.[0]);
   fill(byId("run"), ranked, ranked[0]?.[0]);
-  byId("curve-note").textContent = `Thin lines: one run each. Bands: the mean over seeds and their range. Curves longer than ${DATA.points} points are means over stretches of iterations.`;
+  byId("curve-note").textContent = `Thin lines: one run each. Bands: the mean over seeds and their range, where all have the same iterations. Curves longer than ${DATA.points} points are means over stretches of iterations.`;
 }
 
 const SECTIONS = [
