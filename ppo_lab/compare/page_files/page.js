@@ -2,7 +2,8 @@
 // The data come from page.py. Text that a model or a user wrote enters the page by textContent alone.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const HUES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#000000", "#7f7f7f"];
+const HUES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#000000"];
+const NO_VALUE = "#7f7f7f";
 const VIRIDIS = ["#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#d8d219"];
 const MOST_IN_LEGEND = 14;
 const MOST_CELLS = 30;
@@ -58,15 +59,18 @@ function groupsOf(runs, of = (run) => run.group) {
 
 // ---- Colours ---------------------------------------------------------------------------------------
 
+// A value has one colour in every panel, whichever of the runs the panel shows.
 function colouring(runs) {
   const key = byId("colour").value;
-  const values = unique(runs.map((run) => value(run, key))).sort(inOrder);
+  const valuesOf = (some) => unique(some.map((run) => value(run, key))).filter((v) => v !== undefined && v !== null);
+  const values = valuesOf(DATA.runs.filter((run) => run.steps)).sort(inOrder);
   const numeric = values.every(isNumber) && key !== "seed";
   const colours = new Map(values.map((v, i) => [v, numeric ? along(i, values.length) : HUES[i % HUES.length]]));
+  const shown = valuesOf(runs).length;
   return {
-    of: (run) => colours.get(value(run, key)),
+    of: (run) => colours.get(value(run, key)) ?? NO_VALUE,
     label: (run) => `${short(key)}=${round(value(run, key))}`,
-    legend: values.length > 1 && values.length <= MOST_IN_LEGEND,
+    legend: shown > 1 && shown <= MOST_IN_LEGEND,
   };
 }
 
