@@ -398,22 +398,70 @@ def test_a_thousand_run_folders_take_less_than_twenty_seconds(tmp_path: Path) ->
     assert (tmp_path / "out" / "compare.html").stat().st_size < 20e6
 
 
-@pytest.mark.slow
-def test_a_browser_draws_every_plot_and_reports_no_error(sweep: Path, tmp_path: Path) -> None:
+def in_a_browser(html: Path, *, width: int) -> subprocess.CompletedProcess[str]:
+    """What a browser makes of a page, and in stderr what it says of it."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("needs Chromium")
-    assert main([str(sweep), "--output", str(tmp_path)]) == 0
     flags = "--headless --no-sandbox --use-angle=swiftshader --enable-unsafe-swiftshader "
     flags += "--no-first-run --disable-background-networking --disable-sync --dump-dom "
-    flags += "--window-size=1500,6000 --virtual-time-budget=20000 --enable-logging=stderr"
-    command = [browser, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"]
-    shown = subprocess.run(
-        [*command, (tmp_path / "compare.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    flags += f"--window-size={width},6000 --virtual-time-budget=20000 --enable-logging=stderr"
+    command = [browser, *flags.split(), f"--user-data-dir={html.parent / 'profile'}"]
+    return subprocess.run([*command, html.as_uri()], capture_output=True, text=True, timeout=120)
+
+
+def without(run: Path, *, metric: str = "", after: int = 1000) -> None:
+    """Take a metric and the later iterations out of a run's record."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in row.items() if k != metric} for row in rows if row["step"] <= after]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+@pytest.mark.slow
+def test_no_curve_is_cut_short_and_a_group_has_one_colour_in_every_panel(tmp_path: Path) -> None:
+    for beta, seed in product((0.02, 0.1, 0.4), (0, 1)):
+        make_run(tmp_path / f"{beta}-{seed}", beta=beta, seed=seed)
+    (tmp_path / "empty").mkdir()
+    without(tmp_path / "0.1-1", after=20)
+    for seed in (0, 1):
+        without(tmp_path / f"0.02-{seed}", metric="clip_fraction")
+    assert main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    html = tmp_path / "out" / "compare.html"
+    text = html.read_text()
+    asking = """<script>setTimeout(() => document.title = JSON.stringify(
+      [0, 2].map((i) => byId(`curve-${i}`).data.filter((t) => t.line.width > 0)
+        .map((t) => [t.legendgroup, t.line.color, t.x.at(-1)]))), 9000)</script></body>"""
+    html.write_text(text.replace("</body>", asking))
+    shown = in_a_browser(html, width=1500).stdout
+    kl, clipped = json.loads(re.search("<title>(.*?)</title>", shown)[1])
+    assert sorted(end for label, _, end in kl if label == "init_kl_coef=0.1") == [20, 40]
+    assert len(kl) == 4
+    colours = {label: colour for label, colour, _ in kl}
+    assert len(set(colours.values())) == 3
+    assert [colours[label] for label, _, _ in clipped] == [colour for _, colour, _ in clipped]
+
+
+@pytest.mark.slow
+def test_plots_fit_a_narrow_window(sweep: Path, tmp_path: Path) -> None:
+    assert main([str(sweep), "--output", str(tmp_path)]) == 0
+    html = tmp_path / "compare.html"
+    asking = """<script>document.querySelector("main").style.width = "400px";
+      setTimeout(() => document.title = JSON.stringify(
+        [...document.querySelectorAll(".plot:not(.absent)")]
+        .map((p) => [p, p.closest("section")].map((e) => e.getBoundingClientRect().right))
+        .map(([plot, section]) => plot - section)),
+      9000)</script></body>"""
+    html.write_text(html.read_text().replace("</body>", asking))
+    shown = in_a_browser(html, width=600).stdout
+    beyond = json.loads(re.search("<title>(.*?)</title>", shown)[1])
+    assert len(beyond) >= 8
+    assert max(beyond) < 0
+
+
+@pytest.mark.slow
+def test_a_browser_draws_every_plot_and_reports_no_error(sweep: Path, tmp_path: Path) -> None:
+    assert main([str(sweep), "--output", str(tmp_path)]) == 0
+    shown = in_a_browser(tmp_path / "compare.html", width=1500)
     console = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
     assert [line for line in console if "GL Driver Message" not in line] == []
     plots = ["curve-0", "curve-1", "curve-2", "frontier-score", "frontier-gold", "heat", "clip"]
