@@ -220,6 +220,16 @@ def test_proxy_up_and_gold_down_is_called_reward_hacking():
     assert "reward hacking" not in remarks(run(eval__last__gold=0.1, eval__last__mean_reward=-1.0))
 
 
+def test_gold_that_stands_still_or_falls_with_the_score_is_neither_risen_nor_over_optimised():
+    same = run(eval__first__gold=-0.3001, eval__last__gold=-0.3)
+    assert "gold is what it was, -0.3" in remarks(same)
+    assert "gold" not in remarks(run(eval__last__mean_reward=-0.5))
+    fell = remarks(run(eval__last__mean_reward=-0.9, eval__last__gold=0.1), (0.5,))
+    assert "gold fell with it, from 0.2 to 0.1" in fell
+    assert "over-optimised" not in fell
+    assert "below its own peak, 0.5 to 0.2" in remarks(run(eval__last__gold=0.2), (0.5,))
+
+
 def test_gold_below_its_own_peak_is_said():
     assert "below its own peak, 1.4 to 0.9" in remarks(run(), (0.2, 1.4, 1.0))
     assert "peak" not in remarks(run(), (0.2, 0.92, 0.9))
