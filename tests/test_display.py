@@ -129,6 +129,21 @@ def test_what_cannot_or_will_not_redraw_gets_plain_lines(terminal, monkeypatch, 
     assert not has_terminal(Console(file=io.StringIO(), force_terminal=True))
 
 
+def test_colours_in_a_file_are_coloured_lines_and_no_live_display(tmp_path, monkeypatch):
+    for name in ("CI", "NO_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = io.StringIO()
+    shown = tracker(tmp_path, Console(file=out, width=40), steps=2)
+    shown.log(METRICS, 2)
+    (line,) = out.getvalue().splitlines()
+    assert "\x1b[?25l" not in line
+    assert "\x1b[1;36m3.2" in line
+    plain = re.sub(r"\x1b\[[\d;]*m", "", line)
+    assert plain.startswith("iteration 2/2  kl 3.2  mean_reward 0.51  clip_fraction 12.3 %")
+
+
 def test_a_closed_pipe_stops_nothing(tmp_path):
     out = io.StringIO()
     shown = tracker(tmp_path, Console(file=out, width=80))
