@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from made_up_runs import (
     make_sweep,
     rise,
 )
+from rich.console import Console
 
 from ppo_lab.compare.__main__ import main
 from ppo_lab.compare.comparison import (
@@ -40,6 +42,7 @@ from ppo_lab.compare.overoptimisation import fit_overoptimisation, peak_of
 from ppo_lab.compare.page import CURVE_BYTES, as_json, page, payload, points_a_curve
 from ppo_lab.compare.runs import Run, read_run, read_runs
 from ppo_lab.compare.statistics import pareto_front, rank_correlation, t_interval, thinned
+from ppo_lab.compare.terminal import show
 
 SMALL = {"betas": (0.0, 0.1), "epsilons": (0.1, 0.4), "seeds": (0, 1), "steps": 20}
 
@@ -302,6 +305,19 @@ def test_a_setting_called_like_an_outcome_keeps_a_column_of_its_own(tmp_path: Pa
     table = frame(compare(read_runs([str(tmp_path)])))
     assert sorted(table["config.objective"]) == ["eval/gold", "eval/mean_reward"]
     assert table["objective"].dtype == float
+
+
+@pytest.mark.parametrize("width", [160, 80, 40, 24])
+def test_no_terminal_is_too_narrow_for_a_number_of_the_comparison(sweep: Path, width: int) -> None:
+    comparison, out = compare(read_runs([str(sweep)])), io.StringIO()
+    show(comparison, [], Console(file=out, width=width))
+    said = out.getvalue().split()
+    for group in comparison.groups:
+        numbers = [group.results[name] for name in ("objective", "eval/gold", "eval/kl")]
+        for wanted in [part for number in numbers for part in str(number).split()]:
+            assert wanted in said
+    assert max(map(len, out.getvalue().splitlines())) <= width
+    assert any("cliprange" in word for word in said)
 
 
 # ---- The page ----------------------------------------------------------------------------------
