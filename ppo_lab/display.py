@@ -20,12 +20,22 @@ from ppo_lab.types import Sample
 
 PLAIN_SECONDS = 5.0
 EVERY_LINE_SECONDS = 2.0
+NAME, VALUE = "dim", "bold cyan"  # styles
 SPEED = ("tokens_per_second", "time/tokens_per_second")
 
 
 def has_terminal(console: Console) -> bool:
-    """Whether to redraw in place: on a terminal that is not dumb, where colours are not refused."""
-    refused = console.no_color or os.environ.get("CI") or os.environ.get("NO_COLOR")
+    """Whether to redraw in place: on a terminal that is not dumb, where colours are not refused.
+
+    FORCE_COLOR makes rich take a file for a terminal; it asks for colours there, and no more.
+    """
+    a_file = os.environ.get("FORCE_COLOR") and not console.file.isatty()
+    return has_colours(console) and not (a_file or os.environ.get("CI"))
+
+
+def has_colours(console: Console) -> bool:
+    """Whether what is printed may be coloured: on a terminal, or where that is asked for."""
+    refused = console.no_color or os.environ.get("NO_COLOR")
     return console.is_terminal and not console.is_dumb_terminal and not refused
 
 
@@ -76,7 +86,8 @@ class TerminalTracker:
             self._view.show(metrics, step, seconds_left)
         elif self._is_due(step):
             self._last_line = time.monotonic()
-            self._plain(progress_line(metrics, step, self.total_steps, seconds_left))
+            line = progress_line(metrics, step, self.total_steps, seconds_left)
+            self._plain(line, coloured(line, metrics))
 
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
         """Kept for the summary page."""
@@ -101,8 +112,12 @@ class TerminalTracker:
         slow = self._clock.seconds_a_step >= EVERY_LINE_SECONDS
         return slow or quiet_for >= PLAIN_SECONDS or step >= self.total_steps
 
-    def _plain(self, text: str) -> None:
-        print(text, file=self.console.file, flush=True)
+    def _plain(self, text: str, shown: Text | None = None) -> None:
+        """A line, or where colours are wanted its coloured form."""
+        if shown and has_colours(self.console):
+            self.console.print(shown, soft_wrap=True)
+        else:
+            print(text, file=self.console.file, flush=True)
 
 
 class _Clock:
@@ -148,7 +163,7 @@ class _View:
         self._bar.update(self._task, completed=step, left=f"{duration(seconds_left)} left")
         line = Text("    ")
         for name, value in _headline(metrics):
-            line.append(f"{name} ", style="dim").append(value, style="bold cyan").append("   ")
+            line.append(f"{name} ", style=NAME).append(value, style=VALUE).append("   ")
         line.no_wrap = True
         self._live.update(Group(self._bar, line))
 
@@ -175,6 +190,16 @@ def progress_line(
     """One iteration on one line, for logs."""
     numbers = "  ".join(f"{name} {value}" for name, value in _headline(metrics))
     return f"iteration {step}/{total_steps}  {numbers}  {duration(seconds_left)} left"
+
+
+def coloured(line: str, metrics: Mapping[str, float]) -> Text:
+    """A line of progress with its metrics as the live display has them."""
+    text = Text(line)
+    for name, value in _headline(metrics):
+        start = line.index(f"{name} {value}")
+        text.stylize(NAME, start, start + len(name))
+        text.stylize(VALUE, start + len(name) + 1, start + len(name) + 1 + len(value))
+    return text
 
 
 def evaluation_line(metrics: Mapping[str, float], step: int) -> str:

@@ -144,7 +144,7 @@ def run_folders(top: Path) -> Iterator[Path]:
             path = Path(entry.path)
             if is_run(path):
                 yield path
-            else:
+            elif not is_stage(path):
                 yield from run_folders(path)
 
 
@@ -158,8 +158,19 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run has left anything in this folder."""
-    return any((folder / name).exists() for name in (SUMMARY, RECORD, METRICS))
+    """Whether a run has left anything in this folder. A stage before PPO is no run."""
+    if (folder / SUMMARY).exists() or (folder / METRICS).exists():
+        return True
+    return (folder / RECORD).exists() and not is_stage(folder)
+
+
+def is_stage(folder: Path) -> bool:
+    """Whether this is a folder of `ppo_lab.sft` or `ppo_lab.reward_model`: by a section that they
+    alone have.
+    """
+    with suppress(OSError):
+        return b"\nfit:" in (folder / RECORD / "config.yaml").read_bytes()
+    return False
 
 
 def work_in(folder: Path) -> list[str]:

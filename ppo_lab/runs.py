@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ppo_lab import sweep_index
-from ppo_lab.run_state import RunState, common, is_run, read_state, subfolders
+from ppo_lab.run_state import RunState, common, is_run, is_stage, read_state, subfolders
 
 STATUSES = (
     "finished",
@@ -46,9 +46,10 @@ def gathered(path: Path) -> Iterator[tuple[Path, list[RunState]]]:
     if is_run(path):
         yield path.parent, [read_state(path, path.name)]
     elif sweep_index.is_sweep(path):
-        _complete(path)
-        yield path, sweep_index.states(path)
-    else:
+        if not any(map(is_stage, subfolders(path)[:1])):
+            _complete(path)
+            yield path, sweep_index.states(path)
+    elif not is_stage(path):
         folders = subfolders(path)
         single = [folder for folder in folders if is_run(folder)]
         if single:

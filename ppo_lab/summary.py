@@ -115,9 +115,14 @@ def _about_gold(
     before, after = first.get("gold"), last.get("gold")
     if before is None or after is None:
         return
-    rose = (last.get("mean_reward") or 0.0) > (first.get("mean_reward") or 0.0)
+    rise = (last.get("mean_reward") or 0.0) - (first.get("mean_reward") or 0.0)
     peak = max([before, after, *history])
-    if rose and after < before:
+    if rise <= 0:  # nothing was optimised, so nothing was over-optimised
+        if rise < 0 and after < before and number(after) != number(before):
+            yield f"gold fell with it, from {number(before)} to {number(after)}", "yellow"
+    elif number(after) == number(before) == number(peak):
+        yield f"gold is what it was, {number(after)}", "yellow"
+    elif after < before and number(after) != number(before):
         text = f"proxy rose, gold fell from {number(before)} to {number(after)}: reward hacking"
         yield f"{text} (a larger ppo.init_kl_coef holds it back)", "bold red"
     elif peak - after > 0.1 * (peak - before):
@@ -125,7 +130,7 @@ def _about_gold(
             f"gold fell below its own peak, {number(peak)} to {number(after)}: over-optimised",
             "red",
         )
-    elif rose:
+    else:
         yield f"gold rose with it, from {number(before)} to {number(after)}", "green"
 
 

@@ -4,14 +4,17 @@ during a bounded time alone. What goes wrong is said once, and the run goes on.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import queue
 import secrets
 import string
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -25,8 +28,10 @@ from ppo_lab.types import Sample
 X_AXIS = "iteration"
 INIT_TIMEOUT = 10.0  # seconds, as all of these
 FINISH_TIMEOUT = 10.0
+READ_TIMEOUT = 30.0
 TABLE_TIMEOUT = 5.0
 ARTIFACT_TIMEOUT = 120.0
+LONGEST_NAME = 128  # characters, by W&B's own rule
 THREAD_NAME = "ppo_lab-wandb"
 
 
@@ -61,7 +66,11 @@ def run_name(base: str, overrides: Sequence[str], *, seed: int) -> str:
             continue
         short = _SHORT.get(key, key.rpartition(".")[2] if "." in key else "")
         parts.append(f"{short}{value}")
-    return "-".join([*parts, f"s{seed}"])[:128]
+    told, repetition = "-".join(parts), f"s{seed}"
+    room = LONGEST_NAME - len(repetition) - 1
+    if len(told) > room:  # the model first, what was overridden last, are kept
+        told = f"{told[: room // 2 - 2]}...{told[-(room - room // 2 - 1) :]}"
+    return "-".join(filter(None, [told, repetition]))
 
 
 def run_id(folder: Path, chosen: str = "") -> str:
@@ -109,13 +118,13 @@ class WandbTracker:
         self._name = (
             section.name or os.environ.get("WANDB_NAME") or _default_name(config, overrides)
         )
-        self._was_online = resumed and any((folder / "wandb").glob("run-*"))
+        self._resumed = resumed
         self._earlier = read_json_lines(folder / "metrics.jsonl") if resumed else []
         self._console = "auto" if capture_console else "off"
         self._finish_timeout = ARTIFACT_TIMEOUT if section.log_model else FINISH_TIMEOUT
         self._aside_timeout = ARTIFACT_TIMEOUT if section.log_model else TABLE_TIMEOUT
         self._aside: threading.Thread | None = None
-        self._sent_through = self._at = -1
+        self._sent_through = self._at = -1  # the last iteration that W&B had before, and has now
         self._last_table = -math.inf
         self._samples: tuple[list[Sample], int] | None = None
         self._troubled = False
@@ -195,10 +204,21 @@ class WandbTracker:
             wandb.teardown()  # or the id counts as in use
             _quieten(wandb)
             run = wandb.init(mode=mode, **self._options(wandb, mode))
-        later = f"{why}; upload: wandb sync {_short(Path(run.dir).parent)}"
+        parts = self._earlier_parts("offline-run") if run.offline else {}
+        later = f"{why}; upload: wandb sync {' '.join(map(_short, _to_upload(parts, run)))}"
         self._tell(f"W&B: {mode}, {later if mode == 'offline' else run.url}")
+        self._sent_through = self._held(run, parts)
         self._prepare(run)
         return run
+
+    def _earlier_parts(self, kind: str) -> dict[Path, int]:
+        """The folders that the client left of earlier attempts, oldest first, each with the last
+        iteration in it. A server that could not be reached leaves one without any.
+        """
+        if not self._resumed:
+            return {}
+        parts = {part: _last_iteration(part) for part in (self.folder / "wandb").glob(f"{kind}-*")}
+        return {part: last for part, last in sorted(parts.items()) if last >= 0}
 
     def _options(self, wandb: Any, mode: str) -> dict[str, Any]:
         section, sweep = self.section, os.environ.get("WANDB_SWEEP_ID")
@@ -207,7 +227,7 @@ class WandbTracker:
         group = section.group or os.environ.get("WANDB_RUN_GROUP") or (sweep and f"sweep-{sweep}")
         return {
             **({} if sweep else {name: value or None for name, value in own.items()}),
-            "resume": "must" if mode == "online" and self._was_online else "allow",
+            "resume": "must" if mode == "online" and self._earlier_parts("run") else "allow",
             "dir": str(self.folder),
             "config": uploaded_config(self.config),
             "allow_val_change": True,
@@ -232,12 +252,19 @@ class WandbTracker:
                 run.config.update({f"{name}_cfg": dict(ours)})
         run.define_metric(X_AXIS, hidden=True)
         run.define_metric("*", step_metric=X_AXIS)
+        if self._resumed:  # what an earlier end left there would outlast this one's beginning
+            run.summary.update({"status": "", "reason": ""})
+        for row in self._earlier:
+            known = {name: value for name, value in row.items() if value is not None}
+            self._send(run, {X_AXIS: known.pop("step"), **known})
+
+    def _held(self, run: Any, parts: Mapping[Path, int]) -> int:
+        """The last iteration that the server has, or that folders to be uploaded hold."""
         if not run.offline:
-            server_has = run.summary.get(X_AXIS) if run.resumed else None
-            self._sent_through = -1 if server_has is None else int(server_has)
-            for row in self._earlier:
-                known = {name: value for name, value in row.items() if value is not None}
-                self._send(run, {X_AXIS: known.pop("step"), **known})
+            return int(run.summary.get(X_AXIS, -1)) if run.resumed else -1
+        # How much of an earlier attempt arrived, nobody knows here.
+        arrived = self._earlier[-1]["step"] if self._earlier and self._earlier_parts("run") else -1
+        return max([*parts.values(), int(arrived)])
 
     def _send(self, run: Any, row: dict[str, float]) -> None:
         if row[X_AXIS] > self._sent_through:
@@ -246,15 +273,20 @@ class WandbTracker:
 
     def _take_samples(self, run: Any, samples: tuple[list[Sample], int]) -> None:
         self._samples = samples
-        if samples[1] - self._last_table >= self.section.samples_every:
+        if self._x_is_known() and samples[1] - self._last_table >= self.section.samples_every:
             self._send_samples(run)
+
+    def _x_is_known(self) -> bool:
+        """Whether the client can tell how far the run is: in a resumed one after a row alone."""
+        return self._at >= 0 or self._sent_through < 0
 
     def _send_samples(self, run: Any) -> None:
         """Send the samples at hand; where an earlier table is still under way, they wait."""
         if self._samples and self._is_free(0.0):
             (samples, step), self._samples = self._samples, None
             self._last_table = step
-            self._go_aside(lambda: _send_table(run, samples, step, at_least=self._at))
+            x = {} if self._x_is_known() else {X_AXIS: self._sent_through}
+            self._go_aside(lambda: _send_table(run, samples, step, x))
 
     def _go_aside(self, job: Callable[[], Any]) -> None:
         """Do what the client waits for the server with, so that no row stands behind it."""
@@ -292,6 +324,22 @@ def _staging(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.environ.pop("WANDB_DATA_DIR", None)
+
+
+def _to_upload(parts: Iterable[Path], run: Any) -> list[Path]:
+    """The folders of these, and the run's own, that have not been uploaded yet."""
+    return [part for part in parts if not any(part.glob("*.synced"))] + [Path(run.dir).parent]
+
+
+def _last_iteration(part: Path) -> int:
+    """The last iteration in a folder of the client's, -1 where it has none or cannot be read."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(part)]
+    with suppress(OSError, ValueError, KeyError, subprocess.SubprocessError):
+        said = subprocess.run(  # noqa: S603 (the client's own command)
+            command, capture_output=True, timeout=READ_TIMEOUT, check=True
+        )
+        return int(json.loads(said.stdout)["summary"][X_AXIS])
+    return -1
 
 
 def _mode(wanted: str) -> tuple[Literal["online", "offline", "disabled"], str]:
@@ -372,13 +420,15 @@ def _chartable(wandb: Any, stats: Mapping[str, Any]) -> dict[str, Any]:
     return charts
 
 
-def _send_table(run: Any, samples: Sequence[Sample], step: int, *, at_least: int) -> None:
-    """A table under its own iteration, or that of rows sent meanwhile: x never goes back."""
+def _send_table(run: Any, samples: Sequence[Sample], step: int, x: Mapping[str, int]) -> None:
+    """A table whose first column says of which iteration it is. Its row has no `x` while rows may
+    come before it: the client puts in that of the newest row, so that x never goes back.
+    """
     import wandb
 
     columns: list[Any] = ["iteration", *Sample.__dataclass_fields__]
     rows = [[step, *(_encodable(value) for value in asdict(sample).values())] for sample in samples]
-    run.log({X_AXIS: max(step, at_least), "samples": wandb.Table(columns=columns, data=rows)})
+    run.log({**x, "samples": wandb.Table(columns=columns, data=rows)})
 
 
 def _send_model(run: Any, folder: Path, status: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +25,24 @@ from made_up_runs import (
     make_sweep,
     rise,
 )
+from rich.console import Console
 
 from ppo_lab.compare.__main__ import main
-from ppo_lab.compare.comparison import compare, describe, frame, remarks
+from ppo_lab.compare.comparison import (
+    clip_fraction_by_epsilon,
+    compare,
+    describe,
+    frame,
+    remarks,
+)
+from ppo_lab.compare.figures import objectives, save_figures
 from ppo_lab.compare.groups import differing_keys, grouped
 from ppo_lab.compare.outcomes import evaluations, outcomes
 from ppo_lab.compare.overoptimisation import fit_overoptimisation, peak_of
 from ppo_lab.compare.page import CURVE_BYTES, as_json, page, payload, points_a_curve
 from ppo_lab.compare.runs import Run, read_run, read_runs
 from ppo_lab.compare.statistics import pareto_front, rank_correlation, t_interval, thinned
+from ppo_lab.compare.terminal import show
 
 SMALL = {"betas": (0.0, 0.1), "epsilons": (0.1, 0.4), "seeds": (0, 1), "steps": 20}
 
@@ -130,6 +141,14 @@ def test_without_a_gold_score_nothing_is_fitted_and_it_is_said(tmp_path: Path) -
     assert said == "no over-optimisation fit: no run has a gold score"
 
 
+def test_gold_without_any_kl_is_not_called_no_gold(tmp_path: Path) -> None:
+    zeros = np.zeros(4)
+    runs = [exact_run(tmp_path / str(n), zeros, mean_reward=zeros, gold=zeros) for n in range(2)]
+    said = fit_overoptimisation(runs)
+    assert isinstance(said, str)
+    assert "0 evaluations of 0 runs with a gold score and KL above 0" in said
+
+
 # ---- Reading -----------------------------------------------------------------------------------
 
 
@@ -176,6 +195,16 @@ def test_each_fate_of_a_run_is_told_by_its_folder(tmp_path: Path) -> None:
     assert runs["nowhere"].reason == "no such folder"
     assert runs["torn"].steps == 8
     assert page(compare(list(runs.values())), [], title="fates")
+
+
+def test_answers_are_the_last_evaluations_and_not_those_from_training(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", steps=10)
+    rows = [{"step": 20, "prompt": "p", "response": "r", "score": 1.0, "reference_response": None}]
+    with (folder / "samples.jsonl").open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    assert {row["step"] for row in read_run(folder, "a").samples} == {10}
+    (folder / "samples.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert len(read_run(folder, "a").samples) == 1
 
 
 def test_globs_folders_and_runs_mix_and_each_run_is_read_once(sweep: Path) -> None:
@@ -231,6 +260,64 @@ def test_the_table_of_runs_holds_differing_keys_and_outcomes(sweep: Path) -> Non
     assert table["ppo.cliprange"].tolist() == [0.1, 0.1, 0.4, 0.4] * 2
     assert table["group"].nunique() == 4
     assert table["objective"].notna().all()
+
+
+def test_a_run_that_lacks_beta_or_epsilon_does_not_keep_the_others_from_being_drawn(
+    sweep: Path, tmp_path: Path
+) -> None:
+    runs = read_runs([str(sweep)])
+    for key, run in zip(("ppo.init_kl_coef", "ppo.cliprange"), runs, strict=False):
+        del run.config[key]
+    names = {file.name for file in save_figures(compare(runs), tmp_path)}
+    assert "compare_objective.png" in names
+
+
+def test_pictures_and_page_count_the_same_runs(tmp_path: Path) -> None:
+    for beta, epsilon in product((0.1, 0.3), (0.1, 0.2)):
+        for seed, steps in ((0, 40), (1, 40), (0, 20)):  # the third differs in more than its seed
+            make_run(
+                tmp_path / f"{beta}-{epsilon}-{seed}-{steps}",
+                beta=beta,
+                epsilon=epsilon,
+                seed=seed,
+                steps=steps,
+            )
+    for folder in tmp_path.glob("*-20"):
+        failed = {"status": "failed", "objective": -99, "train": {"clip_fraction": 0.0}}
+        (folder / "summary.json").write_text(json.dumps(failed))
+    comparison = compare(read_runs([str(tmp_path)]))
+    xs, ys, table = objectives(comparison)
+    assert (xs, ys) == ([0.1, 0.3], [0.1, 0.2])
+    finished = [run for run in comparison.runs if run.status == "finished"]
+    first = [
+        r for r in finished if r.config["ppo.init_kl_coef"] == r.config["ppo.cliprange"] == 0.1
+    ]
+    assert table[0][0] == np.mean([outcomes(run)["objective"] for run in first])
+    assert np.min(table) > -99
+    fractions = clip_fraction_by_epsilon(comparison)
+    assert [len(some) for some in fractions.values()] == [4, 4]
+    assert min(map(min, fractions.values())) > 0.0
+
+
+def test_a_setting_called_like_an_outcome_keeps_a_column_of_its_own(tmp_path: Path) -> None:
+    for name in ("eval/mean_reward", "eval/gold"):
+        make_run(tmp_path / name.replace("/", "-"), objective=name)
+    table = frame(compare(read_runs([str(tmp_path)])))
+    assert sorted(table["config.objective"]) == ["eval/gold", "eval/mean_reward"]
+    assert table["objective"].dtype == float
+
+
+@pytest.mark.parametrize("width", [160, 80, 40, 24])
+def test_no_terminal_is_too_narrow_for_a_number_of_the_comparison(sweep: Path, width: int) -> None:
+    comparison, out = compare(read_runs([str(sweep)])), io.StringIO()
+    show(comparison, [], Console(file=out, width=width))
+    said = out.getvalue().split()
+    for group in comparison.groups:
+        numbers = [group.results[name] for name in ("objective", "eval/gold", "eval/kl")]
+        for wanted in [part for number in numbers for part in str(number).split()]:
+            assert wanted in said
+    assert max(map(len, out.getvalue().splitlines())) <= width
+    assert any("cliprange" in word for word in said)
 
 
 # ---- The page ----------------------------------------------------------------------------------
@@ -327,22 +414,70 @@ def test_a_thousand_run_folders_take_less_than_twenty_seconds(tmp_path: Path) ->
     assert (tmp_path / "out" / "compare.html").stat().st_size < 20e6
 
 
-@pytest.mark.slow
-def test_a_browser_draws_every_plot_and_reports_no_error(sweep: Path, tmp_path: Path) -> None:
+def in_a_browser(html: Path, *, width: int) -> subprocess.CompletedProcess[str]:
+    """What a browser makes of a page, and in stderr what it says of it."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("needs Chromium")
-    assert main([str(sweep), "--output", str(tmp_path)]) == 0
     flags = "--headless --no-sandbox --use-angle=swiftshader --enable-unsafe-swiftshader "
     flags += "--no-first-run --disable-background-networking --disable-sync --dump-dom "
-    flags += "--window-size=1500,6000 --virtual-time-budget=20000 --enable-logging=stderr"
-    command = [browser, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"]
-    shown = subprocess.run(
-        [*command, (tmp_path / "compare.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    flags += f"--window-size={width},6000 --virtual-time-budget=20000 --enable-logging=stderr"
+    command = [browser, *flags.split(), f"--user-data-dir={html.parent / 'profile'}"]
+    return subprocess.run([*command, html.as_uri()], capture_output=True, text=True, timeout=120)
+
+
+def without(run: Path, *, metric: str = "", after: int = 1000) -> None:
+    """Take a metric and the later iterations out of a run's record."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in row.items() if k != metric} for row in rows if row["step"] <= after]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+@pytest.mark.slow
+def test_no_curve_is_cut_short_and_a_group_has_one_colour_in_every_panel(tmp_path: Path) -> None:
+    for beta, seed in product((0.02, 0.1, 0.4), (0, 1)):
+        make_run(tmp_path / f"{beta}-{seed}", beta=beta, seed=seed)
+    (tmp_path / "empty").mkdir()
+    without(tmp_path / "0.1-1", after=20)
+    for seed in (0, 1):
+        without(tmp_path / f"0.02-{seed}", metric="clip_fraction")
+    assert main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    html = tmp_path / "out" / "compare.html"
+    text = html.read_text()
+    asking = """<script>setTimeout(() => document.title = JSON.stringify(
+      [0, 2].map((i) => byId(`curve-${i}`).data.filter((t) => t.line.width > 0)
+        .map((t) => [t.legendgroup, t.line.color, t.x.at(-1)]))), 9000)</script></body>"""
+    html.write_text(text.replace("</body>", asking))
+    shown = in_a_browser(html, width=1500).stdout
+    kl, clipped = json.loads(re.search("<title>(.*?)</title>", shown)[1])
+    assert sorted(end for label, _, end in kl if label == "init_kl_coef=0.1") == [20, 40]
+    assert len(kl) == 4
+    colours = {label: colour for label, colour, _ in kl}
+    assert len(set(colours.values())) == 3
+    assert [colours[label] for label, _, _ in clipped] == [colour for _, colour, _ in clipped]
+
+
+@pytest.mark.slow
+def test_plots_fit_a_narrow_window(sweep: Path, tmp_path: Path) -> None:
+    assert main([str(sweep), "--output", str(tmp_path)]) == 0
+    html = tmp_path / "compare.html"
+    asking = """<script>document.querySelector("main").style.width = "400px";
+      setTimeout(() => document.title = JSON.stringify(
+        [...document.querySelectorAll(".plot:not(.absent)")]
+        .map((p) => [p, p.closest("section")].map((e) => e.getBoundingClientRect().right))
+        .map(([plot, section]) => plot - section)),
+      9000)</script></body>"""
+    html.write_text(html.read_text().replace("</body>", asking))
+    shown = in_a_browser(html, width=600).stdout
+    beyond = json.loads(re.search("<title>(.*?)</title>", shown)[1])
+    assert len(beyond) >= 8
+    assert max(beyond) < 0
+
+
+@pytest.mark.slow
+def test_a_browser_draws_every_plot_and_reports_no_error(sweep: Path, tmp_path: Path) -> None:
+    assert main([str(sweep), "--output", str(tmp_path)]) == 0
+    shown = in_a_browser(tmp_path / "compare.html", width=1500)
     console = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
     assert [line for line in console if "GL Driver Message" not in line] == []
     plots = ["curve-0", "curve-1", "curve-2", "frontier-score", "frontier-gold", "heat", "clip"]

@@ -129,6 +129,21 @@ def test_what_cannot_or_will_not_redraw_gets_plain_lines(terminal, monkeypatch, 
     assert not has_terminal(Console(file=io.StringIO(), force_terminal=True))
 
 
+def test_colours_in_a_file_are_coloured_lines_and_no_live_display(tmp_path, monkeypatch):
+    for name in ("CI", "NO_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = io.StringIO()
+    shown = tracker(tmp_path, Console(file=out, width=40), steps=2)
+    shown.log(METRICS, 2)
+    (line,) = out.getvalue().splitlines()
+    assert "\x1b[?25l" not in line
+    assert "\x1b[1;36m3.2" in line
+    plain = re.sub(r"\x1b\[[\d;]*m", "", line)
+    assert plain.startswith("iteration 2/2  kl 3.2  mean_reward 0.51  clip_fraction 12.3 %")
+
+
 def test_a_closed_pipe_stops_nothing(tmp_path):
     out = io.StringIO()
     shown = tracker(tmp_path, Console(file=out, width=80))
@@ -218,6 +233,16 @@ def test_proxy_up_and_gold_down_is_called_reward_hacking():
     assert "reward hacking" in remarks(run(eval__last__gold=0.1))
     assert "reward hacking" not in remarks(run())
     assert "reward hacking" not in remarks(run(eval__last__gold=0.1, eval__last__mean_reward=-1.0))
+
+
+def test_gold_that_stands_still_or_falls_with_the_score_is_neither_risen_nor_over_optimised():
+    same = run(eval__first__gold=-0.3001, eval__last__gold=-0.3)
+    assert "gold is what it was, -0.3" in remarks(same)
+    assert "gold" not in remarks(run(eval__last__mean_reward=-0.5))
+    fell = remarks(run(eval__last__mean_reward=-0.9, eval__last__gold=0.1), (0.5,))
+    assert "gold fell with it, from 0.2 to 0.1" in fell
+    assert "over-optimised" not in fell
+    assert "below its own peak, 0.5 to 0.2" in remarks(run(eval__last__gold=0.2), (0.5,))
 
 
 def test_gold_below_its_own_peak_is_said():

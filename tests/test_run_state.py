@@ -20,6 +20,7 @@ from made_up_runs import make_run
 from scale.thousand_runs import measured
 
 from ppo_lab import sweep_index
+from ppo_lab.compare.runs import read_runs
 from ppo_lab.errors import ConfigError
 from ppo_lab.folders import claimed
 from ppo_lab.run_lock import LOCK, alone_in, early_lock, in_use, owner, take_early
@@ -82,6 +83,20 @@ def test_however_many_want_a_folder_of_one_name_each_has_its_own(tmp_path: Path)
         names = list(pool.map(_claim, [tmp_path / "d" / "12-00-00-000001"] * 40))
     assert len(set(names)) == 40
     assert {"12-00-00-000001", "12-00-00-000001-2", "12-00-00-000001-40"} <= set(names)
+
+
+def test_a_stage_before_ppo_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in (tmp_path / "a-stage", tmp_path / "sweep" / "0"):
+        (stage / ".hydra").mkdir(parents=True)
+        (stage / ".hydra" / "config.yaml").write_text("seed: 0\nfit:\n  epochs: 1\n")
+        (stage / "model").mkdir()
+    (tmp_path / "sweep" / "multirun.yaml").write_text("hydra: {}\n")
+    assert main([str(tmp_path)]) == 1
+    assert [run.path for run in read_runs([str(tmp_path)])] == [str(tmp_path)]  # nothing in it
+    ended(tmp_path / "run")
+    assert main([str(tmp_path)]) == 0
+    assert ": 1 run: 1 finished" in capsys.readouterr().out
+    assert [run.name for run in read_runs([str(tmp_path)])] == ["run"]
 
 
 # ---- Locks

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -85,6 +86,7 @@ def train(
     overrides: tuple[str, ...] = (),
     resume_step: int | None = None,
     pause: float = 0.0,
+    reason: str = "",
     **section: Any,
 ) -> tuple[list[str], float, float]:
     """What was said, the longest time that one iteration's logging took and that of the end."""
@@ -107,7 +109,7 @@ def train(
         longest = max(longest, time.perf_counter() - start)
         time.sleep(pause)
     start = time.perf_counter()
-    both.finish(status, SUMMARY)
+    both.finish(status, {**SUMMARY, "reason": reason} if reason else SUMMARY)
     return said, longest, time.perf_counter() - start
 
 
@@ -175,6 +177,83 @@ def test_a_checkpoint_older_than_the_server_doubles_no_row(server, logged_out):
     train(logged_out, range(1, 11), status="preempted")
     train(logged_out, range(6, 16), resume_step=5)
     assert arrived(only_run(server)) == list(range(1, 16))
+
+
+def test_x_never_goes_back_however_late_a_table_comes_and_no_row_comes_twice(
+    server, logged_out, monkeypatch
+):
+    from ppo_lab import wandb_mirror
+
+    send = wandb_mirror._send_table
+
+    def late(run, *table):
+        time.sleep(0.5)  # as a server that takes its time; rows go on meanwhile
+        send(run, *table)
+
+    monkeypatch.setattr(wandb_mirror, "_send_table", late)
+    train(logged_out, range(1, 11), status="failed", pause=0.02, samples_every=1)
+    assert only_run(server)["summary"]["iteration"] == 10
+    train(logged_out, range(6, 16), resume_step=5, pause=0.02, samples_every=1)
+    train(logged_out, range(15, 16), resume_step=14, samples_every=1)
+    run = only_run(server)
+    assert arrived(run) == list(range(1, 16))
+    x = [row["iteration"] for row in run["history"]]
+    assert x == sorted(x)
+    assert [row["iteration"] for row in run["history"] if "samples" in row][-1] == 15
+
+
+def test_a_run_that_went_on_after_a_failure_does_not_keep_its_reason(server, logged_out):
+    train(logged_out, range(1, 3), status="failed", reason="RewardError: NaN")
+    assert only_run(server)["summary"]["reason"] == "RewardError: NaN"
+    train(logged_out, range(3, 5), resume_step=2)
+    summary = only_run(server)["summary"]
+    assert summary["status"] == "finished"
+    assert not summary["reason"]
+
+
+def test_a_run_whose_server_was_out_of_reach_at_first_goes_online_later(
+    server, logged_out, monkeypatch
+):
+    import wandb
+
+    from ppo_lab import wandb_mirror
+
+    monkeypatch.setattr(wandb_mirror, "INIT_TIMEOUT", 1.0)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    said, _, _ = train(logged_out, range(1, 4), status="preempted")
+    assert "the server cannot be had" in said[0]
+    assert any((logged_out / "wandb").glob("run-*"))
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    wandb.teardown()  # as a new process would begin
+    said, _, _ = train(logged_out, range(4, 7), resume_step=3)
+    assert said[0].startswith("W&B: online")
+    assert arrived(only_run(server)) == list(range(1, 7))
+
+
+def test_a_run_that_was_killed_and_resumed_offline_is_uploaded_whole(server, logged_out):
+    killed = (
+        "import os, sys; from pathlib import Path; from test_tracking import train\n"
+        "def steps():\n    yield from range(1, 11)\n    import time; time.sleep(4)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "train(Path(sys.argv[1]), steps(), mode='offline')"
+    )
+    path = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", killed, str(logged_out)]
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == -9
+    record = JsonLines(logged_out, resume_step=10)
+    for step in (11, 12):  # as the client loses what it was told last
+        record.log({"kl": step / 10}, step)
+    train(logged_out, range(13, 16), resume_step=12, mode="offline")
+    said, _, _ = train(logged_out, range(14, 18), resume_step=13, mode="offline")
+    _, _, parts = said[0].partition("upload: wandb sync ")
+    assert len(parts.split()) == 3
+    upload = [sys.executable, "-m", "wandb", "sync", *parts.split()]
+    subprocess.run(upload, env=environment, check=True, capture_output=True)
+    run = only_run(server)
+    assert arrived(run) == list(range(1, 18))
+    x = [row["iteration"] for row in run["history"]]
+    assert x == sorted(x)
 
 
 def test_inside_a_sweep_the_agent_names_the_run_and_the_group_is_the_sweeps(
@@ -372,6 +451,16 @@ def test_names_tell_runs_apart():
         "seed=4",
     ]
     assert run_name("a", overrides, seed=4) == "a-kl0.1-clip0.2-r8-steps5-s4"
+
+
+def test_a_long_name_keeps_its_beginning_its_end_and_its_seed():
+    overrides = [f"generation.setting_{i}=value_{i}" for i in range(20)]
+    names = [run_name("tiny", overrides, seed=seed) for seed in (1, 22)]
+    assert [len(name) for name in names] == [128, 128]
+    assert names[0].startswith("tiny-setting_0value_0-")
+    assert names[0].endswith("-setting_19value_19-s1")
+    assert names[1].endswith("-setting_19value_19-s22")
+    assert run_name("", [], seed=3) == "s3"
 
 
 def test_the_config_goes_up_nested_with_its_aliases():

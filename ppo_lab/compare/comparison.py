@@ -9,8 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 import pandas
 
-from ppo_lab.compare.groups import FIRST, Group, differing_keys, grouped, short, shown
-from ppo_lab.compare.outcomes import outcomes
+from ppo_lab.compare.groups import (
+    FIRST,
+    Group,
+    differing_keys,
+    grouped,
+    is_number,
+    settled,
+    short,
+    shown,
+)
+from ppo_lab.compare.outcomes import OUTCOMES, outcomes
 from ppo_lab.compare.overoptimisation import Overoptimisation, fit_overoptimisation
 from ppo_lab.compare.runs import Run
 from ppo_lab.compare.statistics import rank_correlation, t_interval
@@ -18,6 +27,7 @@ from ppo_lab.compare.statistics import rank_correlation, t_interval
 BINDS_FROM = (
     0.01  # share of tokens; a smaller clip fraction means that epsilon changes next to nothing
 )
+OF_A_RUN = ("run", "path", "status", "reason", "group", "seed", "steps")
 TASK = ("model.", "reward.", "data.")
 
 
@@ -49,7 +59,12 @@ def _fits(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, Overoptimisatio
 
 
 def frame(comparison: Comparison) -> pandas.DataFrame:
-    """One row a run: where it is, what became of it, the keys that differ, what it came to."""
+    """One row a run: where it is, what became of it, the keys that differ, what it came to.
+
+    A key that is called like another column, as `objective` is, has `config.` before its name.
+    """
+    taken = {*OF_A_RUN, *OUTCOMES}
+    columns = {key: f"config.{key}" if key in taken else key for key in comparison.keys}
     number = {id(run): i for i, group in enumerate(comparison.groups) for run in group.runs}
     rows = [
         {
@@ -60,20 +75,20 @@ def frame(comparison: Comparison) -> pandas.DataFrame:
             "group": number[id(run)],
             "seed": run.config.get("seed"),
             "steps": run.steps,
-            **{key: run.config.get(key) for key in comparison.keys},
+            **{column: run.config.get(key) for key, column in columns.items()},
             **outcomes(run),
         }
         for run in comparison.runs
     ]
     table = pandas.DataFrame(rows)
-    for key in comparison.keys:  # a column of several types has no place in Parquet
-        if table[key].map(type).nunique() > 1 and not _all_numbers(table[key]):
-            table[key] = table[key].map(str)
+    for name in columns.values():  # a column of several types has no place in Parquet
+        if table[name].map(type).nunique() > 1 and not _all_numbers(table[name]):
+            table[name] = table[name].map(str)
     return table
 
 
 def _all_numbers(column: pandas.Series) -> bool:
-    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in column.dropna())
+    return all(map(is_number, column.dropna()))
 
 
 def remarks(comparison: Comparison) -> list[str]:
@@ -116,7 +131,7 @@ def _rank_correlations(comparison: Comparison) -> Iterator[str]:
 def _finished_pairs(comparison: Comparison, key: str, metric: str) -> list[tuple[float, float]]:
     finished = [run for run in comparison.runs if run.status == "finished"]
     found = [(run.config.get(key), outcomes(run)[metric]) for run in finished]
-    return [(float(x), y) for x, y in found if isinstance(x, int | float) and np.isfinite(y)]
+    return [(float(x), y) for x, y in found if is_number(x) and np.isfinite(y)]
 
 
 def _level_means(pairs: Sequence[tuple[float, float]]) -> list[float]:
@@ -132,11 +147,13 @@ def by_level(pairs: Iterable[tuple[float, float]]) -> dict[float, list[float]]:
 
 
 def clip_fraction_by_epsilon(comparison: Comparison) -> dict[float, list[float]]:
-    """The mean clip fraction of every run, by its epsilon, rising."""
-    pairs = [(run.config.get(FIRST[1]), outcomes(run)["clip_fraction"]) for run in comparison.runs]
-    return by_level(
-        (float(x), y) for x, y in pairs if isinstance(x, int | float) and np.isfinite(y)
-    )
+    """The mean clip fraction of every run that counts among those of its epsilon, which rises."""
+    found: dict[float, list[Run]] = {}
+    for run in comparison.runs:
+        if is_number(epsilon := run.config.get(FIRST[1])):
+            found.setdefault(float(epsilon), []).append(run)
+    pairs = [(e, outcomes(run)["clip_fraction"]) for e in found for run in settled(found[e])]
+    return by_level((epsilon, y) for epsilon, y in pairs if np.isfinite(y))
 
 
 def _epsilon_that_never_binds(comparison: Comparison) -> Iterator[str]:

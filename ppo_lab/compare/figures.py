@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ppo_lab.compare.comparison import BINDS_FROM, Comparison, clip_fraction_by_epsilon
-from ppo_lab.compare.groups import FIRST, Group, short, shown
+from ppo_lab.compare.groups import FIRST, Group, is_number, short, shown
 from ppo_lab.compare.outcomes import evaluations
 from ppo_lab.compare.overoptimisation import Overoptimisation
 from ppo_lab.compare.runs import Run
@@ -63,9 +63,11 @@ def _drawings(comparison: Comparison) -> Iterator[tuple[str, tuple[float, float]
 
 
 def _levels(comparison: Comparison) -> list[list[Any]]:
-    """The values of beta and of epsilon, rising; none where one does not differ between runs."""
-    settings = [group.settings for group in comparison.groups if group.settings]
-    return [sorted({one[key] for one in settings if key in one}) for key in FIRST]
+    """The values of beta and of epsilon, rising; none where one does not differ between runs.
+    What is no number has no place on an axis: a run that lacks the key is not drawn.
+    """
+    found = [[group.settings.get(key) for group in comparison.groups] for key in FIRST]
+    return [sorted({value for value in values if is_number(value)}) for values in found]
 
 
 def _colours(comparison: Comparison) -> dict[str, Any]:
@@ -173,19 +175,23 @@ def _draw_paths(axes: Any, paths: Sequence[list[tuple[float, float]]], shades: l
     axes.autoscale_view()
 
 
-def _heat(figure: Any, comparison: Comparison) -> None:
+def objectives(comparison: Comparison) -> tuple[list[Any], list[Any], list[list[float]]]:
+    """The values of beta, those of epsilon, and for each of these a row of mean objectives."""
     xs, ys = _levels(comparison)
-    cells: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    cells: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for group in comparison.groups:
-        if group.settings:
-            place = tuple(group.settings[key] for key in FIRST)
-            cells[place].append(group.results["objective"].mean)
-    table = [[t_interval(cells[x, y]).mean for x in xs] for y in ys]
+        cells[tuple(group.settings.get(key) for key in FIRST)] += group.runs
+    table = [[Group({}, cells[x, y]).results["objective"].mean for x in xs] for y in ys]
+    return xs, ys, table
+
+
+def _heat(figure: Any, comparison: Comparison) -> None:
+    xs, ys, table = objectives(comparison)
     axes = figure.subplots()
     image = axes.imshow(table, origin="lower", aspect="auto", cmap="viridis")
     figure.colorbar(image, label="objective")
     axes.grid(visible=False)
-    axes.set(xlabel=short(FIRST[0]), ylabel=short(FIRST[1]), title="objective, mean over seeds")
+    axes.set(xlabel=short(FIRST[0]), ylabel=short(FIRST[1]), title="objective, mean over runs")
     axes.set_xticks(range(len(xs)), list(map(shown, xs)), rotation=45 if len(xs) > 8 else 0)
     axes.set_yticks(range(len(ys)), list(map(shown, ys)))
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -42,10 +42,16 @@ class Group:
 
     @cached_property
     def results(self) -> dict[str, Interval]:
-        """The interval of each outcome over the finished runs, or over all while there are none."""
-        finished = [run for run in self.runs if run.status == "finished"]
-        found = [outcomes(run) for run in finished or self.runs]
+        """The interval of each outcome over the runs that count."""
+        found = [outcomes(run) for run in settled(self.runs)]
         return {name: t_interval([one[name] for one in found]) for name in OUTCOMES}
+
+
+def settled(runs: Sequence[Run]) -> list[Run]:
+    """The runs that count: the finished ones, or all while there are none. The page has the same
+    rule.
+    """
+    return [run for run in runs if run.status == "finished"] or list(runs)
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
@@ -89,9 +95,14 @@ def _rank(group: Group) -> float:
 
 def comparable(value: Any) -> Any:
     """A value that can be hashed and is equal for equal settings: 1 and 1.0, but not 1 and true."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if is_number(value):
         return float(value)
     return repr(value)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a setting is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def short(key: str) -> str:

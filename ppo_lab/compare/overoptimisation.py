@@ -78,7 +78,7 @@ def fit_overoptimisation(runs: Sequence[Run], *, seed: int = 0) -> Overoptimisat
     Bootstrap draws are of whole runs: the evaluations of one run are not independent.
     """
     points, owner = _points(runs)
-    if not len(points):
+    if not any(np.isfinite(point.gold) for run in runs for point in evaluations(run)):
         return "no over-optimisation fit: no run has a gold score"
     if len(points) < FEWEST_POINTS or len(set(owner)) < 2:
         return (

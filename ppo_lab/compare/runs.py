@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ppo_lab.run_state import fate, numerically
+from ppo_lab.run_state import fate, is_run, is_stage, numerically
 
 History = dict[str, np.ndarray]
 
@@ -71,7 +71,8 @@ def _below(top: Path) -> Iterator[Path]:
     for folder, inner, files in os.walk(top.resolve()):
         if ".hydra" in inner or {"metrics.jsonl", "summary.json"} & set(files):
             inner[:] = [name for name in inner if name not in INSIDE_A_RUN]
-            yield Path(folder)
+            if is_run(Path(folder)):
+                yield Path(folder)
         elif not inner and not files:
             yield Path(folder)
         inner[:] = sorted((name for name in inner if not name.startswith(".")), key=numerically)
@@ -93,6 +94,9 @@ def read_run(folder: Path, name: str) -> Run:
             "broken",
             "no such folder" if not folder.exists() else "not a folder",
         )
+        return run
+    if is_stage(folder):
+        run.status, run.reason = "broken", "a stage before PPO, no run"
         return run
     troubles: list[str] = []
     readers = {
@@ -131,8 +135,12 @@ def _read_summary(file: Path) -> dict[str, Any]:
 
 
 def _read_samples(file: Path) -> list[dict[str, Any]]:
-    """The samples of the last evaluation that left any."""
+    """The samples of the last evaluation that left any; of the last iteration where none did.
+
+    An evaluation's have the reference's answers beside them, those from training have none.
+    """
     rows = [row for row in _whole_lines(file) if "prompt" in row]
+    rows = [row for row in rows if row.get("reference_response") is not None] or rows
     last = max((row.get("step", 0) for row in rows), default=0)
     return [row for row in rows if row.get("step", 0) == last]
 

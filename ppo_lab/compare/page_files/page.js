@@ -2,7 +2,8 @@
 // The data come from page.py. Text that a model or a user wrote enters the page by textContent alone.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const HUES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#000000", "#7f7f7f"];
+const HUES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#000000"];
+const NO_VALUE = "#7f7f7f";
 const VIRIDIS = ["#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#d8d219"];
 const MOST_IN_LEGEND = 14;
 const MOST_CELLS = 30;
@@ -50,23 +51,26 @@ function visibleRuns() {
   return DATA.runs.filter((run) => words.every((word) => title(run).toLowerCase().includes(word)));
 }
 
-function groupsOf(runs) {
+function groupsOf(runs, of = (run) => run.group) {
   const groups = new Map();
-  for (const run of runs) groups.set(run.group, [...(groups.get(run.group) ?? []), run]);
+  for (const run of runs) groups.set(of(run), [...(groups.get(of(run)) ?? []), run]);
   return [...groups.values()];
 }
 
 // ---- Colours ---------------------------------------------------------------------------------------
 
+// A value has one colour in every panel, whichever of the runs the panel shows.
 function colouring(runs) {
   const key = byId("colour").value;
-  const values = unique(runs.map((run) => value(run, key))).sort(inOrder);
+  const valuesOf = (some) => unique(some.map((run) => value(run, key))).filter((v) => v !== undefined && v !== null);
+  const values = valuesOf(DATA.runs.filter((run) => run.steps)).sort(inOrder);
   const numeric = values.every(isNumber) && key !== "seed";
   const colours = new Map(values.map((v, i) => [v, numeric ? along(i, values.length) : HUES[i % HUES.length]]));
+  const shown = valuesOf(runs).length;
   return {
-    of: (run) => colours.get(value(run, key)),
+    of: (run) => colours.get(value(run, key)) ?? NO_VALUE,
     label: (run) => `${short(key)}=${round(value(run, key))}`,
-    legend: values.length > 1 && values.length <= MOST_IN_LEGEND,
+    legend: shown > 1 && shown <= MOST_IN_LEGEND,
   };
 }
 
@@ -104,16 +108,13 @@ function settled(runs) {
 
 const outcome = (runs, name) => interval(settled(runs).map((run) => run.outcomes[name]));
 
-// The mean curve of several seeds and their range, at the steps that at least two of them reached.
+// The mean curve of several seeds and their range; nothing where their steps differ, as in the PNG: no run is cut short.
 function band(runs, metric) {
-  const at = new Map();
-  for (const run of runs) {
-    const found = curve(run, metric);
-    found?.x.forEach((step, i) => at.set(step, [...(at.get(step) ?? []), found.y[i]]));
-  }
-  const steps = [...at.keys()].filter((step) => at.get(step).length > 1).sort((a, b) => a - b);
-  const values = steps.map((step) => at.get(step));
-  return { x: steps, y: values.map((v) => interval(v).mean), low: values.map((v) => Math.min(...v)), high: values.map((v) => Math.max(...v)) };
+  const [first, ...others] = runs.map((run) => curve(run, metric));
+  const same = others.every(({ x }) => x.length === first.x.length && x.every((step, i) => step === first.x[i]));
+  if (!same) return null;
+  const values = [...first.x].map((_, i) => [first, ...others].map(({ y }) => y[i]));
+  return { x: first.x, y: values.map((v) => interval(v).mean), low: values.map((v) => Math.min(...v)), high: values.map((v) => Math.max(...v)) };
 }
 
 // ---- Plots -----------------------------------------------------------------------------------------
@@ -161,8 +162,9 @@ function lineTrace(run, metric, style) {
 }
 
 function bandTraces(group, metric, style, colours) {
-  const { x, y, low, high } = band(group, metric);
-  if (!x.length) return group.map((run) => lineTrace(run, metric, style));
+  const found = band(group, metric);
+  if (!found) return group.map((run) => lineTrace(run, metric, style));
+  const { x, y, low, high } = found;
   const edge = { x, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: colours.label(group[0]) };
   const fillcolor = colours.of(group[0]) + "2b";
   const text = escaped(`${DATA.groups[group[0].group]}, ${group.length} seeds`);
@@ -202,10 +204,11 @@ function paretoFront(points) {
 
 function drawHeat() {
   const [x, y, name] = ["heat-x", "heat-y", "heat-value"].map((id) => byId(id).value);
-  const runs = visibleRuns().filter((run) => isNumber(run.outcomes[name]) && value(run, x) !== undefined && value(run, y) !== undefined);
+  const placed = visibleRuns().filter((run) => value(run, x) !== undefined && value(run, y) !== undefined);
+  const runs = placed.filter((run) => isNumber(run.outcomes[name]));
   const [xs, ys] = [x, y].map((key) => unique(runs.map((run) => value(run, key))).sort(inOrder));
   const cells = xs.length <= MOST_CELLS && ys.length <= MOST_CELLS;
-  const traces = !runs.length ? [] : cells ? [heatTrace(runs, x, y, xs, ys, name)] : [cloudTrace(runs, x, y, name)];
+  const traces = !runs.length ? [] : cells ? [heatTrace(placed, x, y, xs, ys, name)] : [cloudTrace(runs, x, y, name)];
   const type = (values) => (cells ? "category" : values.every((v) => v > 0) ? "log" : undefined);
   draw("heat", traces, {
     title: { text: escaped(name), font: { size: 13 } }, absent: `no run has a value of ${name}`,
@@ -229,8 +232,9 @@ function cloudTrace(runs, x, y, name) {
 
 function drawClip() {
   const key = "ppo.cliprange";
-  const runs = visibleRuns().filter((run) => isNumber(run.outcomes.clip_fraction) && isNumber(run.config[key] ?? epsilonOf(run)));
   const epsilon = (run) => run.config[key] ?? epsilonOf(run);
+  const counted = groupsOf(visibleRuns(), epsilon).flatMap(settled);
+  const runs = counted.filter((run) => isNumber(run.outcomes.clip_fraction) && isNumber(epsilon(run)));
   const values = unique(runs.map(epsilon)).sort(inOrder);
   const means = values.map((v) => outcome(runs.filter((run) => epsilon(run) === v), "clip_fraction").mean);
   const points = { mode: "markers", x: runs.map((r) => String(epsilon(r))), y: runs.map((r) => r.outcomes.clip_fraction), text: runs.map(hover),
@@ -427,7 +431,7 @@ function setUp() {
   fill(byId("left"), withSamples, withSamples[0]?.[0]);
   fill(byId("right"), withSamples, withSamples.at(-1)?.[0]);
   fill(byId("run"), ranked, ranked[0]?.[0]);
-  byId("curve-note").textContent = `Thin lines: one run each. Bands: the mean over seeds and their range. Curves longer than ${DATA.points} points are means over stretches of iterations.`;
+  byId("curve-note").textContent = `Thin lines: one run each. Bands: the mean over seeds and their range, where all have the same iterations. Curves longer than ${DATA.points} points are means over stretches of iterations.`;
 }
 
 const SECTIONS = [
