@@ -23,6 +23,7 @@ from statistics import fmean, pstdev
 from typing import Any, Literal
 
 from ppo_lab.record import Say, brief, read_json_lines, to_stderr, write_atomically
+from ppo_lab.secrecy import hidden_text
 from ppo_lab.types import Sample
 
 X_AXIS = "iteration"
@@ -63,6 +64,8 @@ def run_name(base: str, overrides: Sequence[str], *, seed: int) -> str:
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if key in _ELSEWHERE or key.startswith(_NOT_TOLD) or key.endswith("path"):
+            continue
+        if hidden_text(value) != value:  # Hydra has put in what the environment holds
             continue
         short = _SHORT.get(key, key.rpartition(".")[2] if "." in key else "")
         parts.append(f"{short}{value}")

@@ -463,6 +463,12 @@ def test_a_long_name_keeps_its_beginning_its_end_and_its_seed():
     assert run_name("", [], seed=3) == "s3"
 
 
+def test_no_secret_is_part_of_a_name(monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "hush-hush-123")
+    overrides = ["ppo.steps=5", "+reward.kwargs.api_key=hush-hush-123", "lora=r8"]
+    assert run_name("a", overrides, seed=1) == "a-steps5-r8-s1"
+
+
 def test_the_config_goes_up_nested_with_its_aliases():
     config = {"ppo": {"init_kl_coef": 0.0, "cliprange": 0.3}, "seed": 1}
     assert uploaded_config(config) == {**config, "beta": 0.0, "epsilon": 0.3}
