@@ -33,8 +33,7 @@ class Sampling:
     `min_new_tokens` tokens come before any end-of-sequence token is allowed, or a stop string that
     is complete counts; `batch_size` prompts are drawn at once (0 = all). A response ends with its
     first token out of `eos_ids`, or with the token that completes one of `stop_strings`; what ended
-    it is part of it. `foreign` names
-    settings that another sampler honoured.
+    it is part of it. `foreign` names settings that another sampler honoured.
     """
 
     max_new_tokens: int

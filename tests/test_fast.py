@@ -39,6 +39,7 @@ from ppo_lab.models.fast.attention import KeysAndValues, attend, blocks_of, last
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.draws import draw_from
 from ppo_lab.models.fast.elementwise import ACTIVATIONS, LARGE, normed, rotated, spread_angles
+from ppo_lab.models.fast.kernels import Kernels
 from ppo_lab.models.fast.places import LastColumns, Places
 from ppo_lab.models.fast.products import Linear, is_plain, product, wide_product
 from ppo_lab.models.fast.sweep import TILE, swept_logprobs
@@ -480,6 +481,36 @@ def test_half_precision_is_widened_where_the_processor_does_not_compute_in_it(
     g = torch.randn(3, 25)
     (ours,) = torch.autograd.grad(product(x, layer.weight, layer.bias), x, g)
     assert_close(ours, g @ layer.weight.float())
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_without_a_gradient_an_adapter_is_multiplied_with_its_weight_by_one_kernel(
+    adapters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, by a stand-in for the kernel; of several adapters none goes with the weight."""
+    torch.manual_seed(0)
+    settings = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(7, 9)), settings)
+    if adapters == 2:
+        model.add_adapter("second", settings)
+    model.base_model.set_adapter(["default", "second"][:adapters])
+    ranks = []
+
+    def few_rows(
+        x: Any, weight: Any, bias: Any, scaling: float = 0.0, a: Any = None, b: Any = None
+    ) -> Any:
+        ranks.append(0 if a is None else len(a))
+        y = torch.nn.functional.linear(x, weight, bias)
+        return y if a is None else y + scaling * (x @ a.t()) @ b.t()
+
+    kernels = Kernels(**{**dict.fromkeys(Kernels._fields), "few_rows": few_rows})
+    monkeypatch.setattr(products, "_for_few_rows", lambda x, weight: kernels)
+    x, layer = torch.randn(3, 7), model.base_model.model[0]
+    with torch.no_grad():
+        assert_close(Linear.read(layer)(x), layer(x))
+    assert ranks == ([2] if adapters == 1 else [])
+    assert_close(Linear.read(layer)(x), layer(x))  # a gradient needs what lies between
+    assert len(ranks) == (1 if adapters == 1 else 0)
 
 
 @pytest.mark.parametrize("bias", ["none", "all"])
