@@ -120,7 +120,8 @@ def _hydra_job(job: Job, check: Check) -> Callable[[DictConfig], float | None]:
             stated = frozenset(
                 text.lstrip("+~").partition("=")[0] for text in settings.overrides.task
             )
-            if getattr(config, "resume", "") in MISSING_ONLY or is_requeued(folder):
+            goes_on = hasattr(config, "resume")  # which no stage before PPO does
+            if goes_on and (config.resume in MISSING_ONLY or is_requeued(folder)):
                 config = what_is_missing(config, folder)
                 record_hydra(folder)
             if isinstance(config, float):

@@ -21,6 +21,7 @@ from ppo_lab.config import CheckpointSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.evaluation import Evaluation
 from ppo_lab.record import Say, read_json_lines, to_stderr
+from ppo_lab.run_state import wandb_run_id
 from ppo_lab.types import Prompts, Sample
 
 SUMMARISED = (
@@ -225,13 +226,6 @@ def identity(prompts: Prompts, policy: Any) -> dict[str, str]:
             weights.update(f"{name} {tuple(parameter.shape)}".encode())
             weights.update(first.view(torch.uint8).numpy().tobytes())
     return {"prompts": rows.hexdigest(), "model's weights": weights.hexdigest()}
-
-
-def wandb_run_id(folder: Path) -> str:
-    """The W&B id of the run in this folder, empty where it has none."""
-    with suppress(OSError):
-        return (folder / "wandb_run_id").read_text().strip()
-    return ""
 
 
 def _evaluation(saved: dict[str, Any]) -> Evaluation:

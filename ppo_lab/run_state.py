@@ -21,6 +21,7 @@ from ppo_lab.run_lock import in_use, owner
 
 SILENT_FOR = 900.0  # seconds without a new line after which a run on another machine has crashed
 SUMMARY, METRICS, RECORD = "summary.json", "metrics.jsonl", ".hydra"
+WANDB_ID = "wandb_run_id"
 WORK = (METRICS, "samples.jsonl", "checkpoints", "model")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -90,6 +91,13 @@ def read_summary(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / SUMMARY).read_bytes())
         return found if isinstance(found, dict) else {}
     return {}
+
+
+def wandb_run_id(folder: Path) -> str:
+    """The W&B id of the run in this folder, empty where it has none."""
+    with suppress(OSError):
+        return (folder / WANDB_ID).read_text().strip()
+    return ""
 
 
 def overrides_in(file: Path) -> list[str]:

@@ -1,4 +1,5 @@
-"""A run as a scheduler's job: its processes know of each other, and it goes on when requeued.
+"""A run as a scheduler's job: its processes know of each other, and it goes on when requeued, or
+when W&B hands it out again.
 
 Slurm starts every process of a job itself (`srun`), so that each gets the scheduler's signals at
 first hand and none stands between; what torchrun would tell them, submitit reads off Slurm.
@@ -10,6 +11,7 @@ import os
 from pathlib import Path
 
 from ppo_lab.run_lock import job, owner
+from ppo_lab.run_state import wandb_run_id
 
 
 def join_processes() -> None:
@@ -28,13 +30,23 @@ def join_processes() -> None:
 
 
 def is_requeued(folder: Path) -> bool:
-    """Whether the run in this folder was begun by the very job that this process runs in.
+    """Whether the run in this folder was begun by the very job that this process runs in, or is
+    the very run that W&B told its agent to start.
 
     A job keeps its number when it is requeued: by submitit after a signal, or by Slurm itself after
     a node failed. Slurm counts; without it, of a job's processes that begin one after the other,
-    the later ones would find their own number in the folder.
+    the later ones would find their own number in the folder. W&B queues a run that was preempted,
+    and gives it to an agent once more by its id.
     """
+    if _is_an_agents(folder):
+        return True
     by_slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
     if not job() or (by_slurm and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"):
         return False
     return owner(folder).get("job") == job()
+
+
+def _is_an_agents(folder: Path) -> bool:
+    """Whether the folder is that of the run that W&B told its agent to start, begun or not."""
+    run = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else ""
+    return bool(run) and run in (folder.name, wandb_run_id(folder))

@@ -23,6 +23,7 @@ from statistics import fmean, pstdev
 from typing import Any, Literal
 
 from ppo_lab.record import Say, brief, read_json_lines, to_stderr, write_atomically
+from ppo_lab.run_state import WANDB_ID, wandb_run_id
 from ppo_lab.secrecy import hidden_text
 from ppo_lab.types import Sample
 
@@ -81,15 +82,13 @@ def run_id(folder: Path, chosen: str = "") -> str:
 
     It is kept in the folder, as wandb_run_id, so that a resumed run continues the same curves.
     """
-    file, kept = folder / "wandb_run_id", ""
-    with suppress(OSError):
-        kept = file.read_text().strip()
+    kept = wandb_run_id(folder)
     letters = string.ascii_lowercase + string.digits
     new = "".join(secrets.choice(letters) for _ in range(8))
     found = os.environ.get("WANDB_RUN_ID") or chosen or kept or new
     if found != kept:
         with suppress(OSError):
-            write_atomically(file, found + "\n")
+            write_atomically(folder / WANDB_ID, found + "\n")
     return found
 
 

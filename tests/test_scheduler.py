@@ -149,6 +149,24 @@ def test_a_job_that_is_requeued_knows_the_run_that_it_began(
     assert not is_requeued(tmp_path)  # two runs by hand are no job that came back
 
 
+def test_a_run_that_wandb_hands_out_again_is_known_by_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named, chosen = tmp_path / "r1", tmp_path / "chosen"
+    for folder in (named, chosen):
+        folder.mkdir()
+    (chosen / "wandb_run_id").write_text("r1\n")
+    monkeypatch.setenv("WANDB_RUN_ID", "r1")
+    monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
+    assert not is_requeued(named)  # without an agent nothing resumes by accident
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    assert is_requeued(named)
+    assert is_requeued(chosen)
+    monkeypatch.setenv("WANDB_RUN_ID", "r2")
+    assert not is_requeued(named)
+    assert not is_requeued(chosen)
+
+
 def test_processes_are_joined_by_submitit_alone_and_only_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

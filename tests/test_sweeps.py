@@ -172,6 +172,26 @@ def test_a_command_of_a_sweep_file_runs(tmp_path: Path) -> None:
     assert found.summary["objective"] == pytest.approx(found.history["eval/objective"][-1])
 
 
+def test_a_run_that_wandbs_agent_starts_again_goes_on_and_with_other_settings_is_refused(
+    tmp_path: Path,
+) -> None:
+    fixed = [*tiny(tmp_path, "function"), "checkpoint.every=1", "ppo.steps=4"]
+    agents = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "run1", "WANDB_MODE": "offline"}
+    (tmp_path / "fuse").write_text("kill 5")  # two calls come before the first iteration
+    killed = ppo_lab(tmp_path, *fixed, **agents, PPO_LAB_TEST_FUSE=str(tmp_path / "fuse"))
+    assert killed.returncode == -signal.SIGKILL
+    (state,) = states(tmp_path / "outputs" / "sweep1")
+    assert (state.run, state.status, state.steps) == ("run1", "crashed", 2)
+    other = ppo_lab(tmp_path, *fixed, "ppo.learning_rate=0.5", **agents)
+    assert other.returncode == 1
+    assert "ppo.learning_rate=0.5: the run has ppo.learning_rate=" in other.stderr
+    again = ppo_lab(tmp_path, *fixed, **agents)
+    assert again.returncode == 0, again.stderr
+    straight = ppo_lab(tmp_path, *fixed, "tracking=none", "hydra.run.dir=straight")
+    assert straight.returncode == 0, straight.stderr
+    assert outcome(tmp_path / "outputs" / "sweep1" / "run1") == outcome(tmp_path / "straight")
+
+
 @pytest.fixture
 def server(assets: Path) -> Iterator[Any]:
     """A stand-in for W&B's server on this machine."""
