@@ -39,14 +39,22 @@ def _end(number: int, _: FrameType | None) -> NoReturn:
 DEFAULTS = (signal.SIG_DFL, signal.default_int_handler, _end)
 
 
+def ended_by_agent(reason: str) -> bool:
+    """Whether a run that was asked to stop, with this signal's name, is done for good, as one that
+    a W&B sweep ends early. What a scheduler warns of is to be handed out again.
+    """
+    return "WANDB_SWEEP_ID" in os.environ and not any(n.name in reason for n in WARNINGS)
+
+
 class Preempted(SystemExit):
     """The run was asked to stop and did; the process ends with exit code 75.
 
-    Under a W&B agent with 0: it takes three early failures for a broken program and gives up.
+    Where a W&B agent ended it with 0: it takes three early failures for a broken program and gives
+    up.
     """
 
     def __init__(self, reason: str) -> None:
-        super().__init__(0 if os.environ.get("WANDB_SWEEP_ID") else EXIT_CODE)
+        super().__init__(0 if ended_by_agent(reason) else EXIT_CODE)
         self.reason = reason
 
     def __str__(self) -> str:
@@ -91,7 +99,8 @@ class Preemption:
         elif self.asked and self._before[number] in DEFAULTS:
             _die_of(number)
         first = not self.asked
-        self.asked = self.asked or signal.Signals(number).name
+        if first or number in WARNINGS:  # SIGTERM alone does not tell who asks
+            self.asked = signal.Signals(number).name
         if not self.deferred:
             raise Preempted(self.asked)
         if first and self._tells:

@@ -25,6 +25,7 @@ from typing import Any, Literal
 from ppo_lab.record import Say, brief, read_json_lines, to_stderr, write_atomically
 from ppo_lab.run_state import WANDB_ID, wandb_run_id
 from ppo_lab.secrecy import hidden_text
+from ppo_lab.signals import ended_by_agent
 from ppo_lab.types import Sample
 
 X_AXIS = "iteration"
@@ -308,8 +309,8 @@ class WandbTracker:
             if self._is_free(self._aside_timeout) and self.section.log_model and model.is_dir():
                 self._go_aside(lambda: _send_model(run, model, status))
                 self._is_free(self._aside_timeout)
-        # A run that a sweep ends early is done; elsewhere a preempted run waits to be resumed.
-        stopped = status == "preempted" and not os.environ.get("WANDB_SWEEP_ID")
+        # A run that a sweep ends early is done; any other that was preempted waits to be resumed.
+        stopped = status == "preempted" and not ended_by_agent(str(summary.get("reason", "")))
         if stopped:
             run.mark_preempting()
         run.finish(exit_code=1 if stopped or status == "failed" else 0)

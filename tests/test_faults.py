@@ -106,6 +106,7 @@ def test_under_an_agent_of_wandb_a_stopped_run_is_no_failure(
 ) -> None:
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     assert Preempted("SIGTERM").code == 0
+    assert Preempted("SIGUSR1").code == EXIT_CODE  # which no agent sends
 
 
 def test_a_signal_in_the_last_iteration_lets_the_run_finish(tmp_path: Path) -> None:

@@ -88,7 +88,9 @@ def test_a_warning_leaves_a_checkpoint_before_it_is_passed_on(
     with pytest.raises(SystemExit) as ended:
         run(tiny(tmp_path), tmp_path / "run")
     assert ended.value.code == -1
-    assert handled == [number for number in numbers if number != signal.SIGTERM]
+    warnings = [number for number in numbers if number != signal.SIGTERM]
+    assert handled == warnings
+    assert read_summary(tmp_path / "run")["reason"] == f"Preempted: {warnings[0].name}"
     assert read_summary(tmp_path / "run")["status"] == "preempted"
     assert max(checkpoint.all_in(tmp_path / "run"))[0] == 4
     run(replace(tiny(tmp_path), resume=str(tmp_path / "run")), tmp_path / "run")

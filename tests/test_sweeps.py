@@ -288,6 +288,58 @@ def test_several_agents_share_a_sweep_and_each_keeps_to_its_gpu(
     assert {"5"} in gpus
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_was_preempted_is_finished_by_the_next_agent(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("wandb", path=environment(tmp_path)["PATH"]) is None:
+        pytest.skip("needs the wandb command")
+    env = environment(tmp_path, **server.client_env(home=str(tmp_path)))
+    sweep = yaml.safe_load((ROOT / "sweeps" / "clip.yaml").read_text())
+    sweep["parameters"] = {"seed": {"values": [0]}}
+    fixed = [*tiny(tmp_path), "ppo.steps=60", "checkpoint.every=1000"]
+    sweep["command"] += fixed
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    options: dict[str, Any] = {"cwd": tmp_path, "env": env}
+    subprocess.run(["wandb", "sweep", "sweep.yaml"], **options, check=True)
+    ((sweep_id, _),) = server.recorded()["sweeps"].items()
+    handed_out: list[dict[str, Any]] = []
+    next_run = server.fake._next_run
+
+    def queued_first(*asked: Any) -> dict[str, Any] | None:
+        """As W&B's own server: what was preempted comes before what was not begun."""
+        if [run["exitcode"] for run in server.recorded()["runs"].values()] == [1]:
+            handed_out.append({**handed_out[0], "type": "resume"})
+        elif given := next_run(*asked):
+            handed_out.append(given)
+        else:
+            return None
+        return handed_out[-1]
+
+    monkeypatch.setattr(server.fake, "_next_run", queued_first)
+    command = ["wandb", "agent", "--count", "1", f"fake-entity/ppo_lab/{sweep_id}"]
+    agent = subprocess.Popen(command, **options)
+    sweeps = tmp_path / "outputs" / sweep_id
+    wait_for(lambda: any(file.read_bytes() for file in sweeps.glob("*/metrics.jsonl")))
+    (run,) = (folder for folder in sweeps.iterdir() if folder.is_dir())
+    os.kill(owner(run)["pid"], signal.SIGUSR1)
+    assert agent.wait(timeout=300) == 0
+    assert read_summary(run)["status"] == "preempted"
+    assert subprocess.run(command, **options, timeout=500).returncode == 0
+    assert [(told["type"], told["run_id"]) for told in handed_out] == [
+        ("run", run.name),
+        ("resume", run.name),
+    ]
+    (told,) = server.recorded()["runs"].values()
+    assert (told["state"], told["exitcode"]) == ("finished", 0)
+    assert [r["iteration"] for r in told["history"] if "kl" in r] == list(range(1, 61))
+    own = ["seed=0", "objective=eval/objective", "evaluation.every=5", "tracking=none", *fixed]
+    straight = ppo_lab(tmp_path, *own, "hydra.run.dir=straight")
+    assert straight.returncode == 0, straight.stderr
+    assert outcome(run) == outcome(tmp_path / "straight")
+
+
 def test_the_saved_view_holds_the_three_metrics_and_the_frontier(
     server: Any, tmp_path: Path
 ) -> None:

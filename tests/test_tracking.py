@@ -269,6 +269,19 @@ def test_inside_a_sweep_the_agent_names_the_run_and_the_group_is_the_sweeps(
     assert (logged_out / "wandb_run_id").read_text() == "byagent1\n"
 
 
+def test_a_run_of_a_sweep_whose_scheduler_warned_it_is_to_be_handed_out_again(
+    server, logged_out, monkeypatch
+):
+    marked = []
+    monkeypatch.setattr("wandb.Run.mark_preempting", lambda run: marked.append(run.id))
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sw33p")
+    monkeypatch.setenv("WANDB_RUN_ID", "byagent1")
+    train(logged_out, range(1, 4), status="preempted", reason="Preempted: SIGTERM")
+    assert (only_run(server)["exitcode"], marked) == (0, [])
+    train(logged_out, range(4, 6), resume_step=3, status="preempted", reason="Preempted: SIGUSR2")
+    assert (only_run(server)["exitcode"], marked) == (1, ["byagent1"])
+
+
 def test_a_sweep_over_a_group_does_not_lose_the_groups_settings(server, logged_out, monkeypatch):
     import wandb
 
