@@ -123,7 +123,8 @@ class PPOTrainer:
         self.optimizer = optimizer or _optimizer(self.policy, self.critic, self.config)
         self.lr_scheduler = lr_scheduler or _schedule(self.optimizer, self.config)
         # Before models are shared out: partitioned weights have no size of their own.
-        self.meter = Meter(self.policy, self.critic if self.has_critic else None)
+        exact = self.config.kl_penalty == "full"
+        self.meter = Meter(self.policy, self.critic if self.has_critic else None, full_kl=exact)
         modules = {"policy": self.policy, "critic": self.critic, **self.reference.modules}
         self.models = self.processes.wrap(modules, self.optimizer)
         self.average = self._moving_average()

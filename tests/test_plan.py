@@ -14,15 +14,17 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from test_cli import command as cli
-from tiny_models import policy, ragged, trainer
+from tiny_models import causal_lm, lora_config, policy, ragged, trainer
 from tiny_runs import command, inputs, tiny
 
+from ppo_lab import AutoModelForCausalLMWithValueHead
 from ppo_lab.assembly import load_policy
 from ppo_lab.config import ConfigError, EvaluationSection, LoraSection, ModelCritic, ModelSection
 from ppo_lab.metric_names import METRICS
 from ppo_lab.models.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
 from ppo_lab.models.fast import gemm
 from ppo_lab.models.loading import load_tokenizer
+from ppo_lab.models.reference import Reference
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.plan import measured as measured_module
 from ppo_lab.plan import work
@@ -127,6 +129,21 @@ def test_counted_flops_are_what_torch_counts(kind: str, lora: bool, monkeypatch:
         (seen.logprobs + seen.values).sum().backward()
     of = architecture_of(model.pretrained_model)
     assert counter.get_total_flops() == pytest.approx(work.learning_flops(of, rectangle), rel=0.08)
+
+
+def test_counted_flops_of_the_exact_kl_are_what_torch_counts(monkeypatch: Any) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = policy("llama", lora=True, attn_implementation="eager")
+    model.trunk._fast = None
+    monkeypatch.setattr(gemm, "takes_onednn", lambda dtype: False)
+    tokens, reference = ragged(), Reference(model)
+    rectangle = Amount.of([(4, 5)] * 4)
+    rectangle = rectangle._replace(scored=int(tokens.mask.sum()), pairs=4 * 8 * 8)
+    with FlopCounterMode(display=False) as counter:
+        reference.full_kl(tokens, temperature=1.0)
+    counted = work.full_kl_flops(architecture_of(model.pretrained_model), rectangle)
+    assert counter.get_total_flops() == pytest.approx(counted, rel=0.01)
 
 
 # ------ Sizes
@@ -673,6 +690,26 @@ def test_utilisation_is_counted_flops_over_time_and_peak_rate() -> None:
     of = architecture_of(made.policy.pretrained_model)
     amount = Amount.of([(3, 4), (1, 2), (4, 5), (2, 3)])
     assert flops == work.iteration_flops(of, amount, epochs=2)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_utilisation_counts_the_exact_kl_as_the_planner_does(cached: bool, tmp_path: Path) -> None:
+    upper = lora_config("llama", layers_to_transform=[1])
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(causal_lm("llama"), peft_config=upper)
+    made = trainer(model, kl_penalty="full", cache_trunk=cached)
+    made.clock._peak_flops = lambda: 1e9
+    stats = made.learn(made.collect(ragged()), _scores())
+    amount, of = Amount.of([(3, 4), (1, 2), (4, 5), (2, 3)]), made.meter.policy
+    flops = work.iteration_flops(of, amount, epochs=2, cached=cached)
+    flops += work.full_kl_flops(of, amount, cached=cached)
+    assert stats["mfu"] * stats["time/iteration"] * 1e9 == pytest.approx(flops)
+    ppo = {"kl_penalty": "full", "cache_trunk": cached}
+    config = tiny(tmp_path, ppo=ppo, lora={"top_layers": 1})
+    plan = plan_of(config, Target(DEVICES["h100"]))
+    rows = Amount.of([(row.prompt, row.response) for row in plan.workload.rows])
+    planned = sum(plan.phases[k].work.flops for k in ("generate", "reference", "update"))
+    counted = work.iteration_flops(plan.of, rows, epochs=2, cached=cached)
+    assert planned == pytest.approx(counted + work.full_kl_flops(plan.of, rows, cached=cached))
 
 
 def test_epochs_that_were_not_made_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:

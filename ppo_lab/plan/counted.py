@@ -63,9 +63,9 @@ def full_kl_work(subject: Subject) -> Work:
     """What `ppo.kl_penalty=full` adds to the reference's work: nothing with another penalty."""
     if subject.config.ppo.kl_penalty != "full":
         return Work()
-    load = subject.workload
+    load, cached = subject.workload, subject.config.ppo.cache_trunk
     rows = [(row.prompt, row.response) for row in load.rows]
-    return work.full_kl(subject.of, rows, passes=len(load.reading(PASS_TOKENS)))
+    return work.full_kl(subject.of, rows, passes=len(load.reading(PASS_TOKENS)), cached=cached)
 
 
 def _scoring(subject: Subject) -> Work:

@@ -122,11 +122,12 @@ def _measured_phases(subject: Subject, found: Measured) -> dict[str, Phase]:
 
 def _full_kl_seconds(subject: Subject, found: Measured) -> float:
     """Seconds of the exact KL: two more passes through the trunk, and the vocabulary of both."""
-    load = subject.workload
+    load, of = subject.workload, subject.of
     reading = load.reading(PASS_TOKENS)
     passes = sum(map(seen, reading)) / max(map(seen, reading))
     scored = sum(row.response for row in load.rows)
-    trunks = 2 * passes * found.reading.at(subject.of.layers)
+    layers = of.reached if subject.config.ppo.cache_trunk else of.layers
+    trunks = 2 * passes * found.reading.at(layers)
     return trunks + full_kl_seconds(subject.head, scored)
 
 

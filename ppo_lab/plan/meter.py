@@ -5,17 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from ppo_lab.plan.architecture import Architecture, architecture_of
-from ppo_lab.plan.work import Amount, forward_flops, iteration_flops, learning_flops
+from ppo_lab.plan.work import (
+    Amount,
+    forward_flops,
+    full_kl_flops,
+    iteration_flops,
+    learning_flops,
+)
 from ppo_lab.types import Tokens
 
 
 class Meter:
     """Counts what a policy, and a critic of its own, compute in an iteration."""
 
-    def __init__(self, policy: Any, critic: Any = None) -> None:
-        """Sizes are read off once; nothing of them changes while training."""
+    def __init__(self, policy: Any, critic: Any = None, *, full_kl: bool = False) -> None:
+        """Sizes are read off once; nothing of them changes while training. `full_kl`: whether the
+        penalty is the exact KL.
+        """
         self.policy = architecture_of(policy.pretrained_model)
         self.trunk = policy.trunk
+        self.full_kl = full_kl
         self.critic: Architecture | None = None if critic is None else architecture_of(critic.model)
 
     def flops(
@@ -26,12 +35,12 @@ class Meter:
         """
         prompts = tokens.query_mask.sum(1).tolist()
         amount = Amount.of(zip(prompts, tokens.lengths.tolist(), strict=True))
+        cached = bool(self.trunk.kept_below)
         found = iteration_flops(
-            self.policy,
-            amount,
-            epochs=epochs if policy_learns else 0,
-            cached=bool(self.trunk.kept_below),
+            self.policy, amount, epochs=epochs if policy_learns else 0, cached=cached
         )
+        if self.full_kl:
+            found += full_kl_flops(self.policy, amount, cached=cached)
         if self.critic is not None:
             found += forward_flops(self.critic, amount)
             found += critic_epochs * learning_flops(self.critic, amount)

@@ -108,6 +108,15 @@ def iteration_flops(
     return forward_flops(of, amount) + once + reference + epochs * learning
 
 
+def full_kl_flops(of: Architecture, amount: Amount, *, cached: bool = False) -> float:
+    """The exact KL: a pass of its own of policy and reference each, to the logits of both; `cached`
+    as in `iteration_flops`.
+    """
+    share = of.reached_share if cached else 1.0
+    reference = forward_flops(of, amount, adapter=of.has_own_reference, share=share)
+    return forward_flops(of, amount, share=share) + reference
+
+
 def generate(of: Architecture, rows: Sequence[tuple[int, int]], *, chunks: int = 1) -> Work:
     """Sampling: each step reads all weights, and the keys and values of what it has seen."""
     steps = max(response for _, response in rows)
@@ -127,14 +136,16 @@ def reference(of: Architecture, rows: Sequence[tuple[int, int]], *, passes: int 
     return Work(flops, passes * weights)
 
 
-def full_kl(of: Architecture, rows: Sequence[tuple[int, int]], *, passes: int = 1) -> Work:
+def full_kl(
+    of: Architecture, rows: Sequence[tuple[int, int]], *, passes: int = 1, cached: bool = False
+) -> Work:
     """The exact KL beside the reference's log-probs: one more pass of the policy and one of the
     reference, and the whole vocabulary of both at every response token.
     """
-    amount = Amount.of(rows)
-    weights = (2 * of.matrices + of.adapter + 2 * of.head) * of.bytes_per_weight
-    flops = forward_flops(of, amount) + forward_flops(of, amount, adapter=of.has_own_reference)
-    return Work(flops, passes * weights + FULL_KL_BYTES * amount.scored * of.vocabulary)
+    amount, share = Amount.of(rows), of.reached_share if cached else 1.0
+    weights = (2 * share * of.matrices + of.adapter + 2 * of.head) * of.bytes_per_weight
+    moved = passes * weights + FULL_KL_BYTES * amount.scored * of.vocabulary
+    return Work(full_kl_flops(of, amount, cached=cached), moved)
 
 
 def update(
