@@ -712,6 +712,16 @@ def test_utilisation_counts_the_exact_kl_as_the_planner_does(cached: bool, tmp_p
     assert planned == pytest.approx(counted + work.full_kl_flops(plan.of, rows, cached=cached))
 
 
+def test_a_value_head_that_learns_alone_costs_the_passes_of_its_trunk() -> None:
+    made = trainer(critic_warmup_steps=1, steps=2)
+    made.clock._peak_flops = lambda: 1e9
+    stats = made.learn(made.collect(ragged()), _scores())
+    amount, of = Amount.of([(3, 4), (1, 2), (4, 5), (2, 3)]), made.meter.policy
+    trunk = work.forward_flops(of, amount._replace(scored=0))
+    flops = work.iteration_flops(of, amount, epochs=0) + 2 * trunk
+    assert stats["mfu"] * stats["time/iteration"] * 1e9 == pytest.approx(flops)
+
+
 def test_epochs_that_were_not_made_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer(early_stopping=True, ppo_epochs=4)
     made.clock._peak_flops = lambda: 1e9

@@ -31,7 +31,8 @@ class Meter:
         self, tokens: Tokens, *, epochs: int, critic_epochs: int, policy_learns: bool = True
     ) -> float:
         """FLOPs of an iteration on these tokens, with as many epochs as were made, `critic_epochs`
-        of them with a critic of its own.
+        of them with a critic of its own. Where the policy does not learn, a value head on its trunk
+        still asks for a forward pass.
         """
         prompts = tokens.query_mask.sum(1).tolist()
         amount = Amount.of(zip(prompts, tokens.lengths.tolist(), strict=True))
@@ -39,6 +40,9 @@ class Meter:
         found = iteration_flops(
             self.policy, amount, epochs=epochs if policy_learns else 0, cached=cached
         )
+        if self.critic is None and not policy_learns:
+            share = self.policy.reached_share if cached else 1.0
+            found += epochs * forward_flops(self.policy, amount._replace(scored=0), share=share)
         if self.full_kl:
             found += full_kl_flops(self.policy, amount, cached=cached)
         if self.critic is not None:
