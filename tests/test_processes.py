@@ -185,6 +185,13 @@ def test_two_processes_hear_the_same_and_fail_together(tmp_path: Path) -> None:
     assert said.count("all was heard") == 1
 
 
+def test_who_ends_as_the_main_process_does_waits_for_it_and_nobody_else(tmp_path: Path) -> None:
+    process = several.launch(1, tmp_path, str(Path(__file__).parent / "parting.py"))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said[-3000:]
+    assert "all have parted" in said
+
+
 def test_two_processes_make_the_run_that_one_makes_and_one_of_them_writes(tmp_path: Path) -> None:
     words = several.tiny(tmp_path)
     one = several.run(1, tmp_path, *words)
