@@ -100,11 +100,11 @@ def no_room(config: Config, context: int) -> Iterator[str]:
 
 
 def _context(settings: Mapping[str, Any]) -> int | None:
-    """The most tokens that the model reads; None where the file alone does not tell, as where
-    positions are ALiBi's: by default, in architectures with a `max_seq_len`.
+    """The most tokens that the model reads; None where the file alone does not tell, or where
+    positions are ALiBi's.
     """
     text = settings.get("text_config", settings)
-    if not isinstance(text, dict) or text.get("alibi") or "max_seq_len" in text:
+    if not isinstance(text, dict) or text.get("alibi"):
         return None
     bounds = (text.get(name) for name in POSITIONS)
     return next((bound for bound in bounds if bound and isinstance(bound, int)), None)

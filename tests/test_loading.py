@@ -208,6 +208,15 @@ def test_context_is_bounded_but_for_alibi(kind, changes, bound):
     assert max_context(AutoModelForCausalLM.from_config(config)) == bound
 
 
+def test_the_biases_of_mpt_end_where_its_context_does():
+    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 32, "max_seq_len": 8}
+    model = AutoModelForCausalLM.from_config(transformers.MptConfig(**sizes))
+    assert max_context(model) == 8
+    assert model(torch.zeros(1, 8, dtype=torch.long)).logits.shape[1] == 8
+    with pytest.raises(RuntimeError):
+        model(torch.zeros(1, 9, dtype=torch.long))
+
+
 def test_falcon_with_alibi_has_no_bound():
     assert max_context(transformers.FalconConfig(alibi=True)) is None
     assert max_context(transformers.FalconConfig(alibi=False)) == 2048

@@ -49,8 +49,14 @@ def test_what_is_no_causal_model_is_refused_early_as_it_is_later(
     assert later.value.problems == [line]
 
 
-def test_a_response_that_leaves_no_room_is_refused_early_as_it_is_later(tmp_path: Path) -> None:
-    config = run_of(folder(tmp_path, ARCHITECTURE))
+MPT = {"model_type": "mpt", "max_seq_len": 96, "attn_config": {"alibi": True}, "d_model": 128}
+
+
+@pytest.mark.parametrize("settings", [ARCHITECTURE, MPT])
+def test_a_response_that_leaves_no_room_is_refused_early_as_it_is_later(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = run_of(folder(tmp_path, settings))
     (line,) = model_rules(config)
     assert line.startswith("generation.max_new_tokens=96: must be below the 96 tokens")
     with pytest.raises(ConfigError) as later:
@@ -62,7 +68,6 @@ def test_a_response_that_leaves_no_room_is_refused_early_as_it_is_later(tmp_path
     "other",
     [
         {"alibi": True},
-        {"max_seq_len": 96},
         {"text_config": {"max_position_embeddings": 97}},
         {"max_position_embeddings": None},
     ],

@@ -200,13 +200,13 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
 
 
 def max_context(config: Any) -> int | None:
-    """The most tokens that the model can read, response included; None where unbounded (ALiBi).
+    """The most tokens that the model can read, response included; None where unbounded, as with
+    ALiBi, but for MPT, whose biases are a table of `max_seq_len`.
 
     Of a rotary embedding that turns with the longest text of a batch it is where that begins.
     """
     config = getattr(config, "config", config).get_text_config(decoder=True)
-    attention = getattr(config, "attn_config", None)
-    if getattr(config, "alibi", False) or getattr(attention, "alibi", False):
+    if getattr(config, "alibi", False):
         return None
     bounds = (steady_context(config), *(getattr(config, name, None) for name in POSITIONS))
     return next((bound for bound in bounds if bound), None)
