@@ -15,7 +15,7 @@ from torch import Tensor
 from ppo_lab.config import PPOConfig
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.critic import Critic
-from ppo_lab.models.loading import disable_dropout, eos_ids, max_context
+from ppo_lab.models.loading import disable_dropout, eos_ids, max_context, reads_on
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.rollout import NoiseKey, Sampling
 from ppo_lab.types import Prompts, Tokens
@@ -419,13 +419,23 @@ def _check_vocabulary(trainer: PPOTrainer, **named: Sequence[Tensor]) -> None:
 
 
 def _check_context(trainer: PPOTrainer, lengths: Sequence[int], what: str) -> None:
-    """Refuse texts of more tokens than the model has positions."""
-    context = max_context(trainer.policy.trunk.model)
-    for i, length in enumerate(lengths):
-        if context is not None and length > context:
-            raise ValueError(
-                f"queries[{i}] {what} has {length} tokens, and the model reads at most {context}"
-            )
+    """Refuse texts of more tokens than a model has positions; of one whose positions have no end,
+    warn of those that are longer than it was trained for.
+    """
+    models = {"model": trainer.policy.trunk.model, "ref_model": trainer.reference.trunk.model}
+    if trainer.has_critic:
+        models["critic"] = trainer.critic.model
+    length = max(lengths)
+    text = f"queries[{lengths.index(length)}] {what} has {length} tokens"
+    for name, model in models.items():
+        context = max_context(model)
+        if context is None or length <= context:
+            continue
+        if not reads_on(model):
+            raise ValueError(f"{text}, and the {name} reads at most {context}")
+        trainer.warn_once(
+            "context", f"{text}, and the {name} was made for {context}; training goes on"
+        )
 
 
 def log_stats(

@@ -428,7 +428,7 @@ class PPOTrainer:
     def _check_invariants(self, metrics: dict[str, float]) -> None:
         """Warn, once each, where ratios or KL before an update are not what they must be."""
         if self.drawn.departures:
-            self._warn(
+            self.warn_once(
                 "departures",
                 f"responses are drawn with {', '.join(self.drawn.departures)}, not from the whole "
                 "distribution, which log-probs are of: KL estimates are biased and may be negative",
@@ -436,7 +436,7 @@ class PPOTrainer:
         rounding = ROUNDING.get(self.policy.dtype, 1e-3)
         error = metrics["ppo/policy/first_minibatch_ratio_error"]
         if error > rounding:
-            self._warn(
+            self.warn_once(
                 "ratio",
                 f"the policy's log-probs changed by {error:.2g} before any update: sampling and "
                 "training do not see the same model (dropout, padding, or an adapter that did not "
@@ -447,13 +447,14 @@ class PPOTrainer:
             and self.reference.is_start
             and abs(metrics["kl_per_token"]) > rounding
         ):
-            self._warn(
+            self.warn_once(
                 "kl",
                 f"KL to the reference is {metrics['kl']:.3g} nats before the first update, "
                 "where it must be 0",
             )
 
-    def _warn(self, key: str, message: str) -> None:
+    def warn_once(self, key: str, message: str) -> None:
+        """A warning, unless there was one of this key."""
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, RuntimeWarning, stacklevel=2)

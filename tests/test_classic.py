@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,43 @@ def test_a_generation_config_says_what_keywords_leave_open() -> None:
     assert len(made.generate(tensors([[5, 6]]), generation_config=beams)[0]) <= 5
     made.generate(tensors([[5]]), eos_token_id=torch.tensor([2, 5]), max_new_tokens=2)
     assert made.drawn.eos_ids == (2, 5)
+
+
+def test_texts_longer_than_a_rotary_model_was_made_for_are_told_of_once_and_trained_on() -> None:
+    """As TRL's classic trainer did; the numbers are those of a model made for longer ones."""
+    found = []
+    for made_for in (64, 12):
+        made = trainer(causal_lm("llama", max_position_embeddings=made_for))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                rows = made.generate(tensors([[5, 6], [7]]), max_new_tokens=11, eos_token_id=None)
+                responses = [rows[0][2:], rows[1][1:]]
+                stats = made.step(tensors([[5, 6], [7]]), responses, tensors([1.0, -1.0]))
+        found.append(([row.tolist() for row in rows], timeless(stats)))
+        said = [str(warning.message) for warning in told]
+        wanted = "has 13 tokens, and the model was made for 12; training goes on"
+        assert len(said) == (0 if made_for == 64 else 1)
+        assert all(text.endswith(wanted) for text in said)
+    assert found[0] == found[1]
+
+
+def test_texts_are_not_longer_than_what_a_rotary_embedding_turns_steadily() -> None:
+    turned = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    made = trainer(causal_lm("llama", max_position_embeddings=12, rope_parameters=turned))
+    with pytest.raises(ValueError, match="has 13 tokens, and the model reads at most 12"):
+        made.generate(tensors([[5, 6]]), max_new_tokens=11)
+
+
+def test_texts_longer_than_the_reference_or_the_critic_reads_are_refused() -> None:
+    short = {"n_positions": 12}
+    arguments = {"queries": tensors([[5] * 9]), "responses": tensors([[6] * 4]), "scores": [1.0]}
+    made = trainer(causal_lm("gpt2", n_positions=16), causal_lm("gpt2", seed=1, **short))
+    with pytest.raises(ValueError, match="has 13 tokens, and the ref_model reads at most 12"):
+        made.step(**arguments)
+    made = trainer(causal_lm("gpt2", n_positions=16), critic=classifier("gpt2", **short))
+    with pytest.raises(ValueError, match="has 13 tokens, and the critic reads at most 12"):
+        made.step(**arguments)
 
 
 def test_texts_longer_than_the_model_reads_are_refused() -> None:

@@ -55,6 +55,7 @@ __all__ = [
     "load_tokenizer",
     "max_context",
     "parameter_bytes",
+    "reads_on",
     "resolved_revision",
 ]
 
@@ -210,6 +211,14 @@ def max_context(config: Any) -> int | None:
         return None
     bounds = (steady_context(config), *(getattr(config, name, None) for name in POSITIONS))
     return next((bound for bound in bounds if bound), None)
+
+
+def reads_on(config: Any) -> bool:
+    """Whether the model computes positions beyond `max_context` as any other: a rotary embedding
+    turns by the position alone. Learned positions, and tables of others, end there.
+    """
+    config = getattr(config, "config", config).get_text_config(decoder=True)
+    return bool(getattr(config, "rope_parameters", None)) and steady_context(config) is None
 
 
 def resolved_revision(section: ModelSection) -> str:
