@@ -241,6 +241,7 @@ class WandbTracker:
             "settings": wandb.Settings(
                 init_timeout=INIT_TIMEOUT,
                 finish_timeout=self._finish_timeout,
+                finish_timeout_raises=True,
                 quiet=True,
                 show_info=False,
                 console=self._console,
@@ -313,7 +314,12 @@ class WandbTracker:
         stopped = status == "preempted" and not ended_by_agent(str(summary.get("reason", "")))
         if stopped:
             run.mark_preempting()
-        run.finish(exit_code=1 if stopped or status == "failed" else 0)
+        try:
+            run.finish(exit_code=1 if stopped or status == "failed" else 0)
+        except TimeoutError:  # the client has said it; `wandb sync` sends the rest
+            return
+        if not run.offline:
+            _mark_as_sent(self.folder / "wandb", run.id)
 
 
 @contextmanager
@@ -327,6 +333,15 @@ def _staging(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.environ.pop("WANDB_DATA_DIR", None)
+
+
+def _mark_as_sent(folder: Path, run_id: str) -> None:
+    """Have `wandb sync` pass over what earlier attempts left offline: the rows came from
+    metrics.jsonl. Tables of samples stay where they are, in samples.jsonl and there.
+    """
+    for file in folder.glob(f"offline-run-*/run-{run_id}.wandb"):
+        with suppress(OSError):
+            file.with_name(f"{file.name}.synced").touch()
 
 
 def _to_upload(parts: Iterable[Path], run: Any) -> list[Path]:

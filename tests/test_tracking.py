@@ -256,6 +256,27 @@ def test_a_run_that_was_killed_and_resumed_offline_is_uploaded_whole(server, log
     assert x == sorted(x)
 
 
+def test_what_an_online_part_has_sent_of_an_offline_one_is_not_sent_again(server, logged_out):
+    train(logged_out, range(1, 4), status="preempted", mode="offline")
+    train(logged_out, range(4, 7), resume_step=3)
+    assert arrived(only_run(server)) == list(range(1, 7))
+    sync = [sys.executable, "-m", "wandb", "sync", str(logged_out / "wandb")]
+    done = subprocess.run(sync, check=True, capture_output=True, text=True, timeout=60)
+    assert arrived(only_run(server)) == list(range(1, 7)), done.stderr
+    assert only_run(server)["state"] == "finished"
+
+
+def test_what_did_not_arrive_in_time_is_left_to_be_sent(server, logged_out, monkeypatch):
+    from ppo_lab import wandb_mirror
+
+    monkeypatch.setattr(wandb_mirror, "FINISH_TIMEOUT", 1.0)
+    train(logged_out, range(1, 4), status="preempted", mode="offline")
+    blocked = {"kind": "http", "status": 500, "seconds": 60, "match": "file_stream"}
+    server.control({"fault": blocked})
+    train(logged_out, range(4, 7), resume_step=3)
+    assert not list((logged_out / "wandb").glob("*/*.synced"))
+
+
 def test_inside_a_sweep_the_agent_names_the_run_and_the_group_is_the_sweeps(
     server, logged_out, monkeypatch
 ):
