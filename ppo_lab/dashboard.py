@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from ppo_lab import signals
+
 HEADLINE = ("kl", "mean_reward", "clip_fraction")
 LATER = ("kl_coef", "ppo/policy/entropy", "tokens/responses_len_mean", "ppo/grad_norm")
 BETA, EPSILON = "ppo.init_kl_coef", "ppo.cliprange"
@@ -130,4 +132,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signals.end_quietly()
     sys.exit(main())

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from ppo_lab import sweep_index
+from ppo_lab import signals, sweep_index
 from ppo_lab.run_state import RunState, common, is_run, is_stage, read_state, subfolders
 
 STATUSES = (
@@ -151,4 +151,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signals.end_quietly()
     sys.exit(main())

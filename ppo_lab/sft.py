@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import sys
 
-from ppo_lab.command_line import launch
-from ppo_lab.help import print_stage
-from ppo_lab.stages.config import SFTConfig, register_stages
-from ppo_lab.stages.jobs import problems, run_sft
+from ppo_lab import signals
 
 PURPOSE = "Fine-tunes a language model on texts, completions or chats."
 
 
 def main() -> None:
     """Run the stage, or say what it is."""
+    signals.end_quietly()
+    from ppo_lab.command_line import launch
+    from ppo_lab.help import print_stage
+    from ppo_lab.stages.config import SFTConfig, register_stages
+    from ppo_lab.stages.jobs import problems, run_sft
+
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print_stage(
-            "ppo_lab.sft",
-            "Fine-tunes a language model on texts, completions or chats.",
-            SFTConfig(),
-        )
+        print_stage("ppo_lab.sft", PURPOSE, SFTConfig())
         return
     register_stages()
     launch(run_sft, check=problems, config_name="sft")

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from types import FrameType
 from typing import Any, NoReturn, Self
 
@@ -28,6 +29,12 @@ def end_quietly() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
+
+
+def run_quietly(module: str) -> NoReturn:
+    """Run a module's `main` as the program, with Ctrl-C as above from its imports on."""
+    end_quietly()
+    sys.exit(import_module(module).main())
 
 
 def _end(number: int, _: FrameType | None) -> NoReturn:

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ppo_lab.bench import __main__ as command
-from ppo_lab.bench import equality, growth, report
-from ppo_lab.bench.__main__ import parser
+from ppo_lab.bench import command, equality, growth, report
+from ppo_lab.bench.command import parser
 from ppo_lab.bench.floor import Floor, Rates, floor
 from ppo_lab.bench.runs import WORKERS, Contestant, Result, medians, pairwise, run
 from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape

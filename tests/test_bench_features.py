@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ppo_lab.bench.__main__ import main
+from ppo_lab.bench.command import main
 from ppo_lab.bench.features import Answers, collect, explained
 from ppo_lab.bench.learning import judge as judging
 from ppo_lab.bench.learning.task import Task, prompts_in

@@ -17,7 +17,7 @@ from test_config import refused
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ppo_lab.bench.__main__ import main
+from ppo_lab.bench.command import main
 from ppo_lab.bench.learning import judge as judging
 from ppo_lab.bench.learning import report
 from ppo_lab.bench.learning.command import parser

@@ -27,7 +27,7 @@ from made_up_runs import (
 )
 from rich.console import Console
 
-from ppo_lab.compare.__main__ import main
+from ppo_lab.compare.command import main
 from ppo_lab.compare.comparison import (
     clip_fraction_by_epsilon,
     compare,

@@ -125,31 +125,70 @@ STRUCK = """
 import os, runpy, signal, sys
 
 def strike(event, arguments):
-    if event == "import" and arguments[0] == when:
+    if when == (arguments[0] if event == "import" else event):
         os.kill(os.getpid(), number)
 
-number, when = int(sys.argv.pop(1)), sys.argv.pop(1)
+number, when, program = int(sys.argv.pop(1)), sys.argv.pop(1), sys.argv.pop(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 sys.addaudithook(strike)
-runpy.run_module("ppo_lab", run_name="__main__")
+runpy.run_module(program, run_name="__main__")
 """
 
 
 def struck(
-    folder: Path, number: signal.Signals, imported: str, *more: str
+    folder: Path, number: signal.Signals, when: str, program: str, *words: str
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m ppo_lab`, which gets a signal when it imports something."""
-    words = [str(int(number)), imported, *command(folder), *more]
-    program = [sys.executable, "-c", STRUCK, *words]
-    return subprocess.run(program, cwd=folder, capture_output=True, text=True)
+    """`python -m PROGRAM`, which gets a signal when it imports something, or does what Python's
+    audit calls so.
+    """
+    command = [sys.executable, "-c", STRUCK, str(int(number)), when, program, *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("imported", ["ppo_lab.command_line", "hydra", "torch"])
+@pytest.mark.parametrize(
+    ("program", "when"),
+    [
+        ("ppo_lab", "ppo_lab.command_line"),
+        ("ppo_lab", "hydra"),
+        ("ppo_lab", "torch"),
+        ("ppo_lab.sft", "ppo_lab.command_line"),
+        ("ppo_lab.sft", "trl"),
+        ("ppo_lab.reward_model", "hydra"),
+        ("ppo_lab.plan", "hydra"),
+        ("ppo_lab.plan", "torch"),
+        ("ppo_lab.compare", "rich.console"),
+        ("ppo_lab.bench", "rich.console"),
+        ("ppo_lab.bench", "torch"),
+        ("ppo_lab.embedded", "ppo_lab.embedded.build"),
+        ("ppo_lab.runs", "os.scandir"),
+        ("ppo_lab.dashboard", "wandb_workspaces.workspaces"),
+    ],
+)
 def test_ctrl_c_before_there_is_a_run_ends_with_a_line_and_no_traceback(
-    tmp_path: Path, imported: str
+    tmp_path: Path, program: str, when: str
 ) -> None:
-    ended = struck(tmp_path, signal.SIGINT, imported, "hydra.run.dir=run")
+    rows = {"text": "Why so?", "prompt": "Why?", "chosen": " a", "rejected": " b"}
+    words = {
+        "ppo_lab.sft": stage(tmp_path, rows),
+        "ppo_lab.reward_model": stage(tmp_path, rows),
+        "ppo_lab.compare": ["."],
+        "ppo_lab.bench": [],
+        "ppo_lab.embedded": [],
+        "ppo_lab.runs": ["."],
+        "ppo_lab.dashboard": ["--entity", "nobody"],
+    }
+    if program == "ppo_lab.dashboard":
+        pytest.importorskip("wandb_workspaces")
+    asked = words[program] if program in words else [*command(tmp_path), "hydra.run.dir=run"]
+    ended = struck(tmp_path, signal.SIGINT, when, program, *asked)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "ppo_lab: interrupted\n")
+
+
+def stage(folder: Path, row: dict[str, str]) -> list[str]:
+    """The command line of a stage before PPO on twenty such rows."""
+    model, data = tiny_runs.inputs(folder)[0], folder / "rows.jsonl"
+    data.write_text(f"{json.dumps(row)}\n" * 20)
+    return [f"model.path={model}", "model.weights=random", f"data.path={data}", "hydra.run.dir=run"]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +199,8 @@ def test_ctrl_c_before_there_is_a_run_ends_with_a_line_and_no_traceback(
 def test_a_run_killed_while_it_imports_has_crashed(
     tmp_path: Path, more: list[str], run: str
 ) -> None:
-    struck(tmp_path, signal.SIGKILL, "ppo_lab.experiment", *more)
+    words = [*command(tmp_path), *more]
+    struck(tmp_path, signal.SIGKILL, "ppo_lab.experiment", "ppo_lab", *words)
     assert (tmp_path / run / ".hydra/config.yaml").exists()
     assert read_state(tmp_path / run, run).status == "crashed"
 

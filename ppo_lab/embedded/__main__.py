@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from ppo_lab import signals
+
 
 def main() -> None:
     """Build what is not there yet (or everything again), then print the figures of the build."""
@@ -23,4 +25,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signals.end_quietly()
     main()

@@ -95,7 +95,7 @@ def table(found: Sequence[Held]) -> Table:
 
 def _planned(words: list[str]) -> dict[str, float]:
     """The figures of a plan made in a process of its own, whose libraries it counts."""
-    code = "import sys; from ppo_lab.plan.__main__ import figures; figures(sys.argv[1:])"
+    code = "import sys; from ppo_lab.plan.command import figures; figures(sys.argv[1:])"
     done = _run([sys.executable, "-c", code, *words], Path.cwd())
     return json.loads(done.stdout.splitlines()[-1])
 
