@@ -25,6 +25,7 @@ from transformers import (
     FNetConfig,
     GPT2Config,
     LlamaConfig,
+    MptConfig,
     PreTrainedTokenizerFast,
     XLNetConfig,
 )
@@ -420,6 +421,7 @@ def tiny_classifier(kind: str, *, pad: int | None = 257, labels: int = 1) -> Any
             **sizes,
         ),
         "bloom": lambda: BloomConfig(hidden_size=16, n_layer=2, n_head=2, **sizes),
+        "mpt": lambda: MptConfig(d_model=16, n_layers=2, n_heads=2, max_seq_len=64, **sizes),
         "gpt2": lambda: GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **sizes),
         "bert": lambda: BertConfig(
             hidden_size=16,
@@ -480,8 +482,9 @@ def test_the_last_tokens_are_the_ones_that_a_long_text_keeps() -> None:
     assert first == second != scorer(["a"], ["the sane"])[0]
 
 
-def test_the_models_own_limit_holds_where_none_is_set() -> None:
-    scorer = Classifier(tiny_classifier("gpt2"), byte_tokenizer())
+@pytest.mark.parametrize("kind", ["gpt2", "mpt"])
+def test_the_models_own_limit_holds_where_none_is_set(kind: str) -> None:
+    scorer = Classifier(tiny_classifier(kind), byte_tokenizer())
     assert scorer.max_length == 64
     assert scorer(["x" * 500], ["y"]).isfinite().all()
 

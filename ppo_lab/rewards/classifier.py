@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_lab.local_model import POSITIONS
 from ppo_lab.models.fitness import steady_context
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.processes.alone import Alone
@@ -262,7 +263,7 @@ def longest_text(model: Any, tokenizer: Any) -> int:
     config = model.config.get_text_config()
     # RoBERTa's kin count positions from padding_idx + 1 within the same table
     skipped = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
-    positions = getattr(config, "max_position_embeddings", None) or 0
+    positions = next((bound for name in POSITIONS if (bound := getattr(config, name, None))), 0)
     limits = [positions - (0 if skipped is None else skipped + 1), tokenizer.model_max_length]
     limits.append(steady_context(model.config) or 0)
     return min((limit for limit in limits if 0 < limit < 10**9), default=0)
