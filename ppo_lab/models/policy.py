@@ -175,6 +175,12 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         """The trunk's dtype."""
         return self.trunk.head.weight.dtype
 
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode; of the model under it only what recomputes activations follows."""
+        super().train(mode)
+        train_checkpoints_alone(self.pretrained_model)
+        return self
+
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass; with an adapter, gradients still reach it."""
         enable_checkpointing(self.pretrained_model)
@@ -190,6 +196,16 @@ def enable_checkpointing(model: Any) -> None:
         or model.gradient_checkpointing_enable
     )
     enable({"use_reentrant": False})
+
+
+def train_checkpoints_alone(model: nn.Module) -> None:
+    """Take all out of training mode but what asks there whether to recompute activations.
+
+    Dropout is not all that hangs on it: routers of experts draw noise, Gemma 3n clips weights of
+    which it then leaves an adapter out. The model that is trained would not be the one sampled.
+    """
+    for module in model.modules():
+        module.training = module.training and getattr(module, "gradient_checkpointing", False)
 
 
 def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
