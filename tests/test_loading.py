@@ -37,6 +37,7 @@ from ppo_lab.models.loading import (
     resolved_revision,
 )
 from ppo_lab.models.lora import lora_config, wrap_lora
+from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 
 CPU = torch.device("cpu")
 IDS = torch.arange(12).reshape(2, 6) + 3
@@ -433,6 +434,30 @@ def test_layers_that_peft_does_not_adapt_are_refused_with_the_ways_out():
         wrap_lora(model, LoraSection(r=4))
     wrapped = wrap_lora(type(model)(model.config), LoraSection(r=4, target_modules=["in_proj"]))
     assert len(trained_names(wrapped)) == 2
+
+
+EXPERTS = {
+    "llama4_text": {"intermediate_size_mlp": 32, "head_dim": 8, "interleave_moe_layer_step": 1},
+    "phimoe": {},
+    "falcon": {},  # whose linear layers are of a class of their own, and give products
+}
+
+
+@pytest.mark.parametrize("top_layers", [0, 1])
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_a_layer_that_chooses_experts_is_not_adapted(kind, top_layers):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 32}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    config = transformers.AutoConfig.for_model(kind, **sizes, pad_token_id=0, **EXPERTS[kind])
+    section = LoraSection(r=4, top_layers=top_layers, target_modules=["all-linear"])
+    wrapped = wrap_lora(AutoModelForCausalLM.from_config(config), section)
+    assert not trained_names(wrapped, "router")
+    assert trained_names(wrapped, "query_key_value" if kind == "falcon" else "q_proj")
+    AutoModelForCausalLMWithValueHead(wrapped)  # passes a few tokens, or is refused
+    with pytest.raises(ConfigError, match="router is no linear layer"):
+        lora_config(
+            LoraSection(target_modules=["router"]), AutoModelForCausalLM.from_config(config)
+        )
 
 
 def test_a_full_module_name_is_a_target_too():
