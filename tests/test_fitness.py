@@ -154,6 +154,14 @@ def test_what_is_trained_is_what_is_sampled(checkpointing: bool) -> None:
     assert not any(module.training for module in made.modules())
 
 
+def test_who_cannot_recompute_activations_says_so() -> None:
+    sizes = {"n_embd": 16, "dff": 32, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY}
+    made = AutoModelForCausalLMWithValueHead(model("ctrl", **sizes))
+    problem = r"^ppo\.gradient_checkpointing=true: CTRLLMHeadModel does not"
+    with pytest.raises(ConfigError, match=problem):
+        trainer(made, gradient_checkpointing=True)
+
+
 def test_a_critic_learns_from_the_values_that_it_gave() -> None:
     kind = transformers.AutoModelForSequenceClassification
     noisy = kind.from_config(model("mixtral", **NOISY, num_labels=1).config)

@@ -75,9 +75,10 @@ def wrap_lora(model: PreTrainedModel | PeftModel, section: LoraSection) -> PeftM
         return get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[return-value]
     except ValueError as error:  # a layer that it does not adapt, such as Mamba's out_proj
         said = " ".join(str(error).split())
+        left = [leaf for leaf in leaves if f"'{leaf}'" not in said]
         raise ConfigError(
             f"lora.target_modules: PEFT refuses them for this model ({said}); choose among "
-            f"{', '.join(leaves)}, or train all weights with lora=none"
+            f"{', '.join(left)}, or train all weights with lora=none"
         ) from error
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ppo_lab.errors import ConfigError
 from ppo_lab.models.loading import disable_dropout
 from ppo_lab.models.logprobs import token_logprobs
 from ppo_lab.models.trunk import Trunk
@@ -189,13 +190,20 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Make a model of transformers recompute its activations in the backward pass."""
+    """Make a model of transformers recompute its activations in the backward pass.
+
+    Raises:
+        ConfigError: its architecture does not.
+    """
     # The second name is that of transformers before 5.23.
     enable = (
         getattr(model, "activation_checkpointing_enable", None)
         or model.gradient_checkpointing_enable
     )
-    enable({"use_reentrant": False})
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(f"ppo.gradient_checkpointing=true: {error} Leave it out.") from error
 
 
 def train_checkpoints_alone(model: nn.Module) -> None:
