@@ -289,6 +289,13 @@ def test_a_vocabulary_too_small_for_bytes_is_refused(tmp_path):
         load_causal_lm(section(tmp_path, weights="random"), device="cpu")
 
 
+@pytest.mark.parametrize("weights", ["pretrained", "random"])
+def test_attention_that_there_is_not_is_refused_by_its_key(folder, weights):
+    load_config(section(folder, weights=weights, attn_implementation="eager"))
+    with pytest.raises(ConfigError, match=r"^model\.attn_implementation=flesh: .*not supported"):
+        load_config(section(folder, weights=weights, attn_implementation="flesh"))
+
+
 def test_random_weights_of_an_unknown_hub_model_say_that_its_config_is_missing():
     with pytest.raises(ModelUnavailable, match=r"no-such/model.*HF_HOME") as caught:
         load_config(section("no-such/model", weights="random"))
