@@ -423,6 +423,7 @@ def test_embedded_questions_come_with_their_own_held_out_part(tokenizer: Any) ->
         ("p.jsonl", '{"prompt": ""}\n{"prompt": " "}\n', r"all 2 prompts are empty"),
         ("p.csv", "prompt,x\n", r"the data set has no rows"),
         ("p.csv", "prompt,x\na,b,c,d\n", r"more fields than the header"),
+        ("p.csv", "prompt;x\na;b\n", r"seems to be separated by ';', and is read by commas\.$"),
         (
             "p.jsonl",
             '{"Prompt": "a", "id": 1}',
