@@ -111,8 +111,9 @@ def as_critic(critic: Any, policy: AutoModelForCausalLMWithValueHead) -> Any:
     theirs, ours = (model.get_input_embeddings().num_embeddings for model in models)
     if theirs < ours:
         raise ConfigError(
-            f"critic: its embedding has {theirs} rows and the policy's {ours}; it must share the "
-            "policy's tokenizer"
+            f"critic: its embedding has {theirs} rows and the policy's {ours}, each of which the "
+            "policy may sample, those that pad its vocabulary too; the critic's must be as many "
+            "(transformers' resize_token_embeddings adds rows)"
         )
     policy.v_head.requires_grad_(False)
     return made

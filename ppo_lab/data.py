@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 from collections.abc import Sequence
@@ -14,7 +13,14 @@ import numpy as np
 from ppo_lab.config import DataSection, EmbeddedData, FileData, HubData
 from ppo_lab.errors import ConfigError
 from ppo_lab.prompt_tokens import PromptEncoder
-from ppo_lab.tables import Columns, column_names, find_file, read_file, read_hub
+from ppo_lab.tables import (
+    Columns,
+    column_names,
+    find_file,
+    read_file,
+    read_hub,
+    require_column,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -232,14 +238,7 @@ def _without_answer(messages: Any) -> Any:
 
 def _refuse_unknown_column(names: Sequence[str], section: FileData) -> None:
     key = "messages_column" if section.messages_column else "prompt_column"
-    wanted = getattr(section, key)
-    if wanted in names or not names:
-        return
-    near = difflib.get_close_matches(wanted, names, n=1)
-    hint = f" Did you mean data.{key}={near[0]}?" if near else ""
-    raise ConfigError(
-        f"data.{key}={wanted}: {section.path} has no such column; it has {', '.join(names)}.{hint}"
-    )
+    require_column(names, getattr(section, key), key=f"data.{key}", path=section.path)
 
 
 def _wanted(held_out: float, count: int) -> int:

@@ -90,7 +90,7 @@ class Evaluator:
     def _judge(
         self, prompts: Prompts, tokens: Tokens
     ) -> tuple[list[str], Scores, list[float] | None]:
-        texts = [self.trainer.decode(ids) for ids in tokens.response_lists()]
+        texts = self.trainer.responses(prompts, tokens)
         scores = self.trainer.reward(prompts=prompts.texts, completions=texts, **prompts.columns)
         return texts, scores, None if self.gold is None else self.gold(prompts.texts, texts)
 
@@ -130,10 +130,10 @@ def latest_samples(trainer: Any, count: int) -> list[Sample]:
     if trainer.latest is None:
         return []
     prompts, tokens, scores = trainer.latest
-    responses = tokens.response_lists()[:count]
+    responses = trainer.responses(prompts, tokens)[:count]
     return [
-        Sample(as_text(prompts.texts[i]), trainer.decode(ids), float(scores.total[i]))
-        for i, ids in enumerate(responses)
+        Sample(as_text(prompts.texts[i]), response, float(scores.total[i]))
+        for i, response in enumerate(responses)
     ]
 
 

@@ -100,10 +100,19 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Adam over what is trained of `model`, and over the critic (a value head in it, or a model of
     its own) with a rate of its own and no weight decay; `adam` is "torch", "tf" or "8bit".
+
+    Raises:
+        ConfigError: weights in float16, whose moments only 8 bits hold.
     """
     judging = list(critic.parameters())
     in_critic = {id(p) for p in judging}
     trunk = [p for p in model.parameters() if p.requires_grad and id(p) not in in_critic]
+    if adam != "8bit" and any(p.dtype == torch.float16 for p in trunk + judging):
+        # 0.001 of a squared gradient below 0.008 is 0 there, and so is epsilon.
+        raise ConfigError(
+            "the trained weights are in float16, where Adam's moments fall to 0 and its steps "
+            "destroy them; train float32 or bfloat16 weights, or an adapter"
+        )
     groups = [
         {"params": trunk, "lr": learning_rate},
         {"params": judging, "lr": value_learning_rate or learning_rate, "weight_decay": 0.0},

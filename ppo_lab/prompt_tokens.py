@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ppo_lab.errors import ConfigError
@@ -151,6 +152,23 @@ class PromptEncoder:
             log.warning(
                 "data: %d of %d prompts dropped: %s", dropped.total(), len(lengths), reasons
             )
+
+
+def continuation(
+    tokenizer: PreTrainedTokenizerBase, query: Sequence[int], response: Sequence[int]
+) -> str:
+    """The text that a response adds to that of its query, without special tokens.
+
+    Tokenizers of SentencePiece's kin keep the space before a word in the word's token and leave it
+    out where a text begins: a response by itself would lose it, and prompt and response put
+    together would be another text than the one that was written.
+    """
+    before, whole, alone = (
+        str(tokenizer.decode(list(ids), skip_special_tokens=True))
+        for ids in (query, [*query, *response], response)
+    )
+    # Not where a query ends within a character that the response completes.
+    return whole[len(before) :] if whole.startswith(before) else alone
 
 
 def _is_message(message: Any) -> bool:

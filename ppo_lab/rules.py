@@ -307,6 +307,11 @@ def model_rules(config: Config) -> Problems:
     yield from model_folder("model.tokenizer", model.tokenizer, holds="", needed=False)
     yield from local_model.problems(model)
     yield from local_model.room_problems(config)
+    if model.dtype == "float16" and not config.lora.r and config.ppo.adam != "8bit":
+        yield (
+            "model.dtype=float16: Adam's moments of weights in float16 fall to 0, and its steps "
+            "destroy them; train all weights (lora=none) in float32 or bfloat16, or an adapter"
+        )
     if not model.load_in_4bit:
         return
     if config.lora.r == 0:

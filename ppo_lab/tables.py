@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import difflib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,24 @@ def column_names(file: Path) -> list[str]:
             raise _broken(file, error) from error
     first = next(_json_rows(file), {})
     return list(first)
+
+
+def require_column(names: Sequence[str], wanted: str, *, key: str, path: str) -> None:
+    """Nothing, if a column is among those of a file; `key` is the setting that names it.
+
+    Raises:
+        ConfigError: it is not; with the nearest, or what separates the header instead of commas.
+    """
+    if wanted in names or not names:
+        return
+    near = difflib.get_close_matches(wanted, names, n=1)
+    hint = f" Did you mean {key}={near[0]}?" if near else ""
+    for mark in ";\t|":
+        if len(names) == 1 and mark in names[0]:
+            hint = f" It seems to be separated by {mark!r}, and is read by commas."
+    raise ConfigError(
+        f"{key}={wanted}: {path} has no such column; it has {', '.join(names)}.{hint}"
+    )
 
 
 def read_hub(

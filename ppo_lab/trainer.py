@@ -31,6 +31,7 @@ from ppo_lab.plan.machine import peak_flops
 from ppo_lab.plan.meter import Meter
 from ppo_lab.processes import launch
 from ppo_lab.processes.alone import Alone
+from ppo_lab.prompt_tokens import continuation
 from ppo_lab.recorded import RecordedPasses
 from ppo_lab.rollout import NoiseKey, Sampling, sample
 from ppo_lab.scaling import RunningMoments, penalise_unended, scale_scores
@@ -178,7 +179,7 @@ class PPOTrainer:
         """What the reward says of the responses, as texts."""
         assert self.reward is not None, "iteration() and train() need a reward; step() takes scores"
         with self.clock("score"):
-            responses = [self.decode(ids) for ids in tokens.response_lists()]
+            responses = self.responses(prompts, tokens)
             return self.reward(prompts=prompts.texts, completions=responses, **prompts.columns)
 
     @torch.no_grad()
@@ -377,6 +378,16 @@ class PPOTrainer:
     def decode(self, ids: list[int]) -> str:
         """A response as text, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def responses(self, prompts: Prompts, tokens: Tokens) -> list[str]:
+        """The responses as rewards are shown them: as what they add to their prompts' texts, and of
+        a chat as texts of their own.
+        """
+        rows = zip(prompts.texts, prompts.ids, tokens.response_lists(), strict=True)
+        return [
+            continuation(self.tokenizer, query, ids) if isinstance(text, str) else self.decode(ids)
+            for text, query, ids in rows
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes while training but the prompt stream; all else follows from the

@@ -15,7 +15,7 @@ import transformers
 from rich.console import Console
 from test_config import refused
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ppo_lab.bench.command import main
 from ppo_lab.bench.learning import judge as judging
@@ -105,6 +105,16 @@ def test_the_judge_s_kl_and_scores_are_those_of_plain_sums(task: Task, tmp_path:
         expected = [float(classifier(torch.tensor([row])).logits[0, 0]) for row in ends]
         got = judging.score(classifier, tokenizer, texts)
     assert_close(got, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_an_answer_keeps_the_space_before_its_first_word(assets: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(assets / "stories260K", padding_side="left")
+    inputs = tokenizer(
+        ["Once upon a time there was", "A dog was"], return_tensors="pt", padding=True
+    )
+    kept = inputs["attention_mask"].bool()
+    found = judging.answered(tokenizer, inputs["input_ids"], kept, new=2)
+    assert found == [" there was", "g was"]
 
 
 def test_an_answer_is_real_up_to_its_first_eos(monkeypatch: pytest.MonkeyPatch, task: Task) -> None:

@@ -226,6 +226,7 @@ RULES = [
     (["model=local", "model.path=conf"], "no config.json in this folder"),
     (["model=local", "model.path=pyproject.toml"], "is a file; must be a folder"),
     (["model.tokenizer=./nowhere"], "model.tokenizer=./nowhere: no such folder"),
+    (["model.dtype=float16", "lora=none"], "model.dtype=float16: Adam's moments"),
     (["model.load_in_4bit=true", "device=cpu"], "needs a CUDA GPU"),
     (["model.load_in_4bit=true", "lora=none", "device=cpu"], "4-bit weights cannot be trained"),
     (["critic.v_head_init=zero", "critic.v_head_init_std=0.1"], "v_head_init_std: has no effect"),

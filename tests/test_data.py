@@ -20,7 +20,7 @@ from ppo_lab import data
 from ppo_lab.config import EmbeddedData, FileData, HubData
 from ppo_lab.data import PromptStream, load_prompts, split_prompts
 from ppo_lab.errors import ConfigError
-from ppo_lab.prompt_tokens import PromptEncoder
+from ppo_lab.prompt_tokens import PromptEncoder, continuation
 from ppo_lab.types import Prompts
 
 TEMPLATE = (
@@ -174,6 +174,34 @@ def test_one_prompt_repeated_is_too_few_whatever_is_held_out(held_out: float) ->
     with pytest.raises(ConfigError, match=r"one distinct prompt; needs two or more") as error:
         split_prompts(same, held_out=held_out, seed=0)
     assert "0 = none" not in str(error.value), "a run may not hold out none"
+
+
+# ---- responses as texts
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Tokens of words hold the space before them, as SentencePiece's do."""
+    words = ["<s>", "▁", "▁the", "▁cat", "s", "."]
+    backend = Tokenizer(models.Unigram([(word, -float(i)) for i, word in enumerate(words)], 0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = token_decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+
+
+@pytest.mark.parametrize("response", [" the cat", "s.", " cats", ""])
+def test_prompt_and_response_together_are_the_text_that_was_written(response: str) -> None:
+    for made in (word_tokenizer(), byte_tokenizer()):
+        query = made("the cat", add_special_tokens=False)["input_ids"]
+        written = made(f"the cat{response}", add_special_tokens=False)["input_ids"]
+        assert written[: len(query)] == query
+        special = [] if made.bos_token_id is None else [made.bos_token_id]
+        assert continuation(made, special + query, written[len(query) :]) == response
+    assert word_tokenizer().decode([2]) == "the", "the space would be lost"
+
+
+def test_a_response_that_completes_a_character_is_shown_alone(tokenizer: Any) -> None:
+    ids = tokenizer("€5")["input_ids"]
+    assert continuation(tokenizer, ids[:2], ids[2:]) == "\ufffd5"
 
 
 # ---- files
@@ -395,6 +423,7 @@ def test_embedded_questions_come_with_their_own_held_out_part(tokenizer: Any) ->
         ("p.jsonl", '{"prompt": ""}\n{"prompt": " "}\n', r"all 2 prompts are empty"),
         ("p.csv", "prompt,x\n", r"the data set has no rows"),
         ("p.csv", "prompt,x\na,b,c,d\n", r"more fields than the header"),
+        ("p.csv", "prompt;x\na;b\n", r"seems to be separated by ';', and is read by commas\.$"),
         (
             "p.jsonl",
             '{"Prompt": "a", "id": 1}',

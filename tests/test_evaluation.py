@@ -43,7 +43,7 @@ def test_every_number_is_what_its_name_says() -> None:
     train_adapter(model, size=1.0)
     found = train()
     tokens, seen = train.trainer.draw(train.prompts, train.sampling, train.noise)
-    texts = [train.trainer.decode(ids) for ids in tokens.response_lists()]
+    texts = train.trainer.responses(HELD_OUT, tokens)
     scores = by_length(HELD_OUT.texts, texts, HELD_OUT.columns["wanted"])
     reference = train.trainer.reference.logprobs(tokens, temperature=1.0)
     kl = ((seen.logprobs - reference) * tokens.mask).sum().item() / 4

@@ -18,6 +18,7 @@ from ppo_lab import AutoModelForCausalLMWithValueHead
 from ppo_lab.assembly import longest_prompt
 from ppo_lab.config import GenerationSection
 from ppo_lab.errors import ConfigError
+from ppo_lab.models.critic import Critic
 from ppo_lab.models.fitness import what_fails
 from ppo_lab.models.loading import max_context
 from ppo_lab.models.trunk import Trunk, UnfitModel
@@ -52,10 +53,10 @@ OTHER_NAMES: dict[str, dict[str, Any]] = {
 OTHER_NAMES["falcon_mamba"] = OTHER_NAMES["mamba"]
 
 
-def model(kind: str) -> Any:
+def model(kind: str, **changes: Any) -> Any:
     """One of that kind with weights large enough that its distributions are not flat."""
     torch.manual_seed(0)
-    settings = OTHER_NAMES.get(kind, {})
+    settings = OTHER_NAMES.get(kind, {}) | changes
     whole = settings if "vocab_size" in settings else TWO_LAYERS | settings
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
     config = transformers.AutoConfig.for_model(kind, **whole, **special)
@@ -132,6 +133,41 @@ def test_a_model_that_trains_stays_in_training() -> None:
     made = model("mixtral").train()
     AutoModelForCausalLMWithValueHead(made)
     assert all(module.training for module in made.modules())
+
+
+NOISY = {"router_jitter_noise": 0.3}  # on what its experts read, while it trains
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_trained_is_what_is_sampled(checkpointing: bool) -> None:
+    made = AutoModelForCausalLMWithValueHead(model("mixtral", **NOISY))
+    still = made.score(ragged(), temperature=1.0)
+    if checkpointing:
+        made.gradient_checkpointing_enable()
+    made.train()
+    layers = made.trunk.decoder.layers
+    assert all(layer.training is checkpointing for layer in layers)
+    trained = made.score(ragged(), temperature=1.0)
+    assert torch.equal(trained.logprobs, still.logprobs)
+    assert torch.equal(trained.values, still.values)
+    made.eval()
+    assert not any(module.training for module in made.modules())
+
+
+def test_who_cannot_recompute_activations_says_so() -> None:
+    sizes = {"n_embd": 16, "dff": 32, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY}
+    made = AutoModelForCausalLMWithValueHead(model("ctrl", **sizes))
+    problem = r"^ppo\.gradient_checkpointing=true: CTRLLMHeadModel does not"
+    with pytest.raises(ConfigError, match=problem):
+        trainer(made, gradient_checkpointing=True)
+
+
+def test_a_critic_learns_from_the_values_that_it_gave() -> None:
+    kind = transformers.AutoModelForSequenceClassification
+    noisy = kind.from_config(model("mixtral", **NOISY, num_labels=1).config)
+    critic = Critic(noisy.eval())
+    still = critic.values(ragged())
+    assert torch.equal(critic.train().values(ragged()), still)
 
 
 def test_a_reference_of_ones_own_is_looked_at_as_well() -> None:

@@ -37,6 +37,7 @@ from ppo_lab.models.loading import (
     resolved_revision,
 )
 from ppo_lab.models.lora import lora_config, wrap_lora
+from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 
 CPU = torch.device("cpu")
 IDS = torch.arange(12).reshape(2, 6) + 3
@@ -297,6 +298,13 @@ def test_a_vocabulary_too_small_for_bytes_is_refused(tmp_path):
         load_causal_lm(section(tmp_path, weights="random"), device="cpu")
 
 
+@pytest.mark.parametrize("weights", ["pretrained", "random"])
+def test_attention_that_there_is_not_is_refused_by_its_key(folder, weights):
+    load_config(section(folder, weights=weights, attn_implementation="eager"))
+    with pytest.raises(ConfigError, match=r"^model\.attn_implementation=flesh: .*not supported"):
+        load_config(section(folder, weights=weights, attn_implementation="flesh"))
+
+
 def test_random_weights_of_an_unknown_hub_model_say_that_its_config_is_missing():
     with pytest.raises(ModelUnavailable, match=r"no-such/model.*HF_HOME") as caught:
         load_config(section("no-such/model", weights="random"))
@@ -438,10 +446,35 @@ def test_lora_targets_that_the_model_lacks_are_refused_all_at_once():
 def test_layers_that_peft_does_not_adapt_are_refused_with_the_ways_out():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 32}
     model = AutoModelForCausalLM.from_config(transformers.MambaConfig(**sizes))
-    with pytest.raises(ConfigError, match=r"lora\.target_modules: .*out_proj.*lora=none"):
+    ways_out = r"choose among in_proj, x_proj, dt_proj, or train all weights with lora=none"
+    with pytest.raises(ConfigError, match=rf"lora\.target_modules: .*'out_proj'.*; {ways_out}"):
         wrap_lora(model, LoraSection(r=4))
     wrapped = wrap_lora(type(model)(model.config), LoraSection(r=4, target_modules=["in_proj"]))
     assert len(trained_names(wrapped)) == 2
+
+
+EXPERTS = {
+    "llama4_text": {"intermediate_size_mlp": 32, "head_dim": 8, "interleave_moe_layer_step": 1},
+    "phimoe": {},
+    "falcon": {},  # whose linear layers are of a class of their own, and give products
+}
+
+
+@pytest.mark.parametrize("top_layers", [0, 1])
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_a_layer_that_chooses_experts_is_not_adapted(kind, top_layers):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 32}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    config = transformers.AutoConfig.for_model(kind, **sizes, pad_token_id=0, **EXPERTS[kind])
+    section = LoraSection(r=4, top_layers=top_layers, target_modules=["all-linear"])
+    wrapped = wrap_lora(AutoModelForCausalLM.from_config(config), section)
+    assert not trained_names(wrapped, "router")
+    assert trained_names(wrapped, "query_key_value" if kind == "falcon" else "q_proj")
+    AutoModelForCausalLMWithValueHead(wrapped)  # passes a few tokens, or is refused
+    with pytest.raises(ConfigError, match="router is no linear layer"):
+        lora_config(
+            LoraSection(target_modules=["router"]), AutoModelForCausalLM.from_config(config)
+        )
 
 
 def test_a_full_module_name_is_a_target_too():

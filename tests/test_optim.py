@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ppo_lab.errors import ConfigError
 from ppo_lab.optim import TFAdam, advance, make_optimizer, make_schedule
 
 GRADIENTS = (0.5, -2.0, 1.0)
@@ -54,6 +55,15 @@ def test_tensorflows_epsilon_damps_the_first_steps_far_more() -> None:
         )
     )
     assert (1 - ours) / (1 - torchs) == pytest.approx(0.2642, abs=1e-3)
+
+
+@pytest.mark.parametrize("adam", ["torch", "tf"])
+def test_weights_whose_moments_would_fall_to_0_are_refused(adam: str) -> None:
+    settings: dict[str, Any] = {"learning_rate": 1e-5, "value_learning_rate": 0.0, "eps": 1e-8}
+    model, head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+    make_optimizer(model.bfloat16(), head, adam=adam, weight_decay=0.0, **settings)
+    with pytest.raises(ConfigError, match="the trained weights are in float16"):
+        make_optimizer(model.half(), head, adam=adam, weight_decay=0.0, **settings)
 
 
 def test_weight_decay_is_decoupled() -> None:

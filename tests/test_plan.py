@@ -26,8 +26,8 @@ from ppo_lab.models.fast import gemm
 from ppo_lab.models.loading import load_tokenizer
 from ppo_lab.models.reference import Reference
 from ppo_lab.models.trunk import Trunk
+from ppo_lab.plan import machine, work
 from ppo_lab.plan import measured as measured_module
-from ppo_lab.plan import work
 from ppo_lab.plan.architecture import Architecture, architecture_of, blueprint
 from ppo_lab.plan.check import CASES, Held, check
 from ppo_lab.plan.devices import DEVICES, named
@@ -736,6 +736,19 @@ def test_measuring_the_peak_rate_moves_no_random_number_of_a_run() -> None:
     before = torch.get_rng_state()
     assert product_rate(torch.float32, "cpu") > 0
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_slow_product_is_measured_by_few_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        seen.append(len(a))
+        return a @ b
+
+    monkeypatch.setattr(machine, "pulled_back", multiply)
+    for too_long, rows in ((1e9, 512), (0.0, machine.FEW)):
+        seen: list[int] = []
+        monkeypatch.setattr(machine, "TOO_LONG", too_long)
+        assert product_rate(torch.float32, "cpu") > 0
+        assert max(seen) == rows
 
 
 def test_there_is_no_utilisation_of_a_device_that_nobody_knows() -> None:

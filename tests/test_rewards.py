@@ -125,6 +125,7 @@ def test_lists_tensors_and_arrays_of_numbers_are_scores(raw: Any) -> None:
         ([1.0, math.nan], r"sample 1 of the batch \(prompt 'q', completion 'b'\) is nan"),
         ([math.inf, 1.0], r"sample 0 .*completion 'a'\) is inf"),
         ([1.0, 1e39], "sample 1 .* is 1e\\+39, not a finite number"),
+        ([10**400, 1.0], "sample 0 .* is inf, not a finite number"),
         ([1.0, "2"], r"sample 1 .* is \"'2'\" \(str\), not a number"),
         ([1.0, None], r"sample 1 .* \(NoneType\), not a number"),
         ([1.0, [2.0, 3.0]], r"sample 1 .* \(list\), not a number"),

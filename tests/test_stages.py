@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from ppo_lab.config import LoraSection, ModelSection
 from ppo_lab.errors import ConfigError
+from ppo_lab.models.byte_tokenizer import BYTE_VOCABULARY
 from ppo_lab.stages.config import (
     FitSection,
     PairDataSection,
@@ -184,6 +186,24 @@ def test_a_full_disk_is_a_message_and_leaves_nothing_half(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [entry.name for entry in tmp_path.iterdir()] == (["out"] if exists else [])
     assert not exists or not list(out.iterdir())
+
+
+def test_an_architecture_that_cannot_do_what_is_asked_is_told_so(tmp_path: Path) -> None:
+    sizes = {"n_embd": 16, "dff": 32, "n_layer": 1, "n_head": 2, "hidden_size": 16}
+    sizes |= {"num_hidden_layers": 1, "vocab_size": BYTE_VOCABULARY}
+    for kind in ("ctrl", "mamba"):
+        config = transformers.AutoConfig.for_model(kind, **sizes)
+        config.save_pretrained(tmp_path / kind)
+    fit = FitSection(gradient_checkpointing=True)
+    data = PairDataSection(path=write(tmp_path, [{"chosen": "a", "rejected": "b"}] * 4))
+    for kind, problem in (
+        ("ctrl", r"^fit\.gradient_checkpointing=true: this architecture"),
+        ("mamba", r"^model\.path=.*mamba: transformers has no sequence classifier of mamba"),
+    ):
+        model = ModelSection(path=str(tmp_path / kind), weights="random")
+        asked = RewardModelConfig(model=model, data=data, fit=fit, lora=LoraSection(r=0))
+        with pytest.raises(ConfigError, match=problem):
+            run_reward_model(asked, tmp_path, [])
 
 
 def test_pairs_that_are_all_too_long_are_refused(assets: Path, tmp_path: Path) -> None:

@@ -110,7 +110,8 @@ def collect(
     scores, real, states = [], [], []
     for rows in batches(list(prompts)):
         ids, attention, mask = sample(policy, tokenizer, rows, new_tokens)
-        pairs = zip(rows, answered(tokenizer, ids, mask), strict=True)
+        texts = answered(tokenizer, ids, attention.bool(), new=mask.shape[1])
+        pairs = zip(rows, texts, strict=True)
         scores.append(score(classifier, reading, [prompt + answer for prompt, answer in pairs]))
         real += list(mask)
         columns = slice(-mask.shape[1] - 1, -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.loading import disable_dropout
-from ppo_lab.models.policy import enable_checkpointing, looked_at, response_states, spread, under
+from ppo_lab.models.policy import (
+    enable_checkpointing,
+    looked_at,
+    response_states,
+    spread,
+    train_checkpoints_alone,
+    under,
+)
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.types import Tokens
 
@@ -48,6 +55,12 @@ class Critic(nn.Module):
         head = self.model.score
         values = self.scale * head(hidden.to(head.weight.dtype)).float().squeeze(-1)
         return spread(values, tokens)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode; of the model under it only what recomputes activations follows."""
+        super().train(mode)
+        train_checkpoints_alone(self.model)
+        return self
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass."""

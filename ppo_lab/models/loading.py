@@ -8,6 +8,7 @@ that is loaded here can run code, unless `model.trust_remote_code` says so.
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Iterator
@@ -102,12 +103,15 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     """The config of the model itself: of an adapter, that of the model under it.
 
     Raises:
-        ConfigError: not a decoder-only language model, or a config that cannot be read.
+        ConfigError: not a decoder-only language model, a config that cannot be read, or attention
+            by a kernel that is not there.
         ModelUnavailable: as `locate`.
     """
     packaged = packaged_config(section.path) if section.weights == "random" else None
     if packaged and not Path(section.path).is_dir():
-        return AutoConfig.from_pretrained(packaged)
+        config = AutoConfig.from_pretrained(packaged)
+        _require_kernel(config, section)
+        return config
     source = _locate_model(section)
     if source.entry == "adapter_config.json":
         return load_config(_base_of(section, source))
@@ -116,6 +120,7 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
             source.path, trust_remote_code=section.trust_remote_code, **source.loading_arguments
         )
     _require_causal(config, section)
+    _require_kernel(config, section)
     return config
 
 
@@ -303,6 +308,21 @@ def _require_causal(config: PreTrainedConfig, section: ModelSection) -> None:
     )
     for problem in found:
         raise ConfigError(problem)
+
+
+def _require_kernel(config: PreTrainedConfig, section: ModelSection) -> None:
+    """Refuse attention that this architecture does not have, or that lacks a library here."""
+    if not section.attn_implementation:
+        return
+    settings: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
+    settings["attn_implementation"] = section.attn_implementation
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(copy.deepcopy(config), **settings)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"model.attn_implementation={section.attn_implementation}: {_sentence(error)}"
+        ) from error
 
 
 def _reads_both_ways(config: PreTrainedConfig) -> bool:

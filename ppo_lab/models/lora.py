@@ -46,6 +46,7 @@ def lora_config(section: LoraSection, model: PreTrainedModel) -> LoraConfig:
         lora_alpha=section.alpha,  # type: ignore[arg-type]
         lora_dropout=section.dropout,
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+        exclude_modules=_routers(model) or None,
         use_rslora=section.use_rslora,
         use_dora=section.use_dora,
         layers_to_transform=_top_layers(section, model),
@@ -74,9 +75,10 @@ def wrap_lora(model: PreTrainedModel | PeftModel, section: LoraSection) -> PeftM
         return get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[return-value]
     except ValueError as error:  # a layer that it does not adapt, such as Mamba's out_proj
         said = " ".join(str(error).split())
+        left = [leaf for leaf in leaves if f"'{leaf}'" not in said]
         raise ConfigError(
             f"lora.target_modules: PEFT refuses them for this model ({said}); choose among "
-            f"{', '.join(leaves)}, or train all weights with lora=none"
+            f"{', '.join(left)}, or train all weights with lora=none"
         ) from error
 
 
@@ -116,12 +118,36 @@ def _top_layers(section: LoraSection, model: PreTrainedModel) -> list[int] | Non
 
 def linear_names(model: PreTrainedModel) -> list[str]:
     """The full names of the linear layers that an adapter can go on, the output head left out."""
-    head = model.get_output_embeddings()
+    head, routers = model.get_output_embeddings(), _routers(model)
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and name not in routers
     ]
+
+
+def _routers(model: PreTrainedModel) -> list[str]:
+    """The full names of linear layers that give more than a product, such as the experts that they
+    choose (Llama 4, Phi-3.5 MoE): an adapter's product cannot be added to that.
+    """
+    # Those of quantised weights have a forward of their own too, but not of this architecture.
+    own = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).__module__ == type(model).__module__
+    }
+    one_each = {type(layer): layer for layer in own.values()}
+    plain = {kind for kind, layer in one_each.items() if _gives_a_product(layer)}
+    return [name for name, layer in own.items() if type(layer) not in plain]
+
+
+@torch.no_grad()
+def _gives_a_product(layer: nn.Linear) -> bool:
+    try:
+        given = layer(layer.weight.new_zeros(1, layer.in_features))
+    except Exception:  # of what reads another shape
+        return False
+    return isinstance(given, Tensor) and given.shape == (1, layer.out_features)
 
 
 def _leaves(names: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ppo_lab.errors import ConfigError
 from ppo_lab.models.loading import disable_dropout
 from ppo_lab.models.logprobs import token_logprobs
 from ppo_lab.models.trunk import Trunk
@@ -175,6 +176,12 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         """The trunk's dtype."""
         return self.trunk.head.weight.dtype
 
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode; of the model under it only what recomputes activations follows."""
+        super().train(mode)
+        train_checkpoints_alone(self.pretrained_model)
+        return self
+
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass; with an adapter, gradients still reach it."""
         enable_checkpointing(self.pretrained_model)
@@ -183,13 +190,30 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Make a model of transformers recompute its activations in the backward pass."""
+    """Make a model of transformers recompute its activations in the backward pass.
+
+    Raises:
+        ConfigError: its architecture does not.
+    """
     # The second name is that of transformers before 5.23.
     enable = (
         getattr(model, "activation_checkpointing_enable", None)
         or model.gradient_checkpointing_enable
     )
-    enable({"use_reentrant": False})
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(f"ppo.gradient_checkpointing=true: {error} Leave it out.") from error
+
+
+def train_checkpoints_alone(model: nn.Module) -> None:
+    """Take all out of training mode but what asks there whether to recompute activations.
+
+    Dropout is not all that hangs on it: routers of experts draw noise, Gemma 3n clips weights of
+    which it then leaves an adapter out. The model that is trained would not be the one sampled.
+    """
+    for module in model.modules():
+        module.training = module.training and getattr(module, "gradient_checkpointing", False)
 
 
 def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

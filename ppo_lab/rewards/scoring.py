@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -147,7 +148,10 @@ def _as_float(
         else item
     )
     if isinstance(value, numbers.Real):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # an integer beyond all floats
+            return math.inf
     where = describe(index, prompts, completions)
     raise RewardError(
         f"reward {name!r}: the score of {where} is {_shortened(repr(item))} "

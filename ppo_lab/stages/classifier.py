@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+)
 
 from ppo_lab.config import ModelSection
-from ppo_lab.models.loading import disable_dropout, load_causal_lm
+from ppo_lab.errors import ConfigError
+from ppo_lab.models.loading import disable_dropout, load_causal_lm, load_config
 
 
 def classifier_from(
@@ -17,7 +21,16 @@ def classifier_from(
     """The trunk that `model` names under a new head with one output, drawn by `seed`.
 
     An adapter that the model comes with is merged first.
+
+    Raises:
+        ConfigError: transformers has no sequence classifier of this architecture.
     """
+    architecture = load_config(section)
+    if type(architecture) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ConfigError(
+            f"model.path={section.path}: transformers has no sequence classifier of "
+            f"{architecture.model_type}; start a reward model from another architecture"
+        )
     causal: Any = load_causal_lm(section, device=device, dtype=dtype, seed=seed)
     if hasattr(causal, "merge_and_unload"):
         causal = causal.merge_and_unload()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from ppo_lab.errors import ConfigError
 from ppo_lab.rewards.conversation import answer, as_text, is_chat
 from ppo_lab.stages.config import PairDataSection, SFTDataSection
-from ppo_lab.tables import Columns, column_names, find_file, read_file
+from ppo_lab.tables import Columns, column_names, find_file, read_file, require_column
 
 Row = dict[str, Any]
 
@@ -96,13 +95,7 @@ def _columns_of(section: SFTDataSection | PairDataSection, names: Sequence[str])
 
 
 def _require(names: Sequence[str], key: str, wanted: str, path: str) -> None:
-    if wanted in names or not names:
-        return
-    near = difflib.get_close_matches(wanted, names, n=1)
-    hint = f" Did you mean data.{key}={near[0]}?" if near else ""
-    raise ConfigError(
-        f"data.{key}={wanted}: {path} has no such column; it has {', '.join(names)}.{hint}"
-    )
+    require_column(names, wanted, key=f"data.{key}", path=path)
 
 
 def _row(table: Columns, wanted: dict[str, str], number: int, path: str) -> Row:

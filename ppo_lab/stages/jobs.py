@@ -163,6 +163,10 @@ class _Parts:
 
         from ppo_lab.models.lora import lora_config
 
+        if self.config.fit.gradient_checkpointing and not model.supports_gradient_checkpointing:
+            raise ConfigError(
+                "fit.gradient_checkpointing=true: this architecture cannot recompute activations"
+            )
         adapter = lora_config(self.config.lora, model) if self.config.lora.r else None
         if adapter is not None:
             adapter.task_type = task

@@ -49,7 +49,7 @@ def judge(
         ids, attention, real = sample(trained, tokenizer, rows, new_tokens)
         log_ratio = logprobs(trained, ids, attention) - logprobs(reference, ids, attention)
         kls.append((log_ratio[:, -real.shape[1] :] * real).sum(1))
-        answers += answered(tokenizer, ids, real)
+        answers += answered(tokenizer, ids, attention.bool(), new=real.shape[1])
         pairs = zip(rows, answers[-len(rows) :], strict=True)
         scores.append(score(classifier, reading, [prompt + answer for prompt, answer in pairs]))
     return summary(torch.cat(scores), torch.cat(kls), answers)
@@ -92,11 +92,18 @@ def logprobs(model: Any, ids: Tensor, attention: Tensor) -> Tensor:
     return logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
 
 
-def answered(tokenizer: Any, ids: Tensor, real: Tensor) -> list[str]:
-    """The answers as texts."""
-    new = ids[:, -real.shape[1] :]
-    rows = [row[kept].tolist() for row, kept in zip(new, real, strict=True)]
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+def answered(tokenizer: Any, ids: Tensor, kept: Tensor, *, new: int) -> list[str]:
+    """The answers as texts: what their `new` columns add to the texts of their prompts, a space
+    before the first word included.
+    """
+    found = []
+    for row, seen in zip(ids, kept, strict=True):
+        before, whole = (
+            tokenizer.decode(row[:end][seen[:end]].tolist(), skip_special_tokens=True)
+            for end in (-new, None)
+        )
+        found.append(whole.removeprefix(before))
+    return found
 
 
 def score(classifier: Any, tokenizer: Any, texts: list[str]) -> Tensor:

@@ -87,8 +87,9 @@ def iteration(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    answers = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
-    texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    pairs = zip(queries, responses, strict=True)
+    # Of both at once: by itself a response would lose the space before its first word.
+    texts = [tokenizer.decode(torch.cat(pair), skip_special_tokens=True) for pair in pairs]
     trainer.step(queries, responses, list(scores(classifier, reading, texts)))
 
 
