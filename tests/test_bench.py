@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ from ppo_lab.bench.floor import Floor, Rates, floor
 from ppo_lab.bench.runs import WORKERS, Contestant, Result, medians, pairwise, run
 from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
 from ppo_lab.bench.venvs import REQUIREMENTS
+from ppo_lab.models import policy
+from ppo_lab.models.fast import products
+from ppo_lab.models.fast.attention import KeysAndValues
+from ppo_lab.models.reference import Reference
 
 WORK = Shape("hand", 10, 1, 1, 100, batch=2, mini_batch=1, epochs=3, new_tokens=4)
 
@@ -108,6 +113,68 @@ def test_no_rounds_are_refused(rounds: str, capsys: pytest.CaptureFixture[str]) 
 def test_the_gate_passes_and_fails() -> None:
     assert equality.Gate("fp32", 1e-5, {"values": 1e-6}).passed
     assert not equality.Gate("fp32", 1e-5, {"values": 1e-4}).passed
+
+
+@pytest.fixture
+def few_words(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The gate on a vocabulary that takes it no time."""
+    monkeypatch.setattr(equality, "VOCABULARIES", (97,))
+    return monkeypatch
+
+
+def unscaled_adapters(patch: pytest.MonkeyPatch) -> None:
+    made = products._adapted
+    patch.setattr(products, "_adapted", lambda x, w, b, s, m: made(x, w, b, [1.0] * len(s), m))
+
+
+def an_adapter_that_stays_on_under_the_reference(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Reference, "active", lambda self: nullcontext(self.trunk))
+
+
+def the_adapter_of_a_generation_before(patch: pytest.MonkeyPatch) -> None:
+    made, kept = KeysAndValues.__init__, {}
+
+    def begin(self: KeysAndValues, positions: int) -> None:
+        made(self, positions)
+        self.linears = kept
+
+    patch.setattr(KeysAndValues, "__init__", begin)
+
+
+def log_probs_at_temperature_one(patch: pytest.MonkeyPatch) -> None:
+    made = policy.token_logprobs
+    patch.setattr(policy, "token_logprobs", lambda *a, **k: made(*a, **{**k, "temperature": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("fault", "wrong", "precisions"),
+    [
+        (unscaled_adapters, "log-probs of sampling", ("fp32", "bf16")),
+        (an_adapter_that_stays_on_under_the_reference, "reference", ("fp32", "bf16")),
+        # In float32 what is kept are the weights themselves, which are never stale.
+        (the_adapter_of_a_generation_before, "log-probs of sampling", ("bf16",)),
+        (log_probs_at_temperature_one, "log-probs", ("fp32", "bf16")),
+    ],
+)
+def test_the_gate_stays_shut_on_a_fault(
+    fault: Callable[[pytest.MonkeyPatch], None],
+    wrong: str,
+    precisions: tuple[str, ...],
+    few_words: pytest.MonkeyPatch,
+) -> None:
+    fault(few_words)
+    for precision in precisions:
+        found = equality.gate(precision)
+        assert not found.passed
+        assert found.errors[f"{wrong}/bloom/97"] > found.tolerance
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_gate_holds_on_few_words(
+    precision: str, architecture: str, few_words: pytest.MonkeyPatch
+) -> None:
+    assert equality.gate(precision, architecture).passed
 
 
 @pytest.mark.slow
