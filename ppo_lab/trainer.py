@@ -498,6 +498,7 @@ class PPOTrainer:
             epochs=epochs,
             critic_epochs=min(epochs, self.config.critic_epochs or epochs),
             policy_learns=not self.warms_up,
+            exact_kl=self.config.kl_penalty == "full",
         )
         noted, self.noted = self.noted, {}
         speed = self.clock.read(tokens=int(tokens.mask.sum()), flops=flops / self.processes.size)

@@ -17,6 +17,7 @@ from test_cli import command as cli
 from tiny_models import policy, ragged, trainer
 from tiny_runs import command, inputs, tiny
 
+from ppo_lab import PPOTrainer
 from ppo_lab.assembly import load_policy
 from ppo_lab.config import ConfigError, EvaluationSection, LoraSection, ModelCritic, ModelSection
 from ppo_lab.metric_names import METRICS
@@ -130,6 +131,14 @@ def test_counted_flops_are_what_torch_counts(kind: str, lora: bool, monkeypatch:
 
 
 # ------ Sizes
+
+
+def test_an_exact_kl_takes_policy_and_reference_once_more() -> None:
+    amount = Amount.of(ROWS)
+    plain, exact = (
+        work.iteration_flops(SIZES, amount, epochs=3, exact_kl=asked) for asked in (False, True)
+    )
+    assert exact - plain == work.full_kl(SIZES, ROWS).flops
 
 
 def test_sizes_are_read_off_a_model_that_takes_no_memory() -> None:
@@ -683,6 +692,36 @@ def test_epochs_that_were_not_made_are_not_counted(monkeypatch: pytest.MonkeyPat
     assert stats["ppo/epochs"] == 1
     flops = stats["mfu"] * stats["time/iteration"] * 1e9
     assert flops == pytest.approx(Meter(made.policy).flops(ragged(), epochs=1, critic_epochs=1))
+
+
+def counted(**settings: Any) -> tuple[PPOTrainer, float]:
+    """A trainer and the FLOPs that it counted of an iteration on the ragged batch."""
+    made = trainer(**settings)
+    made.clock._peak_flops = lambda: 1e9
+    stats = made.learn(made.collect(ragged()), _scores())
+    return made, stats["mfu"] * stats["time/iteration"] * 1e9
+
+
+def test_a_value_head_that_warms_up_alone_passes_through_its_trunk() -> None:
+    made, flops = counted(critic_warmup_steps=1)
+    of, amount = made.meter.policy, Amount.of([(3, 4), (1, 2), (4, 5), (2, 3)])
+    trunk = work.forward_flops(of, amount._replace(scored=0))
+    assert flops == pytest.approx(work.iteration_flops(of, amount, epochs=0) + 2 * trunk)
+
+
+def test_the_passes_of_an_exact_kl_are_used_too() -> None:
+    made, flops = counted(kl_penalty="full")
+    of, amount = made.meter.policy, Amount.of([(3, 4), (1, 2), (4, 5), (2, 3)])
+    assert flops == pytest.approx(work.iteration_flops(of, amount, epochs=2, exact_kl=True))
+
+
+def test_tokens_that_are_context_alone_are_not_scored() -> None:
+    made, tokens = trainer(), ragged()
+    less = replace(tokens, mask=tokens.mask & (torch.arange(5) != 1))
+    of, unscored = made.meter.policy, int(tokens.mask.sum() - less.mask.sum())
+    whole, fewer = (made.meter.flops(t, epochs=2, critic_epochs=2) for t in (tokens, less))
+    # By sampling and the reference, and forward and backward in both epochs.
+    assert whole - fewer == pytest.approx((2 + 2 * 3) * 2 * of.head * unscored)
 
 
 def test_measuring_the_peak_rate_moves_no_random_number_of_a_run() -> None:

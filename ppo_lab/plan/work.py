@@ -93,19 +93,25 @@ def learning_flops(of: Architecture, amount: Amount, *, share: float = 1.0) -> f
 
 
 def iteration_flops(
-    of: Architecture, amount: Amount, *, epochs: int, cached: bool = False
+    of: Architecture,
+    amount: Amount,
+    *,
+    epochs: int,
+    cached: bool = False,
+    exact_kl: bool = False,
 ) -> float:
     """One PPO iteration: sampling, the reference, and `epochs` passes forward and backward.
 
     Sampling passes every token once, and gives log-probs and values; responses from elsewhere cost
     the same pass. With `cached` the layers below the first trained one are passed once more, for
-    reference and epochs together.
+    reference and epochs together. For the `exact_kl` policy and reference are passed once more.
     """
     share = of.reached_share if cached else 1.0
     once = forward_flops(of, amount._replace(scored=0), adapter=False, share=1.0 - share)
     reference = forward_flops(of, amount, adapter=of.has_own_reference, share=share)
+    exact = reference + forward_flops(of, amount, share=share) if exact_kl else 0.0
     learning = learning_flops(of, amount, share=share)
-    return forward_flops(of, amount) + once + reference + epochs * learning
+    return forward_flops(of, amount) + once + reference + exact + epochs * learning
 
 
 def generate(of: Architecture, rows: Sequence[tuple[int, int]], *, chunks: int = 1) -> Work:
