@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -69,10 +72,13 @@ def test_the_record_holds_every_ratio_and_shows_as_tables() -> None:
         result("ppo_lab bf16", 0, 0.5, 1),
     ]
     floors = {p: (Rates(1.0, 1.0), Floor(0.1, 0.1, 0.1)) for p in ("fp32", "bf16")}
-    kept = json.loads(json.dumps(report.record(WORK, results, [], floors, threads=1)))
+    kept = json.loads(json.dumps(report.record(WORK, results, [], floors, threads=1, seed=0)))
     shown = {(r["ours"], r["theirs"], r["why"]): r["wall"]["median"] for r in kept["ratios"]}
     assert shown[("ppo_lab bf16", "trl0114 bf16", "best against best")] == 4.0
     assert shown[("ppo_lab fp32", "trl0114 fp32", "same precision")] == 5.0
+    assert kept["medians"]["ppo_lab bf16"]["tokens_per_second"] == pytest.approx(2 * 4 / 1.5)
+    assert kept["medians"]["ppo_lab bf16"]["times_the_floor"] == pytest.approx(1.5 / 0.3)
+    assert {"date", "machine", "git_commit", "seed", "versions"} <= kept.keys()
     console = Console(record=True, width=200)
     report.show(kept, console)
     assert "4.00" in console.export_text()
@@ -96,18 +102,75 @@ def test_rounds_that_are_over_are_kept_when_a_later_one_breaks_off(
     asked = command.parser().parse_args(
         ["--vs", "trl112", "--precision", "fp32", "--json", str(tmp_path / "kept.json")]
     )
+    console = Console(record=True, width=200, quiet=False, file=io.StringIO())
     with pytest.raises(KeyboardInterrupt):
-        command.bench(asked, Console(quiet=True))
+        command.bench(asked, console)
+    assert "theirs / ours" in console.export_text()
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert {r["contestant"] for r in kept["results"]} == {"ppo_lab fp32", "trl112 fp32"}
     assert [ratio["wall"]["median"] for ratio in kept["ratios"]]
 
 
-@pytest.mark.parametrize("rounds", ["0", "-1", "two"])
-def test_no_rounds_are_refused(rounds: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        *(([f"--{name}", n], "from 1 on") for name in ("rounds", "threads") for n in ("0", "1.5")),
+        (["--seed", "-1"], "from 0 to 4294967295"),
+        (["--precision", "none"], "at least one of fp32, bf16"),
+        (["--precision", ""], "at least one of fp32, bf16"),
+        (["--json", "/proc/nowhere/kept.json"], "cannot be written"),
+        (["--json", "/"], "is a folder"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_anything_runs(
+    wrong: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        command.parser().parse_args(["--rounds", rounds])
-    assert "must be a whole number from 1 on" in capsys.readouterr().err
+        command.main(wrong)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("benchmark", ["growth", "options"])
+def test_the_other_benchmarks_refuse_alike(
+    benchmark: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong in (["--threads", "0"], ["--rounds", "0"], ["--json", "/proc/nowhere/kept.json"]):
+        with pytest.raises(SystemExit):
+            command.main([benchmark, *wrong])
+        assert f"argument {wrong[0]}" in capsys.readouterr().err
+
+
+def test_a_read_only_file_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "kept.json"
+    kept.write_text("{}")
+    kept.chmod(0o444)
+    with pytest.raises(SystemExit):
+        command.main(["--json", str(kept)])
+    assert "read-only" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["kept.json"]
+
+
+def test_precisions_named_twice_are_measured_once() -> None:
+    assert parser().parse_args(["--precision", "bf16,fp32,bf16"]).precision == ["bf16", "fp32"]
+
+
+def test_growth_keeps_each_measurement_with_when_and_by_what_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def broken_off(asked: argparse.Namespace, grow: Any) -> dict[str, Any]:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(grow)
+        return {"seconds": {"1": 1.0}, "exponent": 1.0}
+
+    monkeypatch.setattr(growth, "times", broken_off)
+    monkeypatch.setattr(growth, "loss_memory", lambda vocabulary: 1.0)
+    assert command.main(["growth", "--json", str(tmp_path / "kept.json")]) == 130
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert list(kept["time"]) == ["batch"]
+    assert {"date", "machine", "versions", "git_commit"} <= kept.keys()
 
 
 def test_the_gate_passes_and_fails() -> None:
@@ -203,6 +266,14 @@ def test_a_worker_that_takes_other_optimizer_steps_than_asked_for_is_an_error(
     answer(4)
     with pytest.raises(RuntimeError, match="4 optimizer steps, not 16"):
         run(one, shape, turn=0, threads=1, seed=0)
+
+
+def test_a_worker_that_is_killed_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess([], -9, stdout="", stderr="")
+    monkeypatch.setattr("ppo_lab.bench.runs.subprocess.run", lambda *a, **k: done)
+    one = Contestant("trl112", "fp32", Path("python"))
+    with pytest.raises(RuntimeError, match=r"trl112 fp32 failed \(killed by SIGKILL, as when mem"):
+        run(one, SHAPES["tiny"], turn=0, threads=1, seed=0)
 
 
 def test_every_trainer_has_its_worker() -> None:

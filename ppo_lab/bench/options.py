@@ -12,16 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from ppo_lab.bench.arguments import list_of, positive
+from ppo_lab.bench.arguments import list_of, positive, result_file
 from ppo_lab.bench.floor import BYTES
-from ppo_lab.bench.report import machine
+from ppo_lab.bench.report import origin
 from ppo_lab.bench.runs import Result, ours_here, pairwise, run
 from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
 from ppo_lab.record import write_atomically
@@ -74,8 +73,9 @@ def main(arguments: Sequence[str]) -> int:
     shape = replace(SHAPES[asked.shape], architecture=asked.architecture)
     console = Console()
     kept: dict[str, Any] = {
-        "machine": machine(asked.threads),
+        **origin(asked.threads),
         "shape": asked.shape,
+        "architecture": asked.architecture,
         "precision": asked.precision,
         "options": {},
     }
@@ -136,6 +136,6 @@ def parser() -> argparse.ArgumentParser:
         help="these options alone",
     )
     p.add_argument("--rounds", type=positive, default=3, help="pairs")
-    p.add_argument("--threads", type=int, default=1, help="threads of each process")
-    p.add_argument("--json", type=Path, help="file that keeps the result")
+    p.add_argument("--threads", type=positive, default=1, help="threads of each process")
+    p.add_argument("--json", type=result_file, help="file that keeps the result")
     return p
