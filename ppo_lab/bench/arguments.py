@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
+
+from ppo_lab.on_disk import unwritable
 
 
 def list_of(known: Collection[str]) -> Callable[[str], list[str]]:
@@ -70,12 +71,8 @@ def seed(text: str) -> int:
 def result_file(text: str) -> Path:
     """A file that can be written, tried now: what is measured for hours must have a place."""
     path = Path(text).expanduser().absolute()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text}: cannot be written ({error.strerror})") from None
+    for problem in unwritable("folder", str(path.parent)):
+        raise argparse.ArgumentTypeError(problem)
     if path.is_dir() or (path.exists() and not path.stat().st_mode & 0o200):
         raise argparse.ArgumentTypeError(f"{text}: is a folder, or a file that is read-only")
     return path
