@@ -6,8 +6,11 @@ import argparse
 import io
 import json
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,10 @@ from ppo_lab.bench import __main__ as command
 from ppo_lab.bench import equality, growth, report
 from ppo_lab.bench.__main__ import parser
 from ppo_lab.bench.floor import Floor, Rates, floor
-from ppo_lab.bench.runs import WORKERS, Contestant, Result, medians, pairwise, run
+from ppo_lab.bench.runs import WORKERS, Contestant, Result, medians, optimizer_steps, pairwise, run
 from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
 from ppo_lab.bench.venvs import REQUIREMENTS
+from ppo_lab.bench.workers import metering
 from ppo_lab.models import policy
 from ppo_lab.models.fast import products
 from ppo_lab.models.fast.attention import KeysAndValues
@@ -76,6 +80,8 @@ def test_the_record_holds_every_ratio_and_shows_as_tables() -> None:
     shown = {(r["ours"], r["theirs"], r["why"]): r["wall"]["median"] for r in kept["ratios"]}
     assert shown[("ppo_lab bf16", "trl0114 bf16", "best against best")] == 4.0
     assert shown[("ppo_lab fp32", "trl0114 fp32", "same precision")] == 5.0
+    (best,) = (r for r in kept["ratios"] if r["why"] == "best against best")
+    assert (best["cpu"]["median"], best["memory"]["median"]) == (4.0, 8.0)
     assert kept["medians"]["ppo_lab bf16"]["tokens_per_second"] == pytest.approx(2 * 4 / 1.5)
     assert kept["medians"]["ppo_lab bf16"]["times_the_floor"] == pytest.approx(1.5 / 0.3)
     assert {"date", "machine", "git_commit", "seed", "versions"} <= kept.keys()
@@ -238,6 +244,44 @@ def test_the_gate_holds_on_few_words(
     precision: str, architecture: str, few_words: pytest.MonkeyPatch
 ) -> None:
     assert equality.gate(precision, architecture).passed
+
+
+def test_behind_a_shut_gate_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shut = equality.Gate("fp32", 1e-5, {"values": float("nan")})
+    monkeypatch.setattr("ppo_lab.bench.equality.gate", lambda *args: shut)
+    monkeypatch.setattr(
+        "ppo_lab.bench.runs.interleaved", lambda *args, **kwargs: pytest.fail("ran")
+    )
+    monkeypatch.setattr("ppo_lab.bench.venvs.python_of", lambda *args: pytest.fail("ran"))
+    asked = parser().parse_args(["--precision", "fp32", "--json", str(tmp_path / "kept.json")])
+    console = Console(record=True, width=200, file=io.StringIO())
+    assert command.bench(asked, console) == 1
+    assert "equality gate fp32 FAILED" in console.export_text()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_phase_takes_wall_and_cpu_seconds_of_its_own() -> None:
+    meter = metering.Meter()
+    meter.switch("waits")
+    time.sleep(0.2)
+    meter.switch("works")
+    until = time.process_time() + 0.1
+    while time.process_time() < until:
+        pass
+    meter.switch()
+    assert meter.phases["waits"]["wall_s"] > 0.15 > meter.phases["waits"]["cpu_s"] + 0.1
+    assert meter.phases["works"]["cpu_s"] >= 0.1
+
+
+def test_our_worker_reports_the_measured_iterations_alone() -> None:
+    shape = replace(SHAPES["tiny"], warm_up=1, measured=2)
+    spec = shape.spec("fp32", threads=1, seed=0)
+    script = [sys.executable, str(WORKERS / "ppo_lab_worker.py"), json.dumps(spec)]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert [set(phases) for phases in said["iterations"]] == [{"generate", "score", "update"}] * 2
+    assert said["optimizer_steps"] == optimizer_steps(spec) == 3 * 4 * 2
+    assert 0 < said["peak_gb"] < 64
 
 
 @pytest.mark.slow
