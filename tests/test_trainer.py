@@ -22,6 +22,7 @@ from tiny_models import (
     step,
     tensors,
     timeless,
+    train_adapter,
     trainer,
     weights,
 )
@@ -89,6 +90,19 @@ def test_kl_of_sampled_responses_is_zero_within_rounding_in_an_iteration() -> No
         stats = made.iteration(PROMPTS)
         assert abs(stats["kl"]) < 1e-4
         assert stats["ppo/policy/first_minibatch_ratio_error"] < 1e-4
+
+
+def test_everything_that_is_collected_is_at_the_temperature_of_sampling() -> None:
+    warm = replace(SAMPLING, temperature=0.6)
+    made = running(model=policy(lora=True), sampling=warm, kl_penalty="full")
+    train_adapter(made.policy)
+    tokens, seen = made.sample(PROMPTS)
+    at = {"temperature": 0.6}
+    assert_close(seen.logprobs, made.policy.score(tokens, **at).logprobs, rtol=1e-4, atol=1e-5)
+    found = made.collect(tokens, seen)
+    assert_close(found.ref_logprobs, made.reference.logprobs(tokens, **at))
+    assert_close(found.full_kl, made.reference.full_kl(tokens, **at))
+    assert float(found.full_kl.max()) > 0.01
 
 
 @pytest.mark.parametrize("changes", [{"top_k": 5}, {"top_p": 0.8}, {"min_new_tokens": 2}], ids=str)
