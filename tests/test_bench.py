@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from ppo_lab.bench import __main__ as command
-from ppo_lab.bench import equality, growth, report
+from ppo_lab.bench import equality, growth, options, report
 from ppo_lab.bench.__main__ import parser
 from ppo_lab.bench.floor import Floor, Rates, floor
 from ppo_lab.bench.runs import WORKERS, Contestant, Result, medians, optimizer_steps, pairwise, run
@@ -258,6 +258,19 @@ def test_behind_a_shut_gate_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert command.bench(asked, console) == 1
     assert "equality gate fp32 FAILED" in console.export_text()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [1e-3, 1e-6])
+def test_options_are_measured_behind_an_open_gate_alone(
+    error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+    found = equality.Gate("fp32", 1e-5, {"values": error})
+    monkeypatch.setattr(options, "gate", lambda *args: found)
+    ratios = {kind: [1.0] for kind in ("wall", "cpu", "memory")}
+    monkeypatch.setattr(options, "measured", lambda *args: measured.append("one") or ratios)
+    assert command.main(["options", "--only", "fast road"]) == (0 if found.passed else 1)
+    assert len(measured) == found.passed
 
 
 def test_a_phase_takes_wall_and_cpu_seconds_of_its_own() -> None:

@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ppo_lab.bench.arguments import list_of, positive, result_file
+from ppo_lab.bench.equality import gate
 from ppo_lab.bench.floor import BYTES
-from ppo_lab.bench.report import origin
+from ppo_lab.bench.report import origin, show_gates
 from ppo_lab.bench.runs import Result, ours_here, pairwise, run
 from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
 from ppo_lab.record import write_atomically
@@ -68,10 +69,15 @@ def options(shape: Shape) -> dict[str, Option]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, show, keep."""
+    """Gate, measure, show, keep; 1 where the gate fails."""
     asked = parser().parse_args(arguments)
     shape = replace(SHAPES[asked.shape], architecture=asked.architecture)
     console = Console()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    equal = gate(asked.precision, asked.architecture, device)
+    show_gates([equal], console)
+    if not equal.passed:
+        return 1
     kept: dict[str, Any] = {
         **origin(asked.threads),
         "shape": asked.shape,
