@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from ppo_lab.bench import __main__ as command
-from ppo_lab.bench import equality, growth, options, report
+from ppo_lab.bench import equality, growth, options, report, venvs
 from ppo_lab.bench.__main__ import parser
 from ppo_lab.bench.floor import Floor, Rates, floor
 from ppo_lab.bench.runs import WORKERS, Contestant, Result, medians, optimizer_steps, pairwise, run
@@ -338,6 +339,25 @@ def test_every_trainer_has_its_worker() -> None:
         *REQUIREMENTS,
         "ppo_lab",
     }
+
+
+def test_an_environment_of_other_versions_is_not_compared_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor thrown away: it may take a network to make another."""
+    torch_here = version("torch").partition("+")[0]
+    there = dict(text.split("==") for text in REQUIREMENTS["trl112"] if "==" in text)
+    monkeypatch.setattr(venvs, "_installed", lambda python: {**there, "torch": torch_here})
+    monkeypatch.setattr(venvs, "_install", lambda *args: pytest.fail("made anew"))
+    assert venvs.python_of("trl112", tmp_path, print) == tmp_path / "trl112/bin/python"
+    monkeypatch.setattr(venvs, "_installed", lambda python: {**there, "torch": "1.0"})
+    with pytest.raises(RuntimeError, match=r"trl112 has torch 1\.0, where torch 2.*remove it"):
+        venvs.python_of("trl112", tmp_path, print)
+
+
+def test_versions_of_an_environment_are_asked_of_its_own_python(tmp_path: Path) -> None:
+    assert venvs._installed(Path(sys.executable))["torch"] == version("torch").partition("+")[0]
+    assert venvs._installed(tmp_path / "nowhere") == {}
 
 
 def test_a_trainer_that_is_not_known_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
