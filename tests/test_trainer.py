@@ -156,6 +156,18 @@ def test_an_adaptive_beta_moves_by_the_penalty_s_kl_and_a_fixed_one_never() -> N
     assert step(adaptive)["kl_coef"] == pytest.approx(0.2 * (1 - 0.2 * 4 / 10))
 
 
+def test_an_adaptive_beta_stays_where_the_penalty_s_kl_is_the_target() -> None:
+    twin = trainer(kl_penalty="mse")
+    _, second = step(twin), step(twin)
+    assert second["objective/kl"] != pytest.approx(second["kl"], rel=0.1)
+    target = second["objective/kl"]
+    adaptive = trainer(kl_penalty="mse", adap_kl_ctrl=True, target=target, horizon=10)
+    step(adaptive)
+    before = adaptive.kl_controller.value
+    step(adaptive)
+    assert adaptive.kl_controller.value == pytest.approx(before, rel=1e-5)
+
+
 # --- scores
 
 
