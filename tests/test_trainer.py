@@ -299,6 +299,7 @@ def test_times_cover_the_iteration_and_start_anew() -> None:
         phases = [stats[f"time/{p}"] for p in ("generate", "score", "reference", "update")]
         assert min(phases) > 0
         assert stats["time/iteration"] == pytest.approx(sum(phases))
+        assert made.clock.read(tokens=0)["time/iteration"] == 0.0
     assert stats["peak_memory_gb"] > 0
 
 
