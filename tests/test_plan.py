@@ -157,6 +157,7 @@ def test_a_token_counts_the_experts_that_it_is_given_to() -> None:
     of = architecture_of(model)
     chosen = 2 * 3 * 16 * 24
     assert of.in_experts == 3 * chosen
+    assert (of.queries, of.cached) == (3 * 16, 3 * 2 * 8)  # two heads of keys and values for four
     assert of.matrices == of.trained_matrices == 3 * (2 * 16 * 16 + 2 * 16 * 8 + chosen)
     adapted = LoraSection(r=4, target_modules=["q_proj"])
     frozen = architecture_of(blueprint(config, ModelSection(path=""), adapted, dtype=torch.float32))
@@ -701,6 +702,7 @@ def test_utilisation_is_counted_flops_over_time_and_peak_rate() -> None:
     flops = Meter(made.policy).flops(ragged(), epochs=2, critic_epochs=2)
     assert stats["mfu"] == pytest.approx(flops / stats["time/iteration"] / 1e9)
     assert METRICS["mfu"][0] == "share"
+    assert stats["tokens_per_second"] == pytest.approx((4 + 2 + 5 + 3) / stats["time/iteration"])
     of = architecture_of(made.policy.pretrained_model)
     amount = Amount.of([(3, 4), (1, 2), (4, 5), (2, 3)])
     assert flops == work.iteration_flops(of, amount, epochs=2)
