@@ -72,7 +72,7 @@ def result_file(text: str) -> Path:
     """A file that can be written, tried now: what is measured for hours must have a place."""
     path = Path(text).expanduser().absolute()
     for problem in unwritable("folder", str(path.parent)):
-        raise argparse.ArgumentTypeError(problem)
+        raise argparse.ArgumentTypeError(f"{text}: {problem}")
     if path.is_dir() or (path.exists() and not path.stat().st_mode & 0o200):
         raise argparse.ArgumentTypeError(f"{text}: is a folder, or a file that is read-only")
     return path
