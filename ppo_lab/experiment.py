@@ -42,7 +42,7 @@ from ppo_lab.guards import (
     warn_of_remote_code,
     warn_of_weak_penalty,
 )
-from ppo_lab.memory import check_fits
+from ppo_lab.memory import check_fits, forget_peak
 from ppo_lab.models.loading import keep_quiet, load_tokenizer
 from ppo_lab.on_disk import put_in_place
 from ppo_lab.outcome import check_metrics, summarise
@@ -108,6 +108,7 @@ def run(config: Config, folder: Path, overrides: Sequence[str] = ()) -> float:
         Preempted: SIGTERM or SIGINT asked the run to stop, and it left a checkpoint.
     """
     keep_quiet()
+    forget_peak()
     with (
         Preemption(tells=launch.is_main()) as preemption,
         joined(device=config.device, timeout=config.processes.timeout) as processes,

@@ -208,7 +208,7 @@ def resident_bytes() -> float:
 
 
 def peak_resident_bytes() -> float:
-    """The most bytes of memory that this process has taken.
+    """The most bytes of memory that this process has taken, since `forget_peak`.
 
     Not by getrusage, whose figure a process inherits from the one that started it.
     """
@@ -216,6 +216,16 @@ def peak_resident_bytes() -> float:
         return found
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(used) * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak() -> None:
+    """From now on the peak, of this process and of its GPU, is that of what is to come: not of a
+    sweep's run before, where the system lets it be forgotten.
+    """
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _status(name: str) -> float:

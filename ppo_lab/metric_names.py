@@ -88,5 +88,5 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "time/update": ("s", "clipped updates"),
     "time/iteration": ("s", "one iteration"),
-    "peak_memory_gb": ("GiB", "peak memory: the GPU's, or the process's resident set"),
+    "peak_memory_gb": ("GiB", "the run's peak memory so far: the GPU's, or the resident set"),
 }

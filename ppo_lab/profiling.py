@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,9 @@ from ppo_lab.record import Say
 FOLDER = "profile"
 FIRST, LAST = 2, 4
 SHOWN = 10
+
+# Bytes at the end of a trace that is whole in which its last brace is.
+ENDS_WITHIN = 64
 
 
 def profiled(
@@ -34,6 +40,10 @@ def profiled(
             if made == FIRST - 1:
                 profiler.start()
                 running = True
+        if running and made < FIRST:
+            running = False
+            profiler.stop()
+            say("profile: none, since one iteration was left, and the first warms up")
     finally:
         if running:
             _keep(profiler, folder / _name(done, made), say)
@@ -57,11 +67,36 @@ def _keep(profiler: Any, place: Path, say: Say) -> None:
     profiler.stop()
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(place))
+        _export(profiler, place)
         say(f"profile: {place} (open it at ui.perfetto.dev)")
     except (OSError, RuntimeError) as error:
         say(f"profile: {place} could not be written ({error}); the run goes on")
     say(table(profiler))
+
+
+def _export(profiler: Any, place: Path) -> None:
+    """Put the trace in its place, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written. Of a full disk torch does not say so: its text breaks off.
+    """
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".") as beside:
+        plain, packed = Path(beside) / "trace.json", Path(beside) / place.name
+        profiler.export_chrome_trace(str(plain))
+        if not _is_whole(plain):
+            raise OSError("torch left no whole text of it: the disk may be full")
+        with plain.open("rb") as text, gzip.open(packed, "wb") as file:
+            shutil.copyfileobj(text, file)
+        packed.replace(place)
+
+
+def _is_whole(trace: Path) -> bool:
+    """Whether a file of JSON ends with its last brace."""
+    if not trace.exists():
+        return False
+    with trace.open("rb") as text:
+        text.seek(max(trace.stat().st_size - ENDS_WITHIN, 0))
+        return text.read().rstrip().endswith(b"}")
 
 
 def table(profiler: Any) -> str:

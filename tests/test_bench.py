@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import subprocess
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from ppo_lab.bench import command, equality, growth, report
+from ppo_lab.bench import command, equality, growth, options, report, venvs
 from ppo_lab.bench.command import parser
 from ppo_lab.bench.floor import Floor, Rates, floor
-from ppo_lab.bench.runs import WORKERS, Contestant, Result, medians, pairwise, run
+from ppo_lab.bench.runs import WORKERS, Contestant, Result, medians, optimizer_steps, pairwise, run
 from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
 from ppo_lab.bench.venvs import REQUIREMENTS
+from ppo_lab.bench.workers import metering
+from ppo_lab.models import policy
+from ppo_lab.models.fast import products
+from ppo_lab.models.fast.attention import KeysAndValues
+from ppo_lab.models.reference import Reference
 
 WORK = Shape("hand", 10, 1, 1, 100, batch=2, mini_batch=1, epochs=3, new_tokens=4)
 
@@ -63,10 +76,15 @@ def test_the_record_holds_every_ratio_and_shows_as_tables() -> None:
         result("ppo_lab bf16", 0, 0.5, 1),
     ]
     floors = {p: (Rates(1.0, 1.0), Floor(0.1, 0.1, 0.1)) for p in ("fp32", "bf16")}
-    kept = json.loads(json.dumps(report.record(WORK, results, [], floors, threads=1)))
+    kept = json.loads(json.dumps(report.record(WORK, results, [], floors, threads=1, seed=0)))
     shown = {(r["ours"], r["theirs"], r["why"]): r["wall"]["median"] for r in kept["ratios"]}
     assert shown[("ppo_lab bf16", "trl0114 bf16", "best against best")] == 4.0
     assert shown[("ppo_lab fp32", "trl0114 fp32", "same precision")] == 5.0
+    (best,) = (r for r in kept["ratios"] if r["why"] == "best against best")
+    assert (best["cpu"]["median"], best["memory"]["median"]) == (4.0, 8.0)
+    assert kept["medians"]["ppo_lab bf16"]["tokens_per_second"] == pytest.approx(2 * 4 / 1.5)
+    assert kept["medians"]["ppo_lab bf16"]["times_the_floor"] == pytest.approx(1.5 / 0.3)
+    assert {"date", "machine", "git_commit", "seed", "versions"} <= kept.keys()
     console = Console(record=True, width=200)
     report.show(kept, console)
     assert "4.00" in console.export_text()
@@ -90,23 +108,194 @@ def test_rounds_that_are_over_are_kept_when_a_later_one_breaks_off(
     asked = command.parser().parse_args(
         ["--vs", "trl112", "--precision", "fp32", "--json", str(tmp_path / "kept.json")]
     )
+    console = Console(record=True, width=200, quiet=False, file=io.StringIO())
     with pytest.raises(KeyboardInterrupt):
-        command.bench(asked, Console(quiet=True))
+        command.bench(asked, console)
+    assert "theirs / ours" in console.export_text()
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert {r["contestant"] for r in kept["results"]} == {"ppo_lab fp32", "trl112 fp32"}
     assert [ratio["wall"]["median"] for ratio in kept["ratios"]]
 
 
-@pytest.mark.parametrize("rounds", ["0", "-1", "two"])
-def test_no_rounds_are_refused(rounds: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        *(([f"--{name}", n], "from 1 on") for name in ("rounds", "threads") for n in ("0", "1.5")),
+        (["--seed", "-1"], "from 0 to 4294967295"),
+        (["--precision", "none"], "at least one of fp32, bf16"),
+        (["--precision", ""], "at least one of fp32, bf16"),
+        (["--json", "/proc/nowhere/kept.json"], "cannot be written"),
+        (["--json", "/"], "is a folder"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_anything_runs(
+    wrong: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        command.parser().parse_args(["--rounds", rounds])
-    assert "must be a whole number from 1 on" in capsys.readouterr().err
+        command.main(wrong)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("benchmark", ["growth", "options"])
+def test_the_other_benchmarks_refuse_alike(
+    benchmark: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong in (["--threads", "0"], ["--rounds", "0"], ["--json", "/proc/nowhere/kept.json"]):
+        with pytest.raises(SystemExit):
+            command.main([benchmark, *wrong])
+        assert f"argument {wrong[0]}" in capsys.readouterr().err
+
+
+def test_a_read_only_file_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "kept.json"
+    kept.write_text("{}")
+    kept.chmod(0o444)
+    with pytest.raises(SystemExit):
+        command.main(["--json", str(kept)])
+    assert "read-only" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["kept.json"]
+
+
+def test_precisions_named_twice_are_measured_once() -> None:
+    assert parser().parse_args(["--precision", "bf16,fp32,bf16"]).precision == ["bf16", "fp32"]
+
+
+def test_growth_keeps_each_measurement_with_when_and_by_what_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def broken_off(asked: argparse.Namespace, grow: Any) -> dict[str, Any]:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(grow)
+        return {"seconds": {"1": 1.0}, "exponent": 1.0}
+
+    monkeypatch.setattr(growth, "times", broken_off)
+    monkeypatch.setattr(growth, "loss_memory", lambda vocabulary: 1.0)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["growth", "--json", str(tmp_path / "kept.json")])
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert list(kept["time"]) == ["batch"]
+    assert {"date", "machine", "versions", "git_commit"} <= kept.keys()
 
 
 def test_the_gate_passes_and_fails() -> None:
     assert equality.Gate("fp32", 1e-5, {"values": 1e-6}).passed
     assert not equality.Gate("fp32", 1e-5, {"values": 1e-4}).passed
+
+
+@pytest.fixture
+def few_words(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The gate on a vocabulary that takes it no time."""
+    monkeypatch.setattr(equality, "VOCABULARIES", (97,))
+    return monkeypatch
+
+
+def unscaled_adapters(patch: pytest.MonkeyPatch) -> None:
+    made = products._adapted
+    patch.setattr(products, "_adapted", lambda x, w, b, s, m: made(x, w, b, [1.0] * len(s), m))
+
+
+def an_adapter_that_stays_on_under_the_reference(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Reference, "active", lambda self: nullcontext(self.trunk))
+
+
+def the_adapter_of_a_generation_before(patch: pytest.MonkeyPatch) -> None:
+    made, kept = KeysAndValues.__init__, {}
+
+    def begin(self: KeysAndValues, positions: int) -> None:
+        made(self, positions)
+        self.linears = kept
+
+    patch.setattr(KeysAndValues, "__init__", begin)
+
+
+def log_probs_at_temperature_one(patch: pytest.MonkeyPatch) -> None:
+    made = policy.token_logprobs
+    patch.setattr(policy, "token_logprobs", lambda *a, **k: made(*a, **{**k, "temperature": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("fault", "wrong", "precisions"),
+    [
+        (unscaled_adapters, "log-probs of sampling", ("fp32", "bf16")),
+        (an_adapter_that_stays_on_under_the_reference, "reference", ("fp32", "bf16")),
+        # In float32 what is kept are the weights themselves, which are never stale.
+        (the_adapter_of_a_generation_before, "log-probs of sampling", ("bf16",)),
+        (log_probs_at_temperature_one, "log-probs", ("fp32", "bf16")),
+    ],
+)
+def test_the_gate_stays_shut_on_a_fault(
+    fault: Callable[[pytest.MonkeyPatch], None],
+    wrong: str,
+    precisions: tuple[str, ...],
+    few_words: pytest.MonkeyPatch,
+) -> None:
+    fault(few_words)
+    for precision in precisions:
+        found = equality.gate(precision)
+        assert not found.passed
+        assert found.errors[f"{wrong}/bloom/97"] > found.tolerance
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_gate_holds_on_few_words(
+    precision: str, architecture: str, few_words: pytest.MonkeyPatch
+) -> None:
+    assert equality.gate(precision, architecture).passed
+
+
+def test_behind_a_shut_gate_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shut = equality.Gate("fp32", 1e-5, {"values": float("nan")})
+    monkeypatch.setattr("ppo_lab.bench.equality.gate", lambda *args: shut)
+    monkeypatch.setattr(
+        "ppo_lab.bench.runs.interleaved", lambda *args, **kwargs: pytest.fail("ran")
+    )
+    monkeypatch.setattr("ppo_lab.bench.venvs.python_of", lambda *args: pytest.fail("ran"))
+    asked = parser().parse_args(["--precision", "fp32", "--json", str(tmp_path / "kept.json")])
+    console = Console(record=True, width=200, file=io.StringIO())
+    assert command.bench(asked, console) == 1
+    assert "equality gate fp32 FAILED" in console.export_text()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [1e-3, 1e-6])
+def test_options_are_measured_behind_an_open_gate_alone(
+    error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+    found = equality.Gate("fp32", 1e-5, {"values": error})
+    monkeypatch.setattr(options, "gate", lambda *args: found)
+    ratios = {kind: [1.0] for kind in ("wall", "cpu", "memory")}
+    monkeypatch.setattr(options, "measured", lambda *args: measured.append("one") or ratios)
+    assert command.main(["options", "--only", "fast road"]) == (0 if found.passed else 1)
+    assert len(measured) == found.passed
+
+
+def test_a_phase_takes_wall_and_cpu_seconds_of_its_own() -> None:
+    meter = metering.Meter()
+    meter.switch("waits")
+    time.sleep(0.2)
+    meter.switch("works")
+    until = time.process_time() + 0.1
+    while time.process_time() < until:
+        pass
+    meter.switch()
+    assert meter.phases["waits"]["wall_s"] > 0.15 > meter.phases["waits"]["cpu_s"] + 0.1
+    assert meter.phases["works"]["cpu_s"] >= 0.1
+
+
+def test_our_worker_reports_the_measured_iterations_alone() -> None:
+    shape = replace(SHAPES["tiny"], warm_up=1, measured=2)
+    spec = shape.spec("fp32", threads=1, seed=0)
+    script = [sys.executable, str(WORKERS / "ppo_lab_worker.py"), json.dumps(spec)]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert [set(phases) for phases in said["iterations"]] == [{"generate", "score", "update"}] * 2
+    assert said["optimizer_steps"] == optimizer_steps(spec) == 3 * 4 * 2
+    assert 0 < said["peak_gb"] < 64
 
 
 @pytest.mark.slow
@@ -137,11 +326,38 @@ def test_a_worker_that_takes_other_optimizer_steps_than_asked_for_is_an_error(
         run(one, shape, turn=0, threads=1, seed=0)
 
 
+def test_a_worker_that_is_killed_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess([], -9, stdout="", stderr="")
+    monkeypatch.setattr("ppo_lab.bench.runs.subprocess.run", lambda *a, **k: done)
+    one = Contestant("trl112", "fp32", Path("python"))
+    with pytest.raises(RuntimeError, match=r"trl112 fp32 failed \(killed by SIGKILL, as when mem"):
+        run(one, SHAPES["tiny"], turn=0, threads=1, seed=0)
+
+
 def test_every_trainer_has_its_worker() -> None:
     assert {p.name.removesuffix("_worker.py") for p in Path(WORKERS).glob("*_worker.py")} == {
         *REQUIREMENTS,
         "ppo_lab",
     }
+
+
+def test_an_environment_of_other_versions_is_not_compared_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor thrown away: it may take a network to make another."""
+    torch_here = version("torch").partition("+")[0]
+    there = dict(text.split("==") for text in REQUIREMENTS["trl112"] if "==" in text)
+    monkeypatch.setattr(venvs, "_installed", lambda python: {**there, "torch": torch_here})
+    monkeypatch.setattr(venvs, "_install", lambda *args: pytest.fail("made anew"))
+    assert venvs.python_of("trl112", tmp_path, print) == tmp_path / "trl112/bin/python"
+    monkeypatch.setattr(venvs, "_installed", lambda python: {**there, "torch": "1.0"})
+    with pytest.raises(RuntimeError, match=r"trl112 has torch 1\.0, where torch 2.*remove it"):
+        venvs.python_of("trl112", tmp_path, print)
+
+
+def test_versions_of_an_environment_are_asked_of_its_own_python(tmp_path: Path) -> None:
+    assert venvs._installed(Path(sys.executable))["torch"] == version("torch").partition("+")[0]
+    assert venvs._installed(tmp_path / "nowhere") == {}
 
 
 def test_a_trainer_that_is_not_known_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,7 +97,8 @@ def test_the_table_is_shown_and_kept(
     given += ["--json", str(tmp_path / "kept.json")]
     assert main(["features", *given, "--new-tokens", "4", "--threads", "1"]) == 0
     kept = json.loads((tmp_path / "kept.json").read_text())
-    (shares,) = (value for value in kept.values() if isinstance(value, dict))
+    shares = kept["explained of all and of late tokens, by split"]
+    assert {"date", "machine", "versions", "git_commit"} <= kept.keys()
     assert list(shares) == ["embeddings", "after layer 1", "after layer 2", "reward model"]
     assert (kept["answers"], kept["tokens"]) == (40, 160)
     said = capsys.readouterr().out

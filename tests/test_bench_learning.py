@@ -206,6 +206,14 @@ def test_a_record_goes_on_and_refuses_other_work(task: Task, tmp_path: Path) -> 
         Record(file, other, {})
 
 
+def test_a_file_that_is_no_record_is_left_alone(task: Task, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    for text in ("", "[]", '{"task": {}}'):
+        file.write_text(text)
+        with pytest.raises(RuntimeError, match="no record of this benchmark"):
+            Record(file, task, {})
+
+
 @pytest.mark.parametrize("which", ["start", "scorer"])
 def test_another_model_of_the_same_shape_is_another_task(tmp_path: Path, which: str) -> None:
     task = small_task(tmp_path)
@@ -285,7 +293,15 @@ def test_the_benchmark_s_command_line_refuses_what_is_not_there(
         [*given, "--betas", "0.1,1", "--seeds", "3", "--contestants", "rloo"]
     )
     assert (asked.betas, asked.seeds, asked.contestants) == ([0.1, 1.0], [3], ["rloo"])
-    for wrong in (["--contestants", "trl113"], ["--model", "nowhere"], ["--prompts", "nowhere"]):
+    for wrong in (
+        ["--contestants", "trl113"],
+        ["--model", "nowhere"],
+        ["--prompts", "nowhere"],
+        ["--betas", "low"],
+        ["--seeds", "-1"],
+        ["--iterations", "0"],
+        ["--json", "/proc/nowhere/kept.json"],
+    ):
         with pytest.raises(SystemExit):
             main(["learning", *given, *wrong])
         assert wrong[1] in capsys.readouterr().err

@@ -1,12 +1,19 @@
-"""What a process keeps of the memory that its passes freed."""
+"""What a process keeps of the memory that its passes freed, and the most that it took."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from tiny_runs import tiny
+
+from ppo_lab.experiment import run
+from ppo_lab.memory import peak_resident_bytes, resident_bytes
 
 # Four tensors of 8 MiB, made and freed eight times over; the faults of all but the first two.
 FAULTS = """
@@ -48,3 +55,14 @@ def test_freed_memory_comes_again_without_faults() -> None:
 def test_an_allocator_that_somebody_has_set_is_left_alone() -> None:
     kept, _ = faults("keep", MALLOC_TRIM_THRESHOLD_="1000000")
     assert not kept
+
+
+def test_the_peak_of_a_run_is_not_that_of_the_run_before(tmp_path: Path) -> None:
+    large = torch.ones(2**28)  # 1 GiB
+    del large
+    before = peak_resident_bytes()
+    if not os.access("/proc/self/clear_refs", os.W_OK) or before < resident_bytes() + 2**29:
+        pytest.skip("the system tells no peak, or not how to forget it")
+    run(tiny(tmp_path, ppo={"steps": 1}), tmp_path / "run")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert 0 < summary["peak_memory_gb"] * 2**30 < before - 2**28

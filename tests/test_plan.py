@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from test_cli import command as cli
-from tiny_models import causal_lm, lora_config, policy, ragged, trainer
+from tiny_models import causal_lm, lora_config, policy, ragged, train_adapter, trainer
 from tiny_runs import command, inputs, tiny
+from transformers import MixtralConfig
 
 from ppo_lab import AutoModelForCausalLMWithValueHead
 from ppo_lab.assembly import load_policy
@@ -147,6 +148,28 @@ def test_counted_flops_of_the_exact_kl_are_what_torch_counts(monkeypatch: Any) -
 
 
 # ------ Sizes
+
+
+def test_a_token_counts_the_experts_that_it_is_given_to() -> None:
+    config = MixtralConfig(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        vocab_size=64,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    )
+    model = blueprint(config, ModelSection(path=""), LoraSection(r=0), dtype=torch.float32)
+    of = architecture_of(model)
+    chosen = 2 * 3 * 16 * 24
+    assert of.in_experts == 3 * chosen
+    assert (of.queries, of.cached) == (3 * 16, 3 * 2 * 8)  # two heads of keys and values for four
+    assert of.matrices == of.trained_matrices == 3 * (2 * 16 * 16 + 2 * 16 * 8 + chosen)
+    adapted = LoraSection(r=4, target_modules=["q_proj"])
+    frozen = architecture_of(blueprint(config, ModelSection(path=""), adapted, dtype=torch.float32))
+    assert (frozen.in_experts, frozen.trained_matrices) == (3 * chosen, 0)
 
 
 def test_sizes_are_read_off_a_model_that_takes_no_memory() -> None:
@@ -687,6 +710,7 @@ def test_utilisation_is_counted_flops_over_time_and_peak_rate() -> None:
     flops = Meter(made.policy).flops(ragged(), epochs=2, critic_epochs=2)
     assert stats["mfu"] == pytest.approx(flops / stats["time/iteration"] / 1e9)
     assert METRICS["mfu"][0] == "share"
+    assert stats["tokens_per_second"] == pytest.approx((4 + 2 + 5 + 3) / stats["time/iteration"])
     of = architecture_of(made.policy.pretrained_model)
     amount = Amount.of([(3, 4), (1, 2), (4, 5), (2, 3)])
     assert flops == work.iteration_flops(of, amount, epochs=2)
@@ -730,6 +754,21 @@ def test_epochs_that_were_not_made_are_not_counted(monkeypatch: pytest.MonkeyPat
     assert stats["ppo/epochs"] == 1
     flops = stats["mfu"] * stats["time/iteration"] * 1e9
     assert flops == pytest.approx(Meter(made.policy).flops(ragged(), epochs=1, critic_epochs=1))
+
+
+def test_tokens_that_are_context_alone_are_not_scored() -> None:
+    made, tokens = trainer(), ragged()
+    less = replace(tokens, mask=tokens.mask & (torch.arange(5) != 1))
+    of, unscored = made.meter.policy, int(tokens.mask.sum() - less.mask.sum())
+    whole, fewer = (made.meter.flops(t, epochs=2, critic_epochs=2) for t in (tokens, less))
+    # By sampling and the reference, and forward and backward in both epochs.
+    assert whole - fewer == pytest.approx((2 + 2 * 3) * 2 * of.head * unscored)
+
+
+def test_the_reference_s_copy_of_an_adapter_is_no_second_adapter() -> None:
+    fresh, begun = policy(lora=True), policy(lora=True)
+    train_adapter(begun)
+    assert trainer(begun).meter.policy.adapter == trainer(fresh).meter.policy.adapter > 0
 
 
 def test_measuring_the_peak_rate_moves_no_random_number_of_a_run() -> None:

@@ -55,6 +55,28 @@ def by_hand(model: Any, query: list[int], response: list[int], temperature: floa
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_exact_kl_is_of_both_distributions_at_the_temperature(kind: str) -> None:
+    model = policy(kind, lora=True).eval()
+    reference = Reference(model)
+    train_adapter(model)
+    query, response = [5, 6, 7], [20, 21, 22]
+
+    def log_p() -> torch.Tensor:
+        with torch.no_grad():
+            logits = model.pretrained_model(input_ids=torch.tensor([query + response])).logits
+        return (logits[0].float() / 0.6).log_softmax(-1)[len(query) - 1 : -1]
+
+    ours = log_p()
+    with model.pretrained_model.disable_adapter():
+        theirs = log_p()
+    by_hand = (ours.exp() * (ours - theirs)).sum(1)
+    tokens = Tokens.pack([query, [8]], [response, [9]], pad_id=0)
+    found = reference.full_kl(tokens, temperature=0.6)[0]
+    assert float(by_hand.min()) > 0.01
+    assert_close(found, by_hand, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_padded_batch_gives_each_response_what_it_gets_alone(kind: str) -> None:
     """N-06, N-10, N-25: padding moves no position; V is of the state that predicts the token."""
     model = policy(kind).eval()

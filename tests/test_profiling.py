@@ -6,6 +6,7 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_runs import metrics, tiny
@@ -57,6 +58,38 @@ def test_a_resumed_run_counts_from_where_it_goes_on(tmp_path: Path) -> None:
     found = list(profiled(rows, tmp_path, said.append, done=10))
     assert [row["kl"] for row in found] == [0, 1, 2, 3, 4]
     assert [file.name for file in (tmp_path / "profile").iterdir()] == ["iterations-12-14.json.gz"]
+
+
+def test_a_resumed_run_with_one_iteration_left_is_not_traced(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert list(profiled(iter([{"kl": 0.0}]), tmp_path, said.append, done=3)) == [{"kl": 0.0}]
+    assert not (tmp_path / "profile").exists()
+    assert said == ["profile: none, since one iteration was left, and the first warms up"]
+
+
+@pytest.mark.parametrize("written", ["", '{"traceEvents": [', None])
+def test_a_disk_that_is_full_leaves_no_part_of_a_trace(
+    written: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch writes breaks off without a word, or packing it fails."""
+
+    def export(self: Any, path: str) -> None:
+        Path(path).write_text("{}" if written is None else written)
+
+    def refuse(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", export)
+    if written is None:
+        monkeypatch.setattr("shutil.copyfileobj", refuse)
+    said: list[str] = []
+    found = list(profiled(iter([{"kl": 0.0}] * 6), tmp_path, said.append))
+    assert len(found) == 6
+    reason = "No space left" if written is None else "the disk may be full"
+    assert "could not be written" in said[0]
+    assert reason in said[0]
+    assert "largest operations" in said[1]
+    assert list((tmp_path / "profile").iterdir()) == []
 
 
 def test_a_run_that_ends_early_leaves_what_was_traced(tmp_path: Path) -> None:

@@ -329,6 +329,17 @@ def test_no_response_ends_before_the_least_number_of_tokens(temperature: float) 
         assert len(row) > 9
 
 
+def test_a_response_may_end_with_the_first_token_after_the_least_number() -> None:
+    ends = tuple(range(VOCABULARY // 2))
+    tokens, _ = sample(
+        policy("gpt2").eval(),
+        [[5, 6]] * 32,
+        sampling=replace(WHOLE, eos_ids=ends, min_new_tokens=3),
+        noise=KEY,
+    )
+    assert int(tokens.lengths.min()) == 4
+
+
 def test_a_stop_string_ends_a_response_with_the_token_that_completes_it() -> None:
     """G-09."""
     model, words = policy("gpt2").eval(), tokenizer()

@@ -115,6 +115,18 @@ def tiny_models_rows() -> list[list[int]]:
     return [[0] * length for length in lengths]
 
 
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_passes_take_their_share_of_what_is_free_and_leave_some(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1e6)
+    monkeypatch.setattr(memory, "peak_bytes", lambda work: 1000)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(10))])
+    found = memory.tokens_that_fit(lambda: None, tokens=50, optimizer=optimizer, share=share)
+    room, each = share * 1e6 - 12 * 10, memory.HOLES_BESIDE * 1000 / 50
+    assert found == int(memory.SHARE_OF_FREE * room / each) < room / each
+
+
 def test_more_memory_means_more_tokens_and_what_is_to_come_is_left_free() -> None:
     model = policy("gpt2")
     optimizer = torch.optim.AdamW(model.parameters())

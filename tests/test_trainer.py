@@ -22,6 +22,7 @@ from tiny_models import (
     step,
     tensors,
     timeless,
+    train_adapter,
     trainer,
     weights,
 )
@@ -91,6 +92,19 @@ def test_kl_of_sampled_responses_is_zero_within_rounding_in_an_iteration() -> No
         assert stats["ppo/policy/first_minibatch_ratio_error"] < 1e-4
 
 
+def test_everything_that_is_collected_is_at_the_temperature_of_sampling() -> None:
+    warm = replace(SAMPLING, temperature=0.6)
+    made = running(model=policy(lora=True), sampling=warm, kl_penalty="full")
+    train_adapter(made.policy)
+    tokens, seen = made.sample(PROMPTS)
+    at = {"temperature": 0.6}
+    assert_close(seen.logprobs, made.policy.score(tokens, **at).logprobs, rtol=1e-4, atol=1e-5)
+    found = made.collect(tokens, seen)
+    assert_close(found.ref_logprobs, made.reference.logprobs(tokens, **at))
+    assert_close(found.full_kl, made.reference.full_kl(tokens, **at))
+    assert float(found.full_kl.max()) > 0.01
+
+
 @pytest.mark.parametrize("changes", [{"top_k": 5}, {"top_p": 0.8}, {"min_new_tokens": 2}], ids=str)
 def test_what_biases_kl_is_named_once(changes: dict[str, Any]) -> None:
     """N-01."""
@@ -140,6 +154,18 @@ def test_an_adaptive_beta_moves_by_the_penalty_s_kl_and_a_fixed_one_never() -> N
     assert fixed.kl_controller.value == 0.2
     assert adaptive.kl_controller.value == pytest.approx(0.2 * (1 - 0.2 * 4 / 10))
     assert step(adaptive)["kl_coef"] == pytest.approx(0.2 * (1 - 0.2 * 4 / 10))
+
+
+def test_an_adaptive_beta_stays_where_the_penalty_s_kl_is_the_target() -> None:
+    twin = trainer(kl_penalty="mse")
+    _, second = step(twin), step(twin)
+    assert second["objective/kl"] != pytest.approx(second["kl"], rel=0.1)
+    target = second["objective/kl"]
+    adaptive = trainer(kl_penalty="mse", adap_kl_ctrl=True, target=target, horizon=10)
+    step(adaptive)
+    before = adaptive.kl_controller.value
+    step(adaptive)
+    assert adaptive.kl_controller.value == pytest.approx(before, rel=1e-5)
 
 
 # --- scores
@@ -273,6 +299,7 @@ def test_times_cover_the_iteration_and_start_anew() -> None:
         phases = [stats[f"time/{p}"] for p in ("generate", "score", "reference", "update")]
         assert min(phases) > 0
         assert stats["time/iteration"] == pytest.approx(sum(phases))
+        assert made.clock.read(tokens=0)["time/iteration"] == 0.0
     assert stats["peak_memory_gb"] > 0
 
 

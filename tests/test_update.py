@@ -166,6 +166,22 @@ def test_every_sample_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:
     assert sizes == [3, 3, 3, 3, 3, 1]
 
 
+def test_no_epoch_of_any_iteration_takes_the_order_of_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, seeds = trainer(ppo_epochs=3), []
+    split = made.updates.optimizer_batches
+
+    def spied(n: int, *, seed: tuple[int, ...]) -> Any:
+        seeds.append(seed)
+        return split(n, seed=seed)
+
+    monkeypatch.setattr(made.updates, "optimizer_batches", spied)
+    step(made)
+    step(made)
+    assert len(set(seeds)) == len(seeds) == 2 * 3
+
+
 def test_the_gradient_is_clipped_on_every_step() -> None:
     """N-21: and the norm before clipping is logged."""
     made = trainer(max_grad_norm=0.01, ppo_epochs=3, mini_batch_size=1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ppo_lab.bench.arguments import cores, list_of, positive
+from ppo_lab.bench.arguments import cores, list_of, positive, result_file, seed, some_of
 from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
 from ppo_lab.bench.venvs import REQUIREMENTS, environments_folder
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words and words[0] in OTHERS:
             return import_module(f"ppo_lab.bench.{words[0]}").main(words[1:])
         return bench(parser().parse_args(words), console)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return 1
 
@@ -44,8 +44,7 @@ def bench(asked: argparse.Namespace, console: Console) -> int:
     import torch
 
     from ppo_lab.bench.equality import gate
-    from ppo_lab.bench.report import record, show, show_gates
-    from ppo_lab.bench.runs import interleaved
+    from ppo_lab.bench.report import show, show_gates
     from ppo_lab.record import write_atomically
 
     def say(text: str) -> None:
@@ -56,25 +55,35 @@ def bench(asked: argparse.Namespace, console: Console) -> int:
     show_gates(gates, console)
     if not all(g.passed for g in gates):
         return 1
+    kept: dict[str, Any] = {}
+    try:
+        # Kept after every round: what is broken off later loses none of it.
+        for kept in records(asked, gates, say):
+            if asked.json:
+                write_atomically(asked.json, json.dumps(kept, indent=1) + "\n")
+    finally:
+        if kept:
+            show(kept, console)
+    if asked.json:
+        say(f"wrote {asked.json}")
+    return 0
+
+
+def records(asked: argparse.Namespace, gates: list[Any], say: Any) -> Iterator[dict[str, Any]]:
+    """All that is known after each round; rates are measured once, after the first."""
+    from ppo_lab.bench.report import record
+    from ppo_lab.bench.runs import interleaved
+
     shape, rivals = shape_of(asked), contestants(asked, say)
     results: list[Any] = []
     rates: dict[str, Any] = {}
-    kept: dict[str, Any] = {}
     for result in interleaved(
         rivals, shape, rounds=asked.rounds, threads=asked.threads, seed=asked.seed, say=say
     ):
         results.append(result)
-        if len(results) % len(rivals):
-            continue
-        # Kept after every round: what is broken off later loses none of it.
-        rates = rates or floors(asked)
-        kept = record(shape, results, gates, rates, threads=asked.threads)
-        if asked.json:
-            write_atomically(asked.json, json.dumps(kept, indent=1) + "\n")
-    show(kept, console)
-    if asked.json:
-        say(f"wrote {asked.json}")
-    return 0
+        if len(results) % len(rivals) == 0:
+            rates = rates or floors(asked)
+            yield record(shape, results, gates, rates, threads=asked.threads, seed=asked.seed)
 
 
 def contestants(asked: argparse.Namespace, say: Any) -> list[Any]:
@@ -125,14 +134,14 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--precision",
-        type=list_of(("fp32", "bf16")),
+        type=some_of(("fp32", "bf16")),
         default=["fp32", "bf16"],
         help="precision of the weights, comma-separated",
     )
     p.add_argument("--rounds", type=positive, default=3, help="processes of each contestant")
-    p.add_argument("--threads", type=int, default=cores(), help="threads of each process")
-    p.add_argument("--seed", type=int, default=0, help="of weights, prompts and sampling")
-    p.add_argument("--json", type=Path, help="file that keeps the result")
+    p.add_argument("--threads", type=positive, default=cores(), help="threads of each process")
+    p.add_argument("--seed", type=seed, default=0, help="of weights, prompts and sampling")
+    p.add_argument("--json", type=result_file, help="file that keeps the result")
     p.add_argument(
         "--venvs",
         type=Path,

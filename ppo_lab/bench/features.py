@@ -24,9 +24,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import disable_progress_bar
 
-from ppo_lab.bench.arguments import cores, existing_file, model_folder
+from ppo_lab.bench.arguments import (
+    cores,
+    existing_file,
+    model_folder,
+    positive,
+    result_file,
+    seed,
+)
 from ppo_lab.bench.learning.judge import answered, batches, sample, score
 from ppo_lab.bench.learning.task import prompts_in
+from ppo_lab.bench.report import origin
 from ppo_lab.record import write_atomically
 
 FITTED = 0.75  # the share of the answers that a map is fitted on
@@ -69,6 +77,7 @@ def main(arguments: Sequence[str]) -> int:
     show(found, shares, Console())
     if asked.json:
         kept = {
+            **origin(asked.threads),
             "model": asked.model.name,
             "reward_model": asked.reward_model.name,
             "prompts": asked.prompts.name,
@@ -183,9 +192,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", type=model_folder, required=True, help="folder of the policy")
     p.add_argument("--reward-model", type=model_folder, required=True, help="folder of its reward")
     p.add_argument("--prompts", type=existing_file, required=True, help="JSON lines with `prompt`")
-    p.add_argument("--answers", type=int, default=1024, help="at most so many prompts are answered")
-    p.add_argument("--new-tokens", type=int, default=48, help="the longest answer")
-    p.add_argument("--threads", type=int, default=cores(), help="threads to compute with")
-    p.add_argument("--seed", type=int, default=0, help="of the sampling")
-    p.add_argument("--json", type=Path, help="file that keeps the result")
+    p.add_argument(
+        "--answers", type=positive, default=1024, help="at most so many prompts are answered"
+    )
+    p.add_argument("--new-tokens", type=positive, default=48, help="the longest answer")
+    p.add_argument("--threads", type=positive, default=cores(), help="threads to compute with")
+    p.add_argument("--seed", type=seed, default=0, help="of the sampling")
+    p.add_argument("--json", type=result_file, help="file that keeps the result")
     return p

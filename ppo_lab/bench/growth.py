@@ -11,7 +11,6 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,12 +19,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ppo_lab.bench.arguments import positive
-from ppo_lab.bench.report import machine
+from ppo_lab.bench.arguments import positive, result_file
+from ppo_lab.bench.report import origin
 from ppo_lab.bench.runs import ours_here, run
 from ppo_lab.bench.shapes import SHAPES, Shape
 from ppo_lab.models.logprobs import Head, token_logprobs
 from ppo_lab.plan.trace import peak_bytes
+from ppo_lab.record import write_atomically
 
 FACTORS = (1, 2, 4, 8)
 VOCABULARIES = (2**14, 2**15, 2**16, 2**17, 2**18)
@@ -41,12 +41,13 @@ def main(arguments: Sequence[str]) -> int:
         "batch": lambda shape, factor: replace(shape, batch=factor * shape.batch),
         "response": lambda shape, factor: replace(shape, new_tokens=factor * shape.new_tokens),
     }
-    kept: dict[str, Any] = {"machine": machine(asked.threads), "shape": asked.shape}
-    kept["time"] = {name: times(asked, grow) for name, grow in grown.items()}
+    kept: dict[str, Any] = {**origin(asked.threads), "shape": asked.shape, "time": {}}
     kept["loss_memory_mb"] = {str(v): loss_memory(v) for v in VOCABULARIES}
+    for name, grow in grown.items():
+        kept["time"][name] = times(asked, grow)
+        if asked.json:  # after each, so that what is broken off loses none of it
+            write_atomically(asked.json, json.dumps(kept, indent=1) + "\n")
     show(kept, console)
-    if asked.json:
-        asked.json.write_text(json.dumps(kept, indent=1) + "\n")
     return 0
 
 
@@ -106,6 +107,6 @@ def parser() -> argparse.ArgumentParser:
         "--shape", choices=SHAPES, default="small", help="the model, and the work at x 1"
     )
     p.add_argument("--rounds", type=positive, default=3, help="processes at each size")
-    p.add_argument("--threads", type=int, default=1, help="threads of each process")
-    p.add_argument("--json", type=Path, help="file that keeps the result")
+    p.add_argument("--threads", type=positive, default=1, help="threads of each process")
+    p.add_argument("--json", type=result_file, help="file that keeps the result")
     return p

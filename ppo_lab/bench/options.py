@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from ppo_lab.bench.arguments import list_of, positive
+from ppo_lab.bench.arguments import list_of, positive, result_file
+from ppo_lab.bench.equality import gate
 from ppo_lab.bench.floor import BYTES
-from ppo_lab.bench.report import machine
+from ppo_lab.bench.report import origin, show_gates
 from ppo_lab.bench.runs import Result, ours_here, pairwise, run
 from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
 from ppo_lab.record import write_atomically
@@ -69,13 +69,19 @@ def options(shape: Shape) -> dict[str, Option]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, show, keep."""
+    """Gate, measure, show, keep; 1 where the gate fails."""
     asked = parser().parse_args(arguments)
     shape = replace(SHAPES[asked.shape], architecture=asked.architecture)
     console = Console()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    equal = gate(asked.precision, asked.architecture, device)
+    show_gates([equal], console)
+    if not equal.passed:
+        return 1
     kept: dict[str, Any] = {
-        "machine": machine(asked.threads),
+        **origin(asked.threads),
         "shape": asked.shape,
+        "architecture": asked.architecture,
         "precision": asked.precision,
         "options": {},
     }
@@ -136,6 +142,6 @@ def parser() -> argparse.ArgumentParser:
         help="these options alone",
     )
     p.add_argument("--rounds", type=positive, default=3, help="pairs")
-    p.add_argument("--threads", type=int, default=1, help="threads of each process")
-    p.add_argument("--json", type=Path, help="file that keeps the result")
+    p.add_argument("--threads", type=positive, default=1, help="threads of each process")
+    p.add_argument("--json", type=result_file, help="file that keeps the result")
     return p

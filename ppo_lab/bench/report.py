@@ -18,6 +18,7 @@ from ppo_lab.bench.equality import Gate
 from ppo_lab.bench.floor import Floor, Rates
 from ppo_lab.bench.runs import OURS, PHASES, Result, medians, pairwise
 from ppo_lab.bench.shapes import Shape
+from ppo_lab.outcome import git_commit, versions
 
 
 def record(
@@ -27,18 +28,26 @@ def record(
     floors: dict[str, tuple[Rates, Floor]],
     *,
     threads: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Everything, as JSON keeps it."""
     names = list(dict.fromkeys(r.contestant for r in results))
+    tokens = shape.batch * shape.new_tokens
+
+    def of(name: str) -> dict[str, Any]:
+        found, least = medians(results, name), floors[name.split()[-1]][1].total
+        rate, times = tokens / found["wall_s"], found["wall_s"] / least
+        return {**found, "tokens_per_second": rate, "times_the_floor": times}
+
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(threads),
+        **origin(threads),
+        "seed": seed,
         "shape": asdict(shape),
         "equality": [{**asdict(gate), "passed": gate.passed} for gate in gates],
         "rates": {precision: asdict(rates) for precision, (rates, _) in floors.items()},
         "floor": {precision: least.as_dict() for precision, (_, least) in floors.items()},
         "versions": {r.contestant: r.versions for r in results},
-        "medians": {name: medians(results, name) for name in names},
+        "medians": {name: of(name) for name in names},
         "ratios": [_ratio(results, *pair) for pair in pairs(results)],
         "results": [asdict(r) for r in results],
     }
@@ -46,22 +55,19 @@ def record(
 
 def show(kept: dict[str, Any], console: Console) -> None:
     """The record as tables."""
-    shape = kept["shape"]
-    tokens = shape["batch"] * shape["new_tokens"]
-    title = f"one PPO iteration, {shape['name']}: medians, wall seconds (CPU seconds)"
+    title = f"one PPO iteration, {kept['shape']['name']}: medians, wall seconds (CPU seconds)"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("trainer", no_wrap=True)
     for column in (*PHASES, "total", "tokens/s", "peak GB", "/ floor"):
         table.add_column(column, justify="right", min_width=len(column))
     for name, m in kept["medians"].items():
-        least = kept["floor"][name.split()[-1]]["total"]
         table.add_row(
             name,
             *(f"{m['wall'][p]:.2f} ({m['cpu'][p]:.1f})" for p in PHASES),
             f"{m['wall_s']:.2f} ({m['cpu_s']:.1f})",
-            f"{tokens / m['wall_s']:.1f}",
+            f"{m['tokens_per_second']:.1f}",
             f"{m['peak_gb']:.2f}",
-            f"{m['wall_s'] / least:.1f}",
+            f"{m['times_the_floor']:.1f}",
         )
     console.print(table)
     if kept["ratios"]:
@@ -112,6 +118,16 @@ def pairs(results: list[Result]) -> list[tuple[str, str, str]]:
         if ours and f"{t} fp32" in names
     ]
     return same + best + as_it_comes
+
+
+def origin(threads: int) -> dict[str, Any]:
+    """When, on what and by which code the numbers were measured."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(threads),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -105,7 +106,7 @@ def run(
     lines = done.stdout.splitlines()
     if done.returncode or not lines or not lines[-1].startswith("{"):
         said = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-        raise RuntimeError(f"{contestant.name} failed (exit code {done.returncode}):\n{said}")
+        raise RuntimeError(f"{contestant.name} failed ({_end_of(done.returncode)}):\n{said}")
     found = json.loads(lines[-1])
     if found["optimizer_steps"] != (steps := optimizer_steps(spec)):
         raise RuntimeError(
@@ -113,6 +114,14 @@ def run(
             f"{found['optimizer_steps']} optimizer steps, not {steps}"
         )
     return _result(contestant, turn, found)
+
+
+def _end_of(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    out_of_memory = ", as when memory runs out" if -code == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{out_of_memory}"
 
 
 def optimizer_steps(spec: Mapping[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import venv
@@ -41,26 +42,49 @@ def python_of(trainer: str, folder: Path, say: Callable[[str], None]) -> Path:
     """The interpreter that runs a trainer; its environment is made on first use (minutes, network).
 
     Raises:
-        RuntimeError: the environment could not be filled; pip's last lines say why.
+        RuntimeError: the environment could not be filled, and pip's last lines say why; or it holds
+            other versions than are to be compared.
     """
     if trainer == "ppo_lab":
         return Path(sys.executable)
     home = folder / trainer
     python = home / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    if not _is_complete(python, trainer):
+    torch = _public(version("torch"))
+    found = _installed(python)
+    if not {"trl", "peft"} <= found.keys():
         say(f"{trainer}: making its environment in {home} (once; some minutes)")
         venv.create(home, with_pip=True, clear=home.exists())
-        _install(python, [f"torch=={version('torch').partition('+')[0]}", *REQUIREMENTS[trainer]])
+        _install(python, [f"torch=={torch}", *REQUIREMENTS[trainer]])
+        return python
+    pinned = [text.split("==") for text in REQUIREMENTS[trainer] if "==" in text]
+    wanted = {"torch": torch, **dict(pinned)}
+    if others := [
+        f"{name} {found.get(name)}" for name, n in wanted.items() if found.get(name) != n
+    ]:
+        raise RuntimeError(
+            f"{trainer}: its environment in {home} has {', '.join(others)}, where "
+            f"{', '.join(f'{name} {n}' for name, n in wanted.items())} are to be compared; remove "
+            "it, and it is made anew"
+        )
     return python
 
 
-def _is_complete(python: Path, trainer: str) -> bool:
-    wanted = REQUIREMENTS[trainer][0].partition("==")[2]
-    code = "from importlib.metadata import version; print(version('trl'), version('peft'))"
+def _installed(python: Path) -> dict[str, str]:
+    """The versions of what an environment has, none where there is no environment."""
     if not python.exists():
-        return False
+        return {}
+    code = (
+        "import json; from importlib.metadata import distributions as d; "
+        "print(json.dumps({x.metadata['Name'].lower(): x.version for x in d()}))"
+    )
     said = subprocess.run([python, "-c", code], capture_output=True, text=True)  # noqa: S603
-    return said.stdout.startswith(wanted)
+    found = json.loads(said.stdout) if said.returncode == 0 else {}
+    return {name: _public(number) for name, number in found.items()}
+
+
+def _public(number: str) -> str:
+    """A version without what a build adds to it."""
+    return number.partition("+")[0]
 
 
 def _install(python: Path, packages: list[str]) -> None:

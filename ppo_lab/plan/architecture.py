@@ -28,8 +28,9 @@ from ppo_lab.models.lora import wrap_lora
 class Architecture:
     """Sizes of a policy, in numbers (weights, or values of one position), not in bytes.
 
-    `matrices` are the weights that a token is multiplied with in all layers together, `adapter`
-    those of LoRA beside them, `head` those of the output head. `queries` is the width of the
+    `matrices` are the weights that a token is multiplied with in all layers together, of a mixture
+    those of as many experts as a token is given to (`in_experts`); `adapter` those of LoRA beside
+    them, `head` those of the output head. `queries` is the width of the
     queries of all layers together, `cached` that of their keys and values. `trained` counts every
     weight with a gradient, `trained_matrices` those in `matrices`; `reached` are the layers from
     the first trained one on. Weights lie in `weight_bytes` bytes, those used twice counted once.
@@ -47,6 +48,7 @@ class Architecture:
     weight_bytes: int
     bytes_per_weight: int
     trained_bytes: int = 0
+    in_experts: int = 0
     adapter: int = 0
     trained_matrices: int = 0
     head_trained: bool = False
@@ -66,8 +68,10 @@ def architecture_of(model: Any) -> Architecture:
     # A classifier's head, of a few numbers, counts among the matrices.
     head = torch.empty(0, text.hidden_size, device="meta") if output is None else output.weight
     matrices = list(_matrices(model, output))
-    adapter = [w for name, w in matrices if "lora_" in name]
+    # Not the frozen copy that a reference keeps of a trained adapter.
+    adapter = [w for name, w in matrices if "lora_" in name and w.requires_grad]
     own = [w for name, w in matrices if "lora_" not in name]
+    experts, trained_experts = _experts(model, text)
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     heads = getattr(text, "num_attention_heads", 0)
@@ -77,7 +81,7 @@ def architecture_of(model: Any) -> Architecture:
         layers=text.num_hidden_layers,
         hidden=head.shape[1],
         vocabulary=head.shape[0],
-        matrices=sum(w.numel() for w in own),
+        matrices=sum(w.numel() for w in own) + experts,
         head=head.numel(),
         queries=text.num_hidden_layers * heads * size,
         cached=text.num_hidden_layers * groups * size * 2,
@@ -86,8 +90,9 @@ def architecture_of(model: Any) -> Architecture:
         weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
         bytes_per_weight=parameters[0].element_size(),
         trained_bytes=sum(p.numel() * p.element_size() for p in trained),
+        in_experts=experts,
         adapter=sum(w.numel() for w in adapter),
-        trained_matrices=sum(w.numel() for w in own if w.requires_grad),
+        trained_matrices=sum(w.numel() for w in own if w.requires_grad) + trained_experts,
         head_trained=head.requires_grad,
         has_own_reference=not hasattr(model, "peft_config"),
         reached=text.num_hidden_layers - _first_trained(model),
@@ -157,6 +162,21 @@ def _first_trained(model: Any) -> int:
     in_layers = [int(found[1]) for found in numbers if found]
     outside = len(in_layers) < len(trained)  # embeddings, which stand below all layers
     return 0 if outside or not in_layers else min(in_layers)
+
+
+def _experts(model: Any, text: PreTrainedConfig) -> tuple[int, int]:
+    """How many weights a token is multiplied with in all experts that it is given to, and how many
+    of them are trained. The experts of a layer are one parameter, each a matrix of it.
+    """
+    names = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk")
+    taken = next((n for name in names if (n := getattr(text, name, None))), 0)
+    stacked = [
+        (taken * p[0].numel(), p.requires_grad)
+        for module in model.modules()
+        for p in module.parameters(recurse=False)
+        if taken and p.dim() == 3 and not isinstance(module, nn.Conv1d)
+    ]
+    return sum(size for size, _ in stacked), sum(size for size, trained in stacked if trained)
 
 
 def _matrices(model: Any, head: nn.Module | None) -> Iterator[tuple[str, torch.Tensor]]:

@@ -46,7 +46,7 @@ def standing_bytes(
     adapter = of.trained_bytes if not of.has_own_reference else 0
     weights: float = of.weight_bytes - adapter
     if in_4_bits:
-        weights += of.matrices * (IN_4_BITS - of.bytes_per_weight)
+        weights += (of.matrices - of.in_experts) * (IN_4_BITS - of.bytes_per_weight)
     moments = MOMENTS[adam] * of.trained
     if of.has_own_reference:
         return {

@@ -36,6 +36,7 @@ class Meter:
         """
         prompts = tokens.query_mask.sum(1).tolist()
         amount = Amount.of(zip(prompts, tokens.lengths.tolist(), strict=True))
+        amount = amount._replace(scored=int(tokens.mask.sum()))
         cached = bool(self.trunk.kept_below)
         found = iteration_flops(
             self.policy, amount, epochs=epochs if policy_learns else 0, cached=cached

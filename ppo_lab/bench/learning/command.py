@@ -8,7 +8,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ppo_lab.bench.arguments import cores, existing_file, list_of, model_folder
+from ppo_lab.bench.arguments import (
+    cores,
+    existing_file,
+    list_of,
+    model_folder,
+    numbers,
+    positive,
+    result_file,
+    seed,
+)
 from ppo_lab.bench.learning.runs import (
     CONTESTANTS,
     OURS,
@@ -45,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
 def compare(asked: argparse.Namespace, console: Console, say: Callable[[str], None]) -> None:
     """The comparison as asked for on the command line."""
     from ppo_lab.bench.learning.report import show
-    from ppo_lab.bench.report import machine
+    from ppo_lab.bench.report import origin
 
     task = Task(
         model=str(asked.model),
@@ -53,10 +62,12 @@ def compare(asked: argparse.Namespace, console: Console, say: Callable[[str], No
         prompts=str(asked.prompts),
         iterations=asked.iterations,
     )
-    record = Record(asked.json, task, machine(asked.threads))
+    record = Record(asked.json, task, origin(asked.threads))
     variants = [variant(words) for words in asked.variant]
     check_variants(variants, task)
     chosen = [*(CONTESTANTS[name] for name in asked.contestants), *variants]
+    if not chosen:
+        raise RuntimeError("nobody to compare: name some by --contestants or --variant")
     contestants = {c.name: c for c in chosen}
     pythons = {c.name: python_of(c.environment or OURS, asked.venvs, say) for c in chosen}
     train_and_judge(
@@ -115,11 +126,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="OVERRIDES",
         help='ours with more overrides, as "ppo.lam=1 critic=head"; may be given several times',
     )
-    p.add_argument("--betas", type=_numbers(float), default=[0.05, 0.3, 1.0])
-    p.add_argument("--seeds", type=_numbers(int), default=[0, 1, 2])
-    p.add_argument("--iterations", type=int, default=Task.iterations)
-    p.add_argument("--threads", type=int, default=cores(), help="threads of each process")
-    p.add_argument("--json", type=Path, help="file that keeps the results; runs in it are not made")
+    p.add_argument("--betas", type=numbers(float), default=[0.05, 0.3, 1.0])
+    p.add_argument("--seeds", type=numbers(seed), default=[0, 1, 2])
+    p.add_argument("--iterations", type=positive, default=Task.iterations)
+    p.add_argument("--threads", type=positive, default=cores(), help="threads of each process")
+    p.add_argument(
+        "--json", type=result_file, help="file that keeps the results; runs in it are not made"
+    )
     p.add_argument(
         "--folder",
         type=Path,
@@ -133,7 +146,3 @@ def parser() -> argparse.ArgumentParser:
         help="where environments lie or are made",
     )
     return p
-
-
-def _numbers(kind: type) -> Callable[[str], list]:
-    return lambda text: [kind(part) for part in text.split(",") if part]

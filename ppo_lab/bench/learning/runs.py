@@ -143,23 +143,28 @@ class Record:
     stopped goes on.
     """
 
-    def __init__(self, file: Path | None, task: Task, machine: dict[str, Any]) -> None:
-        """The record in `file`, continued where there is one.
+    def __init__(self, file: Path | None, task: Task, origin: dict[str, Any]) -> None:
+        """The record in `file`, continued where there is one; `origin` says where its newest runs
+        are from.
 
         Raises:
             RuntimeError: it is of other work.
         """
         self.file = file
         self.kept: dict[str, Any] = {
+            **origin,
             "task": {**task.named(), "fingerprint": task.fingerprint()},
-            "machine": machine,
             "runs": [],
         }
         if file is not None and file.exists():
-            before = json.loads(file.read_text())
-            if before["task"]["fingerprint"] != task.fingerprint():
+            try:
+                before = json.loads(file.read_text())
+                fingerprint, runs = before["task"]["fingerprint"], before["runs"]
+            except (ValueError, KeyError, TypeError):
+                raise RuntimeError(f"{file}: no record of this benchmark; name another") from None
+            if fingerprint != task.fingerprint():
                 raise RuntimeError(f"{file}: holds results of another task; name another file")
-            self.kept["runs"] = before["runs"]
+            self.kept["runs"] = runs
 
     def has(self, cell: Cell) -> bool:
         """Whether this run is done."""
