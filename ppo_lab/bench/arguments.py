@@ -7,7 +7,18 @@ import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from ppo_lab.bench.venvs import environments_folder
 from ppo_lab.on_disk import unwritable
+
+
+def add_venvs(parser: argparse.ArgumentParser) -> None:
+    """Let the command line say where the environments of other trainers are."""
+    parser.add_argument(
+        "--venvs",
+        type=Path,
+        default=environments_folder(),
+        help="where environments lie or are made",
+    )
 
 
 def list_of(known: Collection[str]) -> Callable[[str], list[str]]:

@@ -13,14 +13,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ppo_lab.bench.arguments import cores, list_of, positive, result_file, seed, some_of
+from ppo_lab.bench.arguments import add_venvs, cores, list_of, positive, result_file, seed, some_of
 from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
-from ppo_lab.bench.venvs import REQUIREMENTS, environments_folder
+from ppo_lab.bench.venvs import REQUIREMENTS
 
 # Benchmarks with a command line of their own.
 OTHERS = ("features", "growth", "learning", "options")
@@ -142,10 +141,5 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=positive, default=cores(), help="threads of each process")
     p.add_argument("--seed", type=seed, default=0, help="of weights, prompts and sampling")
     p.add_argument("--json", type=result_file, help="file that keeps the result")
-    p.add_argument(
-        "--venvs",
-        type=Path,
-        default=environments_folder(),
-        help="where environments lie or are made",
-    )
+    add_venvs(p)
     return p

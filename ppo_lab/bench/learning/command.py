@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ppo_lab.bench.arguments import (
+    add_venvs,
     cores,
     existing_file,
     list_of,
@@ -29,7 +30,7 @@ from ppo_lab.bench.learning.runs import (
     variant,
 )
 from ppo_lab.bench.learning.task import Task
-from ppo_lab.bench.venvs import environments_folder, python_of
+from ppo_lab.bench.venvs import python_of
 from ppo_lab.command_line import command_problems
 from ppo_lab.config import register_schema
 from ppo_lab.rules import problems
@@ -139,10 +140,5 @@ def parser() -> argparse.ArgumentParser:
         default=Path("outputs/bench-learning"),
         help="where the trained models lie",
     )
-    p.add_argument(
-        "--venvs",
-        type=Path,
-        default=environments_folder(),
-        help="where environments lie or are made",
-    )
+    add_venvs(p)
     return p
