@@ -21,6 +21,7 @@ from ppo_lab.errors import ConfigError
 from ppo_lab.processes.launch import is_main
 
 LOCK = ".lock"
+SLURM = "slurm"  # before the number of a job of its
 PATIENCE = 1.0  # seconds; whoever only asks holds the lock for an instant
 _taken_early: dict[Path, BinaryIO] = {}  # by folder; until a run goes on with the lock
 
@@ -119,14 +120,13 @@ def machine() -> str:
 
 
 def job() -> str:
-    """The job in which submitit runs this process, the same after it was requeued; else empty."""
+    """The scheduler's job that this process runs in, the same after it was requeued; else empty."""
     get = os.environ.get
-    if get("SUBMITIT_EXECUTOR") == "slurm":
-        array = f"{get('SLURM_ARRAY_JOB_ID')}_{get('SLURM_ARRAY_TASK_ID')}"
-        return f"slurm {array if get('SLURM_ARRAY_JOB_ID') else get('SLURM_JOB_ID')}"
     if get("SUBMITIT_EXECUTOR") == "local":
         return f"{machine()} {get('SUBMITIT_LOCAL_JOB_ID')}"
-    return ""
+    if get("SLURM_ARRAY_JOB_ID"):
+        return f"{SLURM} {get('SLURM_ARRAY_JOB_ID')}_{get('SLURM_ARRAY_TASK_ID')}"
+    return f"{SLURM} {get('SLURM_JOB_ID')}" if get("SLURM_JOB_ID") else ""
 
 
 def _taken(file: BinaryIO) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ppo_lab.run_lock import job, owner
+from ppo_lab.run_lock import SLURM, job, owner
 from ppo_lab.run_state import wandb_run_id
 
 
@@ -34,16 +34,17 @@ def is_requeued(folder: Path) -> bool:
     the very run that W&B told its agent to start.
 
     A job keeps its number when it is requeued: by submitit after a signal, or by Slurm itself after
-    a node failed. Slurm counts; without it, of a job's processes that begin one after the other,
+    a node failed. Slurm counts; otherwise, of a job's processes that begin one after the other,
     the later ones would find their own number in the folder. W&B queues a run that was preempted,
     and gives it to an agent once more by its id.
     """
     if _is_an_agents(folder):
         return True
-    by_slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
-    if not job() or (by_slurm and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"):
+    number = job()
+    first_time = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+    if not number or (number.startswith(SLURM) and first_time):
         return False
-    return owner(folder).get("job") == job()
+    return owner(folder).get("job") == number
 
 
 def _is_an_agents(folder: Path) -> bool:

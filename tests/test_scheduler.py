@@ -145,10 +145,17 @@ def test_a_job_that_is_requeued_knows_the_run_that_it_began(
     assert is_requeued(tmp_path)
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     assert not is_requeued(tmp_path)
-    monkeypatch.delenv("SUBMITIT_EXECUTOR")
     with alone_in(tmp_path):
         pass
+    monkeypatch.delenv("SUBMITIT_EXECUTOR")  # a script of one's own, without submitit
+    assert is_requeued(tmp_path)
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
     assert not is_requeued(tmp_path)  # two runs by hand are no job that came back
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):
+        monkeypatch.delenv(name)
+    with alone_in(tmp_path):
+        pass
+    assert not is_requeued(tmp_path)
 
 
 def test_a_run_that_wandb_hands_out_again_is_known_by_its_id(
