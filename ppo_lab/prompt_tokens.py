@@ -163,12 +163,13 @@ def continuation(
     out where a text begins: a response by itself would lose it, and prompt and response put
     together would be another text than the one that was written.
     """
-    before, whole, alone = (
-        str(tokenizer.decode(list(ids), skip_special_tokens=True))
-        for ids in (query, [*query, *response], response)
-    )
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    before, whole = text(query), text([*query, *response])
     # Not where a query ends within a character that the response completes.
-    return whole[len(before) :] if whole.startswith(before) else alone
+    return whole[len(before) :] if whole.startswith(before) else text(response)
 
 
 def _is_message(message: Any) -> bool:

@@ -98,11 +98,11 @@ def answered(tokenizer: Any, ids: Tensor, kept: Tensor, *, new: int) -> list[str
     """
     found = []
     for row, seen in zip(ids, kept, strict=True):
-        before, whole = (
-            tokenizer.decode(row[:end][seen[:end]].tolist(), skip_special_tokens=True)
-            for end in (-new, None)
+        before, whole, alone = (
+            tokenizer.decode(row[part][seen[part]].tolist(), skip_special_tokens=True)
+            for part in (slice(-new), slice(None), slice(-new, None))
         )
-        found.append(whole.removeprefix(before))
+        found.append(whole[len(before) :] if whole.startswith(before) else alone)
     return found
 
 
