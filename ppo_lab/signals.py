@@ -31,10 +31,10 @@ def end_quietly() -> None:
         signal.signal(signal.SIGINT, _end)
 
 
-def run_quietly(module: str) -> NoReturn:
-    """Run a module's `main` as the program, with Ctrl-C as above from its imports on."""
+def run_quietly(module: str, entry: str = "main") -> NoReturn:
+    """Run a module's function as the program, with Ctrl-C as above from its imports on."""
     end_quietly()
-    sys.exit(import_module(module).main())
+    sys.exit(getattr(import_module(module), entry)())
 
 
 def _end(number: int, _: FrameType | None) -> NoReturn:

@@ -1,0 +1,32 @@
+"""The command lines of the stages before PPO."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ppo_lab.command_line import launch
+from ppo_lab.help import print_stage
+from ppo_lab.stages.config import RewardModelConfig, SFTConfig, register_stages
+from ppo_lab.stages.jobs import problems, run_reward_model, run_sft
+
+
+def sft() -> None:
+    """`python -m ppo_lab.sft`."""
+    _run("sft", "Fine-tunes a language model on texts, completions or chats.", SFTConfig(), run_sft)
+
+
+def reward_model() -> None:
+    """`python -m ppo_lab.reward_model`."""
+    purpose = "Trains a reward model on compared answers."
+    _run("reward_model", purpose, RewardModelConfig(), run_reward_model)
+
+
+def _run(name: str, purpose: str, settings: Any, job: Callable[..., Any]) -> None:
+    """Run the stage, or say what it is."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print_stage(f"ppo_lab.{name}", purpose, settings)
+        return
+    register_stages()
+    launch(job, check=problems, config_name=name)
