@@ -83,15 +83,14 @@ class NoiseKey:
 
     def uniforms(self, samples: int, positions: int) -> Float[Tensor, "samples positions levels"]:
         """Numbers in [0, 1) for every sample and position, as many as a choice takes."""
-        rows = [
-            np.random.Generator(
-                np.random.Philox(
-                    key=[self.seed, self.stream], counter=[0, self.first_sample + i, 0, 0]
-                )
-            )
-            for i in range(samples)
-        ]
-        return torch.from_numpy(np.stack([row.random((positions, LEVELS)) for row in rows]))
+        philox = np.random.Philox(key=[self.seed, self.stream])
+        generator, state = np.random.Generator(philox), philox.state
+        numbers = np.empty((samples, positions, LEVELS))
+        for i in range(samples):  # one generator set anew: to make another takes longer
+            state["state"]["counter"] = np.array([0, self.first_sample + i, 0, 0], np.uint64)
+            philox.state = state
+            generator.random(out=numbers[i])
+        return torch.from_numpy(numbers)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from tiny_models import EOS, PAD, QUERIES, VOCABULARY, policy, train_adapter, we
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppo_lab.models.choice import LEVELS
 from ppo_lab.models.fast import decoder as decoder_module
@@ -27,6 +28,7 @@ from ppo_lab.models.fast.attention import KeysAndValues, attend, bias_of, blocks
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.graphed import WORTH_RECORDING, Graphed
 from ppo_lab.models.fast.layers import Anatomy
+from ppo_lab.models.fast.products import Linear
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.models.reference import Reference
 from ppo_lab.models.trunk import Trunk
@@ -280,6 +282,47 @@ def test_another_adapter_takes_the_place_of_one_and_changes_none(
     assert not torch.allclose(seen[0], seen[1], atol=1e-2)
 
 
+class Counted(TorchDispatchMode):
+    """The names of the operations that are made; views, which launch nothing, aside."""
+
+    VIEWS = ("slice", "select", "view", "unsqueeze", "expand", "alias", "t", "transpose")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, _: Any, args: Any = (), named: Any = None) -> Any:
+        name = operation.overloadpacket.__name__
+        if name not in self.VIEWS:
+            self.made.append(name)
+        return operation(*args, **(named or {}))
+
+
+def test_copies_of_an_adapter_are_brought_up_to_date_by_one_operation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, matrices = adapted(monkeypatch, torch.bfloat16)
+    (ids, attention), passes = text_of(3, 16, 0), generation(made.trunk.decoder, None)
+    passes.newest(ids, attention, alone)
+    assert passes._standing is not None
+    with Counted() as count:
+        assert passes._standing.begin(ids, attention)
+    assert len(matrices) == 8
+    assert count.made.count("copy_") == 3  # the prompts, where they are real, where they begin
+    assert count.made.count("_foreach_copy_") == 1
+
+
+def test_what_linear_layers_are_read_from_is_what_they_read() -> None:
+    made = policy("gpt2", lora=True)
+    for off in (False, True):
+        with made.pretrained_model.disable_adapter() if off else nullcontext():
+            for module, (tensors, scales) in graphed._read(anatomy_of(made.trunk.decoder)).items():
+                linear = Linear.read(module)
+                read = (linear.weight, *linear.matrices)
+                assert [x.data_ptr() for x in tensors] == [x.data_ptr() for x in read]
+                assert tuple(scales) == linear.scalings
+
+
 def test_weights_at_other_addresses_are_read_anew() -> None:
     """As after a model went to another device and came back."""
     trunk, tape = Trunk(tiny_model("llama")), Tape()
@@ -417,7 +460,7 @@ def a_gpu_without_one() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
         for method, does in LOOKING.items():
             patch.setattr(FakeTensor, method, does, raising=False)
-        patch.setattr(graphed, "_where_linears_lie", lambda _: [])  # shapes lie nowhere
+        patch.setattr(graphed, "_where", lambda _: [])  # shapes lie nowhere
         yield
 
 
