@@ -11,6 +11,7 @@ import torch
 from tiny_models import EOS, PAD, QUERIES, VOCABULARY, policy, tokenizer
 from torch.testing import assert_close
 
+from ppo_lab.arrivals import Asked
 from ppo_lab.models.choice import LEVELS
 from ppo_lab.rollout import AllEnded, NoiseKey, Sampling, draw, keep_likely, sample
 from ppo_lab.types import Tokens
@@ -280,6 +281,13 @@ def test_a_question_about_a_gpu_s_rows_is_answered_by_the_next(
     rows = [[False, False], [True, False], [True, True], [True, True]]
     assert [there(torch.tensor(row)) for row in rows] == [False, False, False, True]
     assert [here(torch.tensor(row)) for row in rows] == [False, False, True, True]
+
+
+def test_numbers_that_were_asked_for_are_those_of_then() -> None:
+    numbers = torch.zeros(2)
+    asked = Asked(numbers)
+    numbers.add_(1.0)
+    assert asked.read().tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("pad", [PAD, EOS, 7])
