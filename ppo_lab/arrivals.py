@@ -7,13 +7,16 @@ from torch import Tensor
 
 
 class Asked:
-    """Numbers that a device was asked for. Read later, they are waited for no longer than it takes
-    what the device was told before the question; what it was told since goes on meanwhile.
+    """Numbers that a device was asked for, as they are then. Read later, they are waited for no
+    longer than it takes what the device was told before the question; what it was told since goes
+    on meanwhile.
     """
 
     def __init__(self, numbers: Tensor) -> None:
-        self._numbers, self._arrived = numbers, None
-        if numbers.device.type == "cuda":
+        self._arrived = None
+        if numbers.device.type != "cuda":
+            self._numbers = numbers.clone()
+        else:
             self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
             self._arrived = torch.cuda.Event()

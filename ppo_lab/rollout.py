@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ppo_lab.arrivals import Asked
@@ -46,6 +48,11 @@ class Sampling:
     stop_strings: tuple[str, ...] = ()
     batch_size: int = 0
     foreign: tuple[str, ...] = ()
+
+    @property
+    def may_end(self) -> bool:
+        """Whether a response can be shorter than the most tokens."""
+        return bool(self.eos_ids or self.stop_strings)
 
     @property
     def takes_all(self) -> bool:
@@ -83,15 +90,14 @@ class NoiseKey:
 
     def uniforms(self, samples: int, positions: int) -> Float[Tensor, "samples positions levels"]:
         """Numbers in [0, 1) for every sample and position, as many as a choice takes."""
-        rows = [
-            np.random.Generator(
-                np.random.Philox(
-                    key=[self.seed, self.stream], counter=[0, self.first_sample + i, 0, 0]
-                )
-            )
-            for i in range(samples)
-        ]
-        return torch.from_numpy(np.stack([row.random((positions, LEVELS)) for row in rows]))
+        philox = np.random.Philox(key=[self.seed, self.stream])
+        generator, state = np.random.Generator(philox), philox.state
+        numbers = np.empty((samples, positions, LEVELS))
+        for i in range(samples):  # one generator set anew: to make another takes longer
+            state["state"]["counter"] = np.array([0, self.first_sample + i, 0, 0], np.uint64)
+            philox.state = state
+            generator.random(out=numbers[i])
+        return torch.from_numpy(numbers)
 
 
 @torch.no_grad()
@@ -113,63 +119,108 @@ def sample(
     token whether every response here has ended, and says whether sampling may.
     """
     queries = prompts.ids if isinstance(prompts, Prompts) else [list(p) for p in prompts]
+    trunk = trunk or policy.trunk
+    packed = Tokens.pack(queries, [[]] * len(queries), pad_id=sampling.pad_id)
+    device = trunk.head.weight.device
+    ids, real = packed.queries.to(device), packed.query_mask.to(device)
     uniforms = noise.uniforms(len(queries), sampling.max_new_tokens)
     chunk = sampling.batch_size or len(queries)
-    parts = [
-        _sample_chunk(
-            policy,
-            queries[i : i + chunk],
-            uniforms[i : i + chunk],
-            sampling,
-            decode,
-            trunk or policy.trunk,
-            all_ended,
-        )
-        for i in range(0, len(queries), chunk)
-    ]
-    return _join(parts, queries, sampling.pad_id)
+    parts = []
+    for first in range(0, len(queries), chunk):
+        rows = slice(first, first + chunk)
+        width = max(map(len, queries[rows]))
+        given = ids[rows, -width:], real[rows, -width:], uniforms[rows]
+        parts.append(_sample_chunk(policy, *given, sampling, decode, trunk, all_ended))
+    return _join(parts, ids, real, sampling.pad_id)
 
 
 def _sample_chunk(
     policy: Any,
-    queries: Sequence[Sequence[int]],
-    uniforms: Tensor,
+    ids: Int[Tensor, "batch query"],
+    real: Bool[Tensor, "batch query"],
+    uniforms: Float[Tensor, "batch positions levels"],
     sampling: Sampling,
     decode: Callable[[list[int]], str] | None,
     trunk: Trunk,
     all_ended: Callable[[bool], bool],
-) -> list[Tensor]:
-    """[responses, lengths, ended, logprobs, values, entropy] of one chunk."""
-    device = trunk.head.weight.device
-    packed = Tokens.pack(queries, [[sampling.pad_id]] * len(queries), pad_id=sampling.pad_id)
-    ids, attention = packed.queries.to(device), packed.query_mask.to(device)
-    uniforms = uniforms.to(device)
-    eos = torch.tensor(sampling.eos_ids, dtype=torch.long, device=device)
-    cache = trunk.new_cache(ids.shape[1] + sampling.max_new_tokens)
-    ended = torch.zeros(len(queries), dtype=torch.bool, device=device)
-    early, later = (Drawing(policy, trunk, sampling, bans) for bans in (True, False))
-    may_end = bool(sampling.eos_ids or sampling.stop_strings)
+) -> Part:
+    """Responses to prompts that are padded on the left."""
+    (batch, width), device, longest = ids.shape, ids.device, sampling.max_new_tokens
+    cache = trunk.new_cache(width + longest)
+    answers = Answers(*trunk.placed(cache, *Answers.room(batch, longest, device)))
+    answers.begin(uniforms)
+    # Every new column is seen by later ones; of a response that has ended, none is looked at.
+    attention = F.pad(real, (0, longest), value=True)
+    early, later = (Writing(Drawing(policy, trunk, sampling, bans)) for bans in (True, False))
     question = AllEnded(device)
-    tokens, seen, alive = [], [], []
-    for position in range(sampling.max_new_tokens):
-        draws = early if position < sampling.min_new_tokens else later
-        token, *of_token = trunk.newest(ids, attention, cache, draws, uniforms[:, position])
-        alive.append(~ended)
-        token = token.masked_fill(ended, sampling.pad_id)
-        tokens.append(token)
-        seen.append(of_token)
-        ended = ended | torch.isin(token, eos) | _completes_stop(tokens, ended, sampling, decode)
-        if all_ended(may_end and question(ended)):
+    for position in range(longest):
+        writes = early if position < sampling.min_new_tokens else later
+        trunk.newest(ids, attention[:, : width + position], cache, writes, *answers)
+        ids = answers.newest
+        if sampling.stop_strings and position >= sampling.min_new_tokens:
+            answers.ended.logical_or_(_completes_stop(answers, position, sampling, decode))
+        if all_ended(sampling.may_end and question(answers.ended)):
             break
-        ids = token[:, None]
-        attention = torch.cat([attention, torch.ones_like(ids, dtype=torch.bool)], 1)
-    real = torch.stack(alive, 1)
-    return [
-        torch.stack(tokens, 1),
-        real.sum(1),
-        ended,
-        *(torch.stack(c, 1).masked_fill(~real, 0.0) for c in zip(*seen, strict=True)),
-    ]
+    return answers.read(position + 1)
+
+
+class Part(NamedTuple):
+    """Responses of a chunk, and of every token its log-probability, value and entropy."""
+
+    responses: Int[Tensor, "batch time"]
+    lengths: Int[Tensor, " batch"]
+    ended: Bool[Tensor, " batch"]
+    seen: Float[Tensor, "three batch time"]
+
+
+class Answers(NamedTuple):
+    """Responses while they are written, by position, in tensors that are changed in place: so a
+    pass that is recorded with what is drawn from it can be played again for every token.
+
+    `position` is the next to be written, with its row of `uniforms`; `newest` are the tokens of the
+    one before. `seen` holds log-probabilities, values and entropies, `padding` how many positions
+    lie behind each response's end. There may be room for more positions than are written.
+    """
+
+    uniforms: Float[Tensor, "positions batch levels"]
+    tokens: Int[Tensor, "positions batch"]
+    seen: Float[Tensor, "positions three batch"]
+    position: Int[Tensor, " one"]
+    newest: Int[Tensor, "batch one"]
+    ended: Bool[Tensor, " batch"]
+    padding: Int[Tensor, " batch"]
+
+    @classmethod
+    def room(cls, batch: int, positions: int, device: torch.device) -> Answers:
+        """Room for so many responses of so many tokens, with nothing in it."""
+        empty = partial(torch.empty, device=device)
+        return cls(
+            uniforms=empty(positions, batch, LEVELS, dtype=torch.float64),
+            tokens=empty(positions, batch, dtype=torch.long),
+            seen=empty(positions, 3, batch, dtype=torch.float32),
+            position=empty(1, dtype=torch.long),
+            newest=empty(batch, 1, dtype=torch.long),
+            ended=empty(batch, dtype=torch.bool),
+            padding=empty(batch, dtype=torch.long),
+        )
+
+    def begin(self, uniforms: Float[Tensor, "batch positions levels"]) -> None:
+        """Nothing is written, and these are the numbers that will be drawn at."""
+        self.uniforms[: uniforms.shape[1]].copy_(uniforms.transpose(0, 1))
+        self.position.zero_()
+        self.ended.fill_(False)
+        self.padding.zero_()
+
+    def read(self, positions: int) -> Part:
+        """A copy of what was written at the first so many positions."""
+        tokens, seen = self.tokens[:positions].t(), self.seen[:positions].permute(1, 2, 0)
+        as_rows = torch.contiguous_format
+        return Part(
+            tokens.clone(memory_format=as_rows),
+            positions - self.padding,
+            self.ended.clone(),
+            seen.clone(memory_format=as_rows),
+        )
 
 
 class AllEnded:
@@ -185,8 +236,8 @@ class AllEnded:
         """The answer; about a GPU's row of flags, that to the last question."""
         if not self.late:
             return bool(ended.all())
-        before, self._asked = self._asked, Asked(ended.all())
-        return before is not None and bool(before.read())
+        before, self._asked = self._asked, Asked(ended)
+        return before is not None and bool(before.read().all())
 
 
 @dataclass(frozen=True)
@@ -218,6 +269,31 @@ class Drawing:
         logprobs, entropy = from_logits(logits, token, temperature=at, entropy=True)
         assert entropy is not None
         return token, logprobs, entropy
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A function of hidden states and `Answers`: what is drawn is written down in place, padding
+    where a response has ended.
+    """
+
+    drawing: Drawing
+
+    def __call__(self, hidden: Tensor, *answers: Tensor) -> tuple[()]:
+        """All that is to be had is in the answers."""
+        to, sampling = Answers(*answers), self.drawing.sampling
+        uniforms = to.uniforms.index_select(0, to.position)[0]
+        token, *of_token = self.drawing(hidden, uniforms)
+        if sampling.may_end:
+            token = token.masked_fill(to.ended, sampling.pad_id)
+            to.padding.add_(to.ended)
+        to.newest.copy_(token[:, None])
+        to.tokens.index_copy_(0, to.position, token[None])
+        to.seen.index_copy_(0, to.position, torch.stack(of_token).float()[None])
+        for end in sampling.eos_ids:  # numbers, and no tensor of them; mostly there is one
+            to.ended.logical_or_(token == end)
+        to.position.add_(1)
+        return ()
 
 
 def draw(
@@ -260,44 +336,50 @@ def keep_likely(
 
 
 def _completes_stop(
-    tokens: list[Tensor],
-    ended: Tensor,
+    answers: Answers,
+    position: int,
     sampling: Sampling,
     decode: Callable[[list[int]], str] | None,
 ) -> Bool[Tensor, " batch"]:
     """Which unfinished rows contain a stop string now that ends after the tokens that must come."""
     stops, before = sampling.stop_strings, sampling.min_new_tokens
-    if not stops or len(tokens) <= before:
-        return torch.zeros_like(ended)
     assert decode is not None, "stop strings need a tokenizer's decode"
 
     def stopped(row: list[int]) -> bool:
         text, held = decode(row), len(decode(row[:before])) if before else 0
         return any(text.find(s, max(held - len(s) + 1, 0)) >= 0 for s in stops)
 
-    rows = zip(torch.stack(tokens, 1).tolist(), ended.tolist(), strict=True)
+    written, ended = answers.tokens[: position + 1].t(), answers.ended
+    rows = zip(written.tolist(), ended.tolist(), strict=True)
     return torch.tensor([not done and stopped(row) for row, done in rows], device=ended.device)
 
 
 def _join(
-    parts: list[list[Tensor]], queries: Sequence[Sequence[int]], pad_id: int
+    parts: Sequence[Part],
+    queries: Int[Tensor, "batch query"],
+    query_mask: Bool[Tensor, "batch query"],
+    pad_id: int,
 ) -> tuple[Tokens, Forward]:
-    time = max(int(part[1].max()) for part in parts)
-
-    def column(i: int, fill: float) -> Tensor:
-        padded = [
-            torch.nn.functional.pad(p[i], (0, time - p[i].shape[1]), value=fill) for p in parts
-        ]
-        return torch.cat(padded)
-
-    responses, lengths = column(0, pad_id), torch.cat([part[1] for part in parts])
-    packed = Tokens.pack(queries, [[pad_id]] * len(queries), pad_id=pad_id)
+    """The responses of all chunks, as wide as the longest, to these prompts."""
+    lengths = _whole([part.lengths for part in parts])
+    time = int(lengths.max())
+    mask = torch.arange(time, device=lengths.device) < lengths[:, None]
+    seen = _whole([_as_wide(part.seen, time, 0.0) for part in parts], 1)
     tokens = Tokens(
-        queries=packed.queries.to(responses.device),
-        query_mask=packed.query_mask.to(responses.device),
-        responses=responses,
-        mask=torch.arange(time, device=responses.device) < lengths[:, None],
+        queries=queries,
+        query_mask=query_mask,
+        responses=_whole([_as_wide(part.responses, time, pad_id) for part in parts]),
+        mask=mask,
         lengths=lengths,
-        ended=torch.cat([part[2] for part in parts]),
+        ended=_whole([part.ended for part in parts]),
     )
-    return tokens, Forward(logprobs=column(3, 0.0), values=column(4, 0.0), entropy=column(5, 0.0))
+    return tokens, Forward(*seen.masked_fill(~mask, 0.0))
+
+
+def _as_wide(x: Shaped[Tensor, "... columns"], time: int, fill: float) -> Tensor:
+    """With so many columns, those that are missing filled."""
+    return F.pad(x, (0, missing), value=fill) if (missing := time - x.shape[-1]) else x
+
+
+def _whole(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]

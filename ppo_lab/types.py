@@ -10,10 +10,12 @@ the end-of-sequence token).
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -126,6 +128,20 @@ def _padded(name: str, x: Tensor, query: int, time: int) -> Tensor:
     return torch.nn.functional.pad(x, (missing, 0) if on_left else (0, missing))
 
 
+def _packed(
+    rows: Sequence[Sequence[Any]], fill: Any, *, dtype: Any = np.int64, on_left: bool = False
+) -> tuple[Tensor, Bool[Tensor, "batch columns"]]:
+    """Lists as one rectangle, filled up on a side; and where it holds what was in them."""
+    lengths = np.array([len(row) for row in rows])
+    columns = np.arange(lengths.max())
+    held = columns < lengths[:, None]
+    if on_left:
+        held = held[:, ::-1].copy()
+    rectangle = np.full(held.shape, fill, dtype)
+    rectangle[held] = np.fromiter(itertools.chain.from_iterable(rows), dtype, lengths.sum())
+    return torch.from_numpy(rectangle), torch.from_numpy(held)
+
+
 @dataclass(frozen=True)
 class Tokens(_Rows):
     """Prompts and responses as rectangles of token ids.
@@ -164,16 +180,14 @@ class Tokens(_Rows):
         ended: Sequence[bool] | None = None,
     ) -> Tokens:
         """Lists of token ids, one a sample, as rectangles; `masks` are all True unless given."""
-        masks = [[True] * len(r) for r in responses] if masks is None else masks
-        width, time = max(map(len, queries)), max(map(len, responses))
+        ids, real = _packed(queries, pad_id, on_left=True)
+        answers, given = _packed(responses, pad_id)
         return cls(
-            queries=torch.tensor([[pad_id] * (width - len(q)) + list(q) for q in queries]),
-            query_mask=torch.tensor(
-                [[False] * (width - len(q)) + [True] * len(q) for q in queries]
-            ),
-            responses=torch.tensor([list(r) + [pad_id] * (time - len(r)) for r in responses]),
-            mask=torch.tensor([list(m) + [False] * (time - len(m)) for m in masks]),
-            lengths=torch.tensor([len(r) for r in responses]),
+            queries=ids,
+            query_mask=real,
+            responses=answers,
+            mask=given if masks is None else _packed(masks, False, dtype=np.bool_)[0],
+            lengths=given.sum(1),
             ended=torch.tensor([True] * len(responses) if ended is None else list(ended)),
         )
 

@@ -15,10 +15,20 @@ import pytest
 import torch
 from test_fast import SHAPES, assert_states_close, ragged_ids, tiny_model
 from test_rollout import answers_come_late
-from tiny_models import EOS, PAD, QUERIES, VOCABULARY, policy, train_adapter, weights
+from tiny_models import (
+    EOS,
+    PAD,
+    QUERIES,
+    VOCABULARY,
+    policy,
+    tokenizer,
+    train_adapter,
+    weights,
+)
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppo_lab.models.choice import LEVELS
 from ppo_lab.models.fast import decoder as decoder_module
@@ -27,6 +37,7 @@ from ppo_lab.models.fast.attention import KeysAndValues, attend, bias_of, blocks
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.graphed import WORTH_RECORDING, Graphed
 from ppo_lab.models.fast.layers import Anatomy
+from ppo_lab.models.fast.products import Linear
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.models.reference import Reference
 from ppo_lab.models.trunk import Trunk
@@ -35,6 +46,31 @@ from ppo_lab.rollout import Drawing, NoiseKey, Sampling, sample
 ROOM = 11 + WORTH_RECORDING
 CASES = [*((name, torch.float32) for name in SHAPES)]
 CASES += [(name, torch.bfloat16) for name in ("bloom", "llama")]
+
+
+class Undoing(TorchDispatchMode):
+    """Notes what tensors held before they were written into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, operation: Any, _: Any, args: Any = (), named: Any = None) -> Any:
+        for of, given in zip(operation._schema.arguments, args, strict=False):
+            if of.alias_info is not None and of.alias_info.is_write:
+                written = given if isinstance(given, list | tuple) else [given]
+                self.before += [(x, x.clone()) for x in written]
+        return operation(*args, **(named or {}))
+
+
+@contextmanager
+def undone() -> Iterator[None]:
+    """What is written in it is as it was afterwards: recording a CUDA graph does nothing yet."""
+    with Undoing() as done:
+        yield
+    with torch.no_grad():
+        for x, before in reversed(done.before):
+            x.copy_(before)
 
 
 class Tape:
@@ -53,8 +89,9 @@ class Tape:
 
     def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         self.recorded += 1
-        operations = make_fx(function)()
-        results = [torch.zeros_like(result) for result in operations()]
+        with undone():
+            operations = make_fx(function)()
+            results = [torch.zeros_like(result) for result in operations()]
 
         def play() -> None:
             self.played += 1
@@ -74,7 +111,8 @@ class Once(Tape):
 class BrokenTape(Tape):
     def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         self.recorded += 1
-        function()
+        with undone():
+            function()
         raise RuntimeError("operation not permitted when stream is capturing")
 
 
@@ -280,6 +318,47 @@ def test_another_adapter_takes_the_place_of_one_and_changes_none(
     assert not torch.allclose(seen[0], seen[1], atol=1e-2)
 
 
+class Counted(TorchDispatchMode):
+    """The names of the operations that are made; views, which launch nothing, aside."""
+
+    VIEWS = ("slice", "select", "view", "unsqueeze", "expand", "alias", "t", "transpose")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, _: Any, args: Any = (), named: Any = None) -> Any:
+        name = operation.overloadpacket.__name__
+        if name not in self.VIEWS:
+            self.made.append(name)
+        return operation(*args, **(named or {}))
+
+
+def test_copies_of_an_adapter_are_brought_up_to_date_by_one_operation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, matrices = adapted(monkeypatch, torch.bfloat16)
+    (ids, attention), passes = text_of(3, 16, 0), generation(made.trunk.decoder, None)
+    passes.newest(ids, attention, alone)
+    assert passes._standing is not None
+    with Counted() as count:
+        assert passes._standing.begin(ids, attention)
+    assert len(matrices) == 8
+    assert count.made.count("copy_") == 3  # the prompts, where they are real, where they begin
+    assert count.made.count("_foreach_copy_") == 1
+
+
+def test_what_linear_layers_are_read_from_is_what_they_read() -> None:
+    made = policy("gpt2", lora=True)
+    for off in (False, True):
+        with made.pretrained_model.disable_adapter() if off else nullcontext():
+            for module, (tensors, scales) in graphed._read(anatomy_of(made.trunk.decoder)).items():
+                linear = Linear.read(module)
+                read = (linear.weight, *linear.matrices)
+                assert [x.data_ptr() for x in tensors] == [x.data_ptr() for x in read]
+                assert tuple(scales) == linear.scalings
+
+
 def test_weights_at_other_addresses_are_read_anew() -> None:
     """As after a model went to another device and came back."""
     trunk, tape = Trunk(tiny_model("llama")), Tape()
@@ -299,6 +378,15 @@ def test_a_tape_holds_what_was_done_and_not_what_python_would_do() -> None:
         place.fill_(value)
         play()
         assert result.item() == value + 1.0
+
+
+def test_what_a_tape_records_is_not_done_before_it_is_played() -> None:
+    place = torch.zeros(1)
+    play, _ = Tape().record(lambda: (place.add_(1.0),))
+    assert place.item() == 0.0
+    play()
+    play()
+    assert place.item() == 2.0
 
 
 def test_a_generation_lets_go_of_its_keys_and_values_at_once() -> None:
@@ -417,7 +505,7 @@ def a_gpu_without_one() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
         for method, does in LOOKING.items():
             patch.setattr(FakeTensor, method, does, raising=False)
-        patch.setattr(graphed, "_where_linears_lie", lambda _: [])  # shapes lie nowhere
+        patch.setattr(graphed, "_where", lambda _: [])  # shapes lie nowhere
         yield
 
 
@@ -550,6 +638,116 @@ def test_responses_that_end_early_are_those_of_transformers_layers(
     for name in ("logprobs", "values", "entropy"):
         ours, theirs = getattr(forward, name), getattr(wanted[1], name)
         assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+class Marked(Tape):
+    """Notes among the operations that are made where a recording is launched."""
+
+    def __init__(self, count: Counted) -> None:
+        super().__init__()
+        self.count = count
+
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        play, results = super().record(function)
+
+        def marked() -> None:
+            before = len(self.count.made)
+            play()
+            self.count.made[before:] = ["launch"]
+
+        return marked, results
+
+
+# On a CPU: the flags as they are, what those of the token before say, and that as a bool.
+ASKING = ["clone", "all", "_local_scalar_dense"]
+
+
+@pytest.mark.parametrize(("ends", "between"), [((), []), ((EOS,), ASKING)])
+def test_between_two_tokens_nothing_is_done_but_to_ask_whether_all_have_ended(
+    ends: tuple[int, ...], between: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, count = policy("bloom", lora=True), Counted()
+    take_the_way_of_a_gpu(monkeypatch, Marked(count))
+    answers_come_late(monkeypatch)
+    for _ in range(2):
+        drawn(made, eos_ids=ends)
+    count.made.clear()
+    with count:
+        drawn(made, eos_ids=ends)
+    launches = [i for i, name in enumerate(count.made) if name == "launch"]
+    assert len(launches) > 8
+    for first, second in pairwise(launches[1:]):
+        assert count.made[first + 1 : second] == between
+
+
+def test_fewer_tokens_are_written_where_more_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And more of them elsewhere."""
+    made, rows = policy("bloom", lora=True), []
+    lengths = (16, 16, 12, 9, 16, 20)
+    wanted = [by_transformers(made, max_new_tokens=n) for n in lengths]
+    take_the_way_of_a_gpu(monkeypatch, Tape())
+    for length, (tokens, forward) in zip(lengths, wanted, strict=True):
+        found = drawn(made, max_new_tokens=length)
+        assert torch.equal(found[0].responses, tokens.responses)
+        assert_close(found[1].logprobs, forward.logprobs, atol=2e-5, rtol=2e-5)
+        rows.append(len(made.trunk._kept._placed[0]))
+    assert rows == [16, 16, 16, 16, 16, 20]
+
+
+def test_responses_keep_what_they_are_when_others_are_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = policy("bloom", lora=True)
+    take_the_way_of_a_gpu(monkeypatch, Tape())
+    for changes in ({}, {"max_new_tokens": 1}):
+        tokens, forward = drawn(made, **changes)
+        held = copy.deepcopy((tokens, forward))
+        sample(made, QUERIES, sampling=Sampling(16, (), PAD), noise=NoiseKey(1, 4))
+        for name in ("responses", "lengths", "ended", "mask"):
+            assert torch.equal(getattr(tokens, name), getattr(held[0], name))
+        for name in ("logprobs", "values", "entropy"):
+            assert torch.equal(getattr(forward, name), getattr(held[1], name))
+
+
+@pytest.mark.parametrize("changes", [{}, {"min_new_tokens": 5, "batch_size": 3}], ids=str)
+def test_a_stop_string_ends_a_recorded_response(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, decode = policy("bloom", lora=True), tokenizer().decode
+    train_adapter(made)
+    sampling = Sampling(16, (EOS,), PAD, stop_strings=("w5", "w40", "w33"), **changes)
+    found = []
+    for fast in (False, True):
+        if fast:
+            take_the_way_of_a_gpu(monkeypatch, Tape())
+            answers_come_late(monkeypatch)
+        made.trunk.fast_layers = fast
+        key = NoiseKey(0, 3)
+        found.append(sample(made, QUERIES, sampling=sampling, noise=key, decode=decode)[0])
+    assert found[0].lengths.min() < 16
+    for name in ("responses", "lengths", "ended", "mask"):
+        assert torch.equal(getattr(found[0], name), getattr(found[1], name))
+
+
+def test_other_tokens_may_follow_than_those_that_a_pass_wrote() -> None:
+    trunk = Trunk(tiny_model("bloom"))
+    (ids, attention), made = text_of(3, 12, 0), generation(trunk.decoder, Tape(), 12)
+    wanted = by_parts(generation(trunk.decoder, None), ids, attention)
+    (newest,) = made.placed(torch.empty(3, 1, dtype=torch.long))
+
+    def writes(states: torch.Tensor, newest: torch.Tensor) -> tuple[torch.Tensor]:
+        newest.fill_(7)
+        return (states,)
+
+    states = [made.newest(ids[:, :6], attention[:, :6], writes, newest)[0]]
+    for column in range(6, 12):
+        given = ids[:, column : column + 1]
+        if column % 2:
+            newest.copy_(given)
+            given = newest
+        states += made.newest(given, attention[:, : column + 1], writes, newest)
+    assert newest.tolist() == [[7]] * 3
+    assert_close(torch.stack(states, 1), wanted)
 
 
 def test_what_generations_keep_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:

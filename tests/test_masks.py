@@ -101,3 +101,16 @@ def test_packing_and_slicing_lose_nothing(queries: list[list[int]], data: Any) -
     picked = tokens[torch.tensor(rows)]
     assert picked.response_lists() == [responses[row] for row in rows]
     assert int(picked.mask.sum()) == sum(len(responses[row]) for row in rows)
+
+
+def test_packed_by_hand() -> None:
+    masks = [[True, False], []]
+    tokens = Tokens.pack([[1], [2, 3]], [[4, 5], []], pad_id=9, masks=masks, ended=[True, False])
+    assert tokens.queries.tolist() == [[9, 1], [2, 3]]
+    assert tokens.query_mask.tolist() == [[False, True], [True, True]]
+    assert tokens.responses.tolist() == [[4, 5], [9, 9]]
+    assert tokens.mask.tolist() == [[True, False], [False, False]]
+    assert tokens.lengths.tolist() == [2, 0]
+    assert tokens.ended.tolist() == [True, False]
+    empty = Tokens.pack([[1]], [[]], pad_id=9)
+    assert (empty.responses.dtype, empty.mask.dtype) == (torch.long, torch.bool)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import EOS, PAD, QUERIES, VOCABULARY, policy, tokenizer
 from torch.testing import assert_close
 
+from ppo_lab.arrivals import Asked
 from ppo_lab.models.choice import LEVELS
 from ppo_lab.rollout import AllEnded, NoiseKey, Sampling, draw, keep_likely, sample
 from ppo_lab.types import Tokens
@@ -106,6 +108,17 @@ def test_seed_stream_sample_and_position_each_give_other_noise() -> None:
     others = (NoiseKey(2, 2), NoiseKey(1, 3), NoiseKey(1, 2**63), NoiseKey(2, 2**63))
     numbers = torch.cat([key.uniforms(3, 4).flatten() for key in (NoiseKey(1, 2), *others)])
     assert len(set(numbers.tolist())) == len(numbers)
+
+
+@pytest.mark.parametrize("key", [NoiseKey(3, 5), NoiseKey(2, 2**63, first_sample=7)])
+def test_each_sample_s_noise_is_a_generator_s_of_its_own(key: NoiseKey) -> None:
+    """Philox's, at a counter that the sample's place is part of."""
+    rows = [
+        np.random.Philox(key=[key.seed, key.stream], counter=[0, key.first_sample + i, 0, 0])
+        for i in range(3)
+    ]
+    alone = np.stack([np.random.Generator(row).random((7, LEVELS)) for row in rows])
+    assert torch.equal(key.uniforms(3, 7), torch.from_numpy(alone))
 
 
 def test_noise_is_uniform_and_unrelated_between_samples_and_positions() -> None:
@@ -268,6 +281,13 @@ def test_a_question_about_a_gpu_s_rows_is_answered_by_the_next(
     rows = [[False, False], [True, False], [True, True], [True, True]]
     assert [there(torch.tensor(row)) for row in rows] == [False, False, False, True]
     assert [here(torch.tensor(row)) for row in rows] == [False, False, True, True]
+
+
+def test_numbers_that_were_asked_for_are_those_of_then() -> None:
+    numbers = torch.zeros(2)
+    asked = Asked(numbers)
+    numbers.add_(1.0)
+    assert asked.read().tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("pad", [PAD, EOS, 7])

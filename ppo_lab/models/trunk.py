@@ -117,10 +117,20 @@ class Trunk:
     ) -> Results:
         """What `then(states, *given)` makes of the hidden states (batch, hidden) of the newest
         column of `ids`, as `hidden` gives them: where passes are recorded, recorded with them.
+
+        `then` may write into what it is given; `placed` says which tensors that should be. `ids`
+        may be one of those.
         """
         if isinstance(cache, Graphed):
             return cache.newest(ids, attention, then, *given)
         return then(self.hidden(ids, attention, cache=cache, last=1)[:, -1], *given)
+
+    def placed(self, cache: Any, *room: Tensor) -> Results:
+        """Tensors that stay where they are, for `newest` to give to `then`: those of the generation
+        before if they are of these shapes, where passes are recorded, and else these. Of the first
+        dimension there may be more.
+        """
+        return cache.placed(*room) if isinstance(cache, Graphed) else room
 
     def keep_below(self) -> None:
         """From now on take the states below the first adapted layer from where they are kept.

@@ -203,9 +203,9 @@ class _OnAGpu(Standing):
 def _launches_of_a_token(anatomy: Anatomy) -> int:
     """Launches of a token's pass as it is recorded."""
     standing = _OnAGpu(anatomy, batch=1, width=8, positions=9)
-    standing.states()  # reads the linear layers
+    standing.states(standing.ids)  # reads the linear layers
     with tracked() as live:
-        standing.states()
+        standing.states(standing.ids)
     return live.launches
 
 

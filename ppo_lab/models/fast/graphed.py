@@ -1,9 +1,10 @@
 """Decoding on a GPU, where launching the kernels of a token costs more than their work.
 
 The pass of one token is some fifteen small kernels a layer, and drawing the next is some forty.
-Here all that they read and write lies at addresses that stay: prompts, tokens and their column are
-copied into their places. So the kernels of one token are those of every later one; they are
-recorded once, and from then on launched together, in later generations of the same shape too.
+Here all that they read and write lies at addresses that stay: prompts are copied into their place,
+and each pass leaves the column of the next, and the tokens, where that looks for them. So the
+kernels of one token are those of every later one; they are recorded once, and from then on launched
+together, in later generations of the same shape too.
 
 Rows are padded on the left, and nowhere else. Where Triton is, one kernel attends; elsewhere
 columns of padding and those to come are hidden by attention's bias.
@@ -11,7 +12,7 @@ columns of padding and those to come are hidden by attention's bias.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from ppo_lab.models.fast.elementwise import added_and_normed
 from ppo_lab.models.fast.kernels import kernels_for
 from ppo_lab.models.fast.layers import Anatomy
 from ppo_lab.models.fast.places import Everywhere
-from ppo_lab.models.fast.products import Linear
 from ppo_lab.models.fast.recording import KEPT, Recorded, Recorder, Results, rounded_up
 
 Then = Callable[..., Results]
@@ -45,7 +45,7 @@ class Standing(KeysAndValues):
     """All that the passes of a generation read and write, in buffers that never move.
 
     The prompts take the first `width` columns; their tokens lie in `prompts`. The newest token of
-    each row lies in `ids`, and its keys and values go to `column`.
+    each row lies in `ids`, if it does not stand elsewhere, and its keys and values go to `column`.
     """
 
     def __init__(self, anatomy: Anatomy, batch: int, width: int, positions: int) -> None:
@@ -61,8 +61,7 @@ class Standing(KeysAndValues):
         self.column = self.prompts.new_zeros(1)
         self.first = self.prompts.new_zeros(batch)
         self.real = torch.zeros(batch, self.positions, dtype=torch.bool, device=device)
-        self.given: list[Tensor] = []
-        self._read_from = _where_linears_lie(anatomy)
+        self._read_from = _where(_read(anatomy))
         dtype = embedded(anatomy, self.ids[:1, 0], self.ids[:1, 0]).dtype
         for layer in anatomy.layers:
             shape = (batch, layer.kv_heads, self.positions, layer.size)
@@ -78,19 +77,20 @@ class Standing(KeysAndValues):
         self.real.fill_(False)
         self.real[:, : self.width].copy_(attention)
         self.first.copy_(attention.logical_not().sum(1))
+        self._goes_to(self.width)
         return self._read_again()
 
-    def place(self, ids: Tensor, column: int) -> None:
-        """Put the next tokens where the next pass reads them."""
-        self.ids.copy_(ids)
-        self.column.fill_(column)
-        self.real[:, column].fill_(True)
+    def place(self, ids: Tensor, there: Tensor, column: int) -> None:
+        """Put the next tokens, and their column, where the next pass reads them."""
+        if there is not ids:
+            there.copy_(ids)
+        if self._next != column:
+            self._goes_to(column)
+        self._next += 1  # as the pass does
 
-    def give(self, given: Sequence[Tensor]) -> None:
-        """Put what `then` is given beside the states where the next pass reads it."""
-        self.given = self.given or [x.clone() for x in given]
-        for there, new in zip(self.given, given, strict=True):
-            there.copy_(new)
+    def _goes_to(self, column: int) -> None:
+        self.column.fill_(column)
+        self._next = column
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, blocks: Any, scaling: float
@@ -128,12 +128,15 @@ class Standing(KeysAndValues):
         )
         return self._states(self.prompts, positions, shown)
 
-    def states(self) -> Float[Tensor, "batch hidden"]:
-        """The hidden states of the newest tokens."""
+    def states(self, ids: Int[Tensor, "batch one"]) -> Float[Tensor, "batch hidden"]:
+        """The hidden states of the newest tokens; later ones go to the next column."""
         shown: Any = ()
         if self.kernels is None:
+            self.real.index_fill_(1, self.column, True)
             shown = bias_of(self.real, self.column, slopes=self.slopes, dtype=self._dtype)
-        return self._states(self.ids, self.column - self.first[:, None], shown)
+        states = self._states(ids, self.column - self.first[:, None], shown)
+        self.column.add_(1)
+        return states
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -154,22 +157,49 @@ class Standing(KeysAndValues):
 
     def _read_again(self) -> bool:
         """Bring copies of the linear layers' adapters up to date, where they lie."""
-        if self._read_from != _where_linears_lie(self.anatomy):
+        read = _read(self.anatomy)
+        if self._read_from != _where(read):
             return False
-        for module, linear in self.linears.items():
-            for there, now in zip(linear.matrices, Linear.read(module).matrices, strict=True):
-                if there.data_ptr() != now.data_ptr():
-                    there.copy_(now)
+        pairs = [
+            (there, now)
+            for module, linear in self.linears.items()
+            for there, now in zip(linear.matrices, read[module][0][1:], strict=True)
+            if there.data_ptr() != now.data_ptr()
+        ]
+        if pairs:
+            copies, adapters = zip(*pairs, strict=True)
+            torch._foreach_copy_(copies, adapters)
         return True
 
 
-def _where_linears_lie(anatomy: Anatomy) -> list[tuple[Any, ...]]:
+# What a linear layer is read from: its weight and its active adapters' matrices; their scalings.
+Sources = tuple[list[Tensor], list[float]]
+
+
+def _read(anatomy: Anatomy) -> dict[Any, Sources]:
+    """What each linear layer is read from now, as `Linear.read` reads it.
+
+    It is asked before every generation, while a GPU waits. So parts are taken from the dictionaries
+    that modules hold them in: as attributes, they would take ten times as long to find.
+    """
+    return {m: _sources(m) for layer in anatomy.layers for m in layer.linears}
+
+
+def _sources(module: Any) -> Sources:
+    base = module._modules.get("base_layer", module)
+    weight = base._parameters["weight"]
+    if base is module or module.disable_adapters:
+        return [weight], []
+    parts, active = module._modules, module.active_adapters
+    lora_a, lora_b = parts["lora_A"]._modules, parts["lora_B"]._modules
+    names = [name for name in active if name in lora_a]
+    matrices = [x[name]._parameters["weight"] for name in names for x in (lora_a, lora_b)]
+    return [weight, *matrices], [module.scaling[name] for name in names]
+
+
+def _where(read: dict[Any, Sources]) -> list[tuple[list[int], list[float]]]:
     """The addresses of all that linear layers are read from, and how adapters are scaled."""
-    found = [Linear.read(module) for layer in anatomy.layers for module in layer.linears]
-    return [
-        (*(x.data_ptr() for x in (linear.weight, *linear.matrices)), *linear.scalings)
-        for linear in found
-    ]
+    return [([x.data_ptr() for x in tensors], scales) for tensors, scales in read.values()]
 
 
 class Graphed:
@@ -179,7 +209,9 @@ class Graphed:
         """Room for so many positions, prompt included; without a recorder nothing is recorded."""
         self.anatomy, self.positions, self.recorder = anatomy, positions, recorder
         self._standing: Standing | None = None
-        self._steps: dict[tuple[bool, Then], tuple[Recorded, Callable[[], Results]]] = {}
+        # By whether it is of prompts, what follows the pass, and the tensors that stand.
+        self._steps: dict[tuple[Any, ...], tuple[Recorded, Callable[[], Results]]] = {}
+        self._placed: Results = ()
         self._begun, self._padding = False, 0
 
     def again(self, positions: int) -> None:
@@ -187,6 +219,13 @@ class Graphed:
         the one before has ended.
         """
         self.positions, self._begun = positions, False
+
+    def placed(self, *room: Tensor) -> Results:
+        """See `Trunk.placed`."""
+        if not _fit(self._placed, room):
+            self._steps.clear()
+            self._placed = room
+        return self._placed
 
     @torch.no_grad()
     def newest(
@@ -198,22 +237,25 @@ class Graphed:
     ) -> Results:
         """What `then(states, *given)` makes of the hidden states (batch, hidden) of the newest
         column; see `Trunk.newest`. It is recorded with the pass, so that what it does must depend
-        on the numbers in its tensors alone.
+        on the numbers in its tensors alone; what was recorded is for the very tensors given.
         """
         of_prompts = not self._begun
         standing = self._begin(ids, attention) if of_prompts else self._standing
         assert standing is not None
+        there = ids if any(ids is x for x in given) else standing.ids
         if not of_prompts:
-            standing.place(ids, self._padding + attention.shape[1] - 1)
-        standing.give(given)
-        if (of_prompts, then) not in self._steps:
+            standing.place(ids, there, self._padding + attention.shape[1] - 1)
+        key = (of_prompts, then, *map(id, (there, *given)))
+        if key not in self._steps:
             if len(self._steps) >= KEPT:
                 self._steps.clear()
             # Of the buffers, not of this: a cycle would keep them until the collector comes by.
-            states = standing.states_of_prompts if of_prompts else standing.states
-            step = lambda: then(states(), *standing.given)  # noqa: E731
-            self._steps[of_prompts, then] = Recorded(self.recorder), step
-        recorded, step = self._steps[of_prompts, then]
+            if of_prompts:
+                step = lambda: then(standing.states_of_prompts(), *given)  # noqa: E731
+            else:
+                step = lambda: then(standing.states(there), *given)  # noqa: E731
+            self._steps[key] = Recorded(self.recorder), step
+        recorded, step = self._steps[key]
         worth_it = self.positions - attention.shape[1] >= WORTH_RECORDING
         return tuple(x.clone() for x in recorded(step, worth_it=worth_it))
 
@@ -232,3 +274,11 @@ class Graphed:
             standing = self._standing = Standing(self.anatomy, batch, ids.shape[1], room)
             standing.begin(ids, attention)
         return standing
+
+
+def _fit(held: Results, wanted: Results) -> bool:
+    """Whether there is a tensor held for each that is wanted, of at least its rows."""
+    return len(held) == len(wanted) and all(
+        x.dtype == y.dtype and x.shape[1:] == y.shape[1:] and len(x) >= len(y)
+        for x, y in zip(held, wanted, strict=True)
+    )
