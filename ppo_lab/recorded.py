@@ -21,6 +21,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ppo_lab.models.fast.recording import ByShape, Recorder, has_room, rounded_up
+from ppo_lab.modules import parameters_of
 from ppo_lab.processes.alone import Whole
 from ppo_lab.types import Batch, Tokens, brought, tensors_of, with_tensors
 
@@ -149,7 +150,7 @@ class RecordedPasses:
             self._passes = ByShape(Recorder(self.device), self.device)
         if not self._passes.recorder.works or not (len(self._passes) or has_room(self.device)):
             return None
-        held = [p for trunk in self.trunks for p in trunk.model.parameters()]
+        held = [p for trunk in self.trunks for p in parameters_of(trunk.model)]
         weights = [(p.data_ptr(), p.requires_grad) for p in (*held, *self.trained)]
         if weights != self._weights:
             self._forget()

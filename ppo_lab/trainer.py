@@ -26,6 +26,7 @@ from ppo_lab.memory import Passes, keep_freed_memory
 from ppo_lab.metrics import Shaped, known_metrics, update_metrics
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.models.reference import Reference
+from ppo_lab.modules import set_training
 from ppo_lab.optim import advance, make_optimizer, make_schedule
 from ppo_lab.plan.machine import peak_flops
 from ppo_lab.plan.meter import Meter
@@ -526,7 +527,7 @@ class PPOTrainer:
     def _train_mode(self, on: bool) -> None:
         """Dropout is off either way; what gradient checkpointing recomputes hangs on it."""
         for model in {self.policy, self.critic}:
-            model.train(on)
+            set_training(model, on)
 
     @torch.no_grad()
     def draw(
@@ -535,7 +536,7 @@ class PPOTrainer:
         """Responses of the policy, or of another `trunk`, to all prompts, in as many parts as
         memory asks for.
         """
-        self.policy.eval()
+        set_training(self.policy, False)
         n, own = len(prompts), prompts[self.models.rows(len(prompts))]
         with self.models.sampling():
             tokens, seen = self.drawing.until_it_fits(
