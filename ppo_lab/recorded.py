@@ -78,12 +78,19 @@ class RecordedPasses:
         return tokens if self._begun is None else tokens.heard()
 
     def learn(
-        self, losses: Losses, batch: Batch, n_tokens: Tensor, *, key: Hashable
+        self,
+        losses: Losses,
+        batch: Batch,
+        n_tokens: Tensor,
+        *,
+        key: Hashable,
+        only: bool = False,
     ) -> tuple[Tensor, Tensor] | None:
         """Add the gradients of summed losses over `n_tokens`; what `losses` gives beside the loss.
 
         Batch and `n_tokens` are on the host. None where nothing was done. `key` stands for all of
-        `losses` that the batch does not say.
+        `losses` that the batch does not say. With `only` there are no gradients yet, and none come
+        before these are forgotten.
         """
         passes = self._begun
         if passes is None or not passes.recorder.works:
@@ -104,7 +111,11 @@ class RecordedPasses:
             found = [x.clone() for x in found]  # launched ones come to the same place
             launched = gradients(*(brought(x, self.device) for x in given))
             sums, extremes, *found = self._prove(launched, found)
-        add_gradients(self._used[key], found)
+        if only:  # they may stay where the next pass will write
+            for parameter, gradient in zip(self._used[key], found, strict=True):
+                parameter.grad = gradient
+        else:
+            add_gradients(self._used[key], found)
         return sums, extremes
 
     def read(self, function: Callable[..., Any], tokens: Tokens, **at: Any) -> Any:

@@ -168,8 +168,7 @@ class ClippedUpdates:
         made, late = [], self.models.steps_late
 
         def judge(norms: Tensor) -> bool | Tensor:
-            there = brought(norms.double(), sums.device)
-            numbers = torch.cat([sums.double(), extremes.double(), there])
+            numbers = torch.cat([sums, extremes, brought(norms, sums.device)]).double()
             limit = self.config.ratio_threshold
             made.append(OptimizerStep(Asked(numbers), self.processes.each, limit))
             if late:
@@ -191,9 +190,12 @@ class ClippedUpdates:
         """
         self.models.zero_grad()
         n_tokens = batch.tokens.mask.sum().clamp(min=1)
+        passes = self.models.evened(passes)
+        if len(passes) == 1:  # as is usual: nothing is to be added up
+            with self.models.accumulating(last=True):
+                return self._pass(_part(batch, passes[0]), n_tokens, temperature, turn, only=True)
         sums = torch.zeros(len(SUMS), device=self.device)
         extremes = torch.ones(2, device=self.device)
-        passes = self.models.evened(passes)
         for i, rows in enumerate(passes):
             part = _part(batch, rows)
             with self.models.accumulating(last=i == len(passes) - 1):
@@ -205,9 +207,11 @@ class ClippedUpdates:
         return sums, extremes
 
     def _pass(
-        self, batch: Batch, n_tokens: Tensor, temperature: float, turn: Turn
+        self, batch: Batch, n_tokens: Tensor, temperature: float, turn: Turn, *, only: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Adds the gradients of one pass; its sums and ratio extremes."""
+        """Adds the gradients of one pass, which may be the only one of its optimizer step; its sums
+        and ratio extremes.
+        """
         # Passes of a token limit are of a shape each.
         c = self.config
         if self.recorded is not None and turn.policy and not c.micro_batch_tokens:
@@ -217,6 +221,7 @@ class ClippedUpdates:
                 batch,
                 n_tokens,
                 key=(temperature, turn, *ranges, c.vf_coef, c.entropy_coef),
+                only=only,
             )
             if done is not None:
                 return done

@@ -444,7 +444,8 @@ def test_a_step_asks_the_gpu_for_nothing(apart: bool, monkeypatch: pytest.Monkey
         config = PPOConfig(mini_batch_size=2, ratio_threshold=2.0)
         updates = ClippedUpdates(model, critic if apart else model, Whole(adam), config)
 
-        def one_pass(*_: Any) -> tuple[Tensor, Tensor]:
+        def one_pass(*_: Any, only: bool) -> tuple[Tensor, Tensor]:
+            assert only
             for parameter in (critic if apart else model).parameters():
                 parameter.grad = on_gpu(parameter)
             return on_gpu(torch.empty(len(SUMS))), on_gpu(torch.empty(2))
