@@ -13,12 +13,12 @@ from ppo_lab.metric_names import METRICS
 from ppo_lab.steps import UpdateStats
 from ppo_lab.types import Batch, Rollout, Scores
 
-__all__ = ["METRICS", "Shaped", "iteration_metrics"]
+__all__ = ["METRICS", "Shaped", "known_metrics", "update_metrics"]
 
 
 @dataclass(frozen=True)
 class Shaped:
-    """What one iteration computed between sampling and updating."""
+    """What one iteration computed between sampling and updating, on the host."""
 
     rollout: Rollout
     batch: Batch
@@ -27,27 +27,28 @@ class Shaped:
     kl_coef: float
 
 
-def iteration_metrics(
-    shaped: Shaped,
-    raw: Scores,
-    update: UpdateStats,
-    *,
-    cliprange: float,
-    vf_coef: float,
-    entropy_coef: float,
-) -> dict[str, float]:
-    """Every metric of one iteration but its times, as floats."""
+def known_metrics(shaped: Shaped, raw: Scores) -> dict[str, float]:
+    """The metrics that no update has a part in, as floats."""
     tensors = {
         **_objective(shaped),
         **_scores(shaped, raw),
         **_values(shaped),
         **_lengths(shaped.rollout),
     }
-    metrics = {name: float(value) for name, value in tensors.items()}
+    return {name: float(value) for name, value in tensors.items()}
+
+
+def update_metrics(
+    update: UpdateStats,
+    *,
+    returns_var: float,
+    cliprange: float,
+    vf_coef: float,
+    entropy_coef: float,
+) -> dict[str, float]:
+    """The metrics of the clipped updates; `returns_var` is the variance of the returns."""
     clip_fraction = update.clipped_low + update.clipped_high
-    returns_var = metrics["ppo/returns/var"]
     return {
-        **metrics,
         "clip_fraction": clip_fraction,
         "clip_fraction/low": update.clipped_low,
         "clip_fraction/high": update.clipped_high,

@@ -11,7 +11,7 @@ The first recorded pass of the updates is made by launching too, and its gradien
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -21,8 +21,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ppo_lab.models.fast.recording import ByShape, Recorder, has_room, rounded_up
+from ppo_lab.modules import parameters_of
 from ppo_lab.processes.alone import Whole
-from ppo_lab.types import Batch, Tokens, brought
+from ppo_lab.types import Batch, Tokens, brought, tensors_of, with_tensors
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +42,19 @@ Losses = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
 class RecordedPasses:
     """Passes that are launched at once where that is possible, and otherwise left to the caller."""
 
-    def __init__(self, trunks: Sequence[Any], trained: Sequence[Tensor], *, alone: bool) -> None:
-        """`trunks` are those that passes go through, `trained` what gradients are taken of; with
-        `alone`, no other process has a part in either.
+    def __init__(
+        self,
+        trunks: Sequence[Any],
+        trained: Sequence[Tensor],
+        *,
+        alone: bool,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`trunks` are those that passes go through, on the device, and `trained` what gradients
+        are taken of; with `alone`, no other process has a part in either.
         """
         self.trunks, self.trained, self.alone = trunks, list(trained), alone
+        self.device = torch.device(device)
         self._passes: ByShape | None = None
         self._used: dict[Hashable, list[Tensor]] = {}
         self._gradients: dict[Tensor, Tensor] = {}
@@ -58,7 +67,8 @@ class RecordedPasses:
     def of(cls, policy: Any, critic: Any, reference: Any, models: Whole) -> RecordedPasses:
         """Those of a trainer's models."""
         trunks = list(dict.fromkeys((policy.trunk, critic.trunk, reference.trunk)))
-        return cls(trunks, models.parameters, alone=type(models) is Whole)
+        trained = models.parameters
+        return cls(trunks, trained, alone=type(models) is Whole, device=trained[0].device)
 
     def begin(self, tokens: Tokens) -> Tokens:
         """Ask what must be asked before passes over parts of these tokens: whether they may be
@@ -68,11 +78,19 @@ class RecordedPasses:
         return tokens if self._begun is None else tokens.heard()
 
     def learn(
-        self, losses: Losses, batch: Batch, n_tokens: Tensor, *, key: Hashable
+        self,
+        losses: Losses,
+        batch: Batch,
+        n_tokens: Tensor,
+        *,
+        key: Hashable,
+        only: bool = False,
     ) -> tuple[Tensor, Tensor] | None:
         """Add the gradients of summed losses over `n_tokens`; what `losses` gives beside the loss.
 
-        None where nothing was done. `key` stands for all of `losses` that the batch does not say.
+        Batch and `n_tokens` are on the host. None where nothing was done. `key` stands for all of
+        `losses` that the batch does not say. With `only` there are no gradients yet, and none come
+        before these are forgotten.
         """
         passes = self._begun
         if passes is None or not passes.recorder.works:
@@ -91,8 +109,13 @@ class RecordedPasses:
         sums, extremes, *found = passes(key, gradients, *given)
         if passes.was_recorded and not self._proved:
             found = [x.clone() for x in found]  # launched ones come to the same place
-            sums, extremes, *found = self._prove(gradients(*given), found)
-        add_gradients(self._used[key], found)
+            launched = gradients(*(brought(x, self.device) for x in given))
+            sums, extremes, *found = self._prove(launched, found)
+        if only:  # they may stay where the next pass will write
+            for parameter, gradient in zip(self._used[key], found, strict=True):
+                parameter.grad = gradient
+        else:
+            add_gradients(self._used[key], found)
         return sums, extremes
 
     def read(self, function: Callable[..., Any], tokens: Tokens, **at: Any) -> Any:
@@ -103,7 +126,8 @@ class RecordedPasses:
         if passes is None or not passes.recorder.works:
             return None
         key = ("read", function, *at.items())
-        part, time = fitted(tokens), tokens.responses.shape[1]
+        assert tokens.host is not None, "begin() comes first"
+        part, time = fitted(tokens.host), tokens.responses.shape[1]
 
         def reading(*given: Tensor) -> tuple[Tensor, ...]:
             result = function(with_tensors(part, given), **at)
@@ -133,12 +157,11 @@ class RecordedPasses:
             return None
         if not all(trunk.passes_may_be_recorded(seen) for trunk in self.trunks):
             return None
-        device = tokens.responses.device
         if self._passes is None:
-            self._passes = ByShape(Recorder(device))
-        if not self._passes.recorder.works or not (len(self._passes) or has_room(device)):
+            self._passes = ByShape(Recorder(self.device), self.device)
+        if not self._passes.recorder.works or not (len(self._passes) or has_room(self.device)):
             return None
-        held = [p for trunk in self.trunks for p in trunk.model.parameters()]
+        held = [p for trunk in self.trunks for p in parameters_of(trunk.model)]
         weights = [(p.data_ptr(), p.requires_grad) for p in (*held, *self.trained)]
         if weights != self._weights:
             self._forget()
@@ -182,38 +205,36 @@ class RecordedPasses:
 
 
 def fitted(record: Record) -> Record:
-    """The record in one of a few shapes, and with the places that are looked at."""
+    """The record, which is on the host, in one of a few shapes, and with the places that are
+    looked at.
+    """
     tokens = record.tokens if isinstance(record, Batch) else record
     wide = record.padded(
         rounded_up(tokens.queries.shape[1], COLUMNS), rounded_up(tokens.responses.shape[1], COLUMNS)
     )
     tokens = wide.tokens if isinstance(wide, Batch) else wide
-    mask = tokens.mask.cpu() if tokens.host is None else tokens.host.mask
+    mask = tokens.mask
     wanted = rounded_up(max(int(mask.sum()), 1), -(-mask.numel() // STEPS))
-    tokens = replace(tokens, kept=_places(mask, wanted, tokens.mask.device), host=None)
+    tokens = replace(tokens, kept=_places(mask, wanted))
     return replace(wide, tokens=tokens) if isinstance(wide, Batch) else tokens  # type: ignore
 
 
-def looked_up(batch: Batch) -> Batch:
-    """The batch with the places that are looked at, of trained tokens alone, if the host knows
-    them.
+def looked_up(batch: Batch, device: torch.device) -> Batch:
+    """The batch, which is on the host but for `tokens.below`, on a device, with the places that are
+    looked at, of trained tokens alone, and with what the host knows of the tokens.
     """
-    tokens = batch.tokens
-    if tokens.host is None:
-        return batch
-    return replace(
-        batch, tokens=replace(tokens, kept=_places(tokens.host.mask, 0, tokens.mask.device))
-    )
+    tokens = replace(batch.tokens, kept=_places(batch.tokens.mask, 0))
+    there = replace(batch, tokens=tokens).brought(device)
+    known = replace(batch.tokens, below=None)
+    return replace(there, tokens=replace(there.tokens, host=known))
 
 
-def _places(mask: Bool[Tensor, "batch time"], least: int, device: torch.device) -> Tensor:
+def _places(mask: Bool[Tensor, "batch time"], least: int) -> Tensor:
     """The places where the mask is True, and others up to the least number."""
-    if bool(mask.all()):
-        return torch.arange(mask.numel(), device=device)
     flat = mask.flatten().numpy()  # NumPy starts no threads for so little
     real, padding = np.flatnonzero(flat), np.flatnonzero(~flat)
     more = padding[: max(0, least - len(real))]
-    return brought(torch.from_numpy(np.sort(np.concatenate([real, more]))), device)
+    return torch.from_numpy(np.sort(np.concatenate([real, more])))
 
 
 def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
@@ -235,28 +256,6 @@ def is_watched(parameter: Tensor) -> bool:
     return bool(hooks)
 
 
-def tensors_of(record: Any) -> list[Tensor]:
-    """The tensors of a record, nested ones' included, in their order; of a tensor, itself."""
-    if isinstance(record, Tensor):
-        return [record]
-    found: list[Tensor] = []
-
-    def note(x: Tensor) -> Tensor:
-        found.append(x)
-        return x
-
-    record.each(note)
-    return found
-
-
 def without_numbers(record: Any) -> Any:
     """What `with_tensors` needs of a record, and none of its memory."""
     return with_tensors(record, [x.new_empty(0) for x in tensors_of(record)])
-
-
-def with_tensors(record: Any, tensors: Sequence[Tensor]) -> Any:
-    """The record with these tensors in place of its own."""
-    if isinstance(record, Tensor):
-        return tensors[0]
-    following: Iterator[Tensor] = iter(tensors)
-    return record.each(lambda _: next(following))

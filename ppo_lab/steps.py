@@ -97,25 +97,29 @@ class OptimizerStep:
         """The mean ratio."""
         return float(_mean_ratio(self._numbers))
 
+    @cached_property
+    def _listed(self) -> list[float]:
+        return self._numbers.tolist()
+
     @property
     def ratio_min(self) -> float:
         """The smallest ratio of a token."""
-        return float(self._numbers[LOW])
+        return self._listed[LOW]
 
     @property
     def ratio_max(self) -> float:
         """The largest."""
-        return float(self._numbers[HIGH])
+        return self._listed[HIGH]
 
     @property
     def grad_norm(self) -> float:
         """Of the policy's gradient before clipping."""
-        return float(self._numbers[HIGH + 1])
+        return self._listed[HIGH + 1]
 
     @property
     def critic_grad_norm(self) -> float:
         """Of that of a critic apart, or else the policy's."""
-        return float(self._numbers[-1])
+        return self._listed[-1]
 
     @cached_property
     def taken(self) -> bool:
@@ -127,10 +131,10 @@ def may_be_taken(numbers: Tensor, *, ratio_threshold: float) -> Bool[Tensor, ""]
     """Whether loss and gradient of a step are finite, and its mean ratio is at most the threshold
     (0 = whatever it is), wherever its numbers are.
     """
-    finite = numbers.isfinite().all()
+    zero = (numbers * 0.0).sum()  # or NaN, which equals and is below nothing
     if ratio_threshold <= 0:
-        return finite
-    return finite & (_mean_ratio(numbers) <= ratio_threshold)
+        return zero == 0.0
+    return _mean_ratio(numbers) + zero <= ratio_threshold
 
 
 def _mean_ratio(numbers: Tensor) -> Tensor:

@@ -23,9 +23,10 @@ from ppo_lab.clock import Clock
 from ppo_lab.config import PPOConfig
 from ppo_lab.kl import AdaptiveKLController, FixedKLController
 from ppo_lab.memory import Passes, keep_freed_memory
-from ppo_lab.metrics import Shaped, iteration_metrics
+from ppo_lab.metrics import Shaped, known_metrics, update_metrics
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.models.reference import Reference
+from ppo_lab.modules import set_training
 from ppo_lab.optim import advance, make_optimizer, make_schedule
 from ppo_lab.plan.machine import peak_flops
 from ppo_lab.plan.meter import Meter
@@ -173,7 +174,8 @@ class PPOTrainer:
         noise = NoiseKey(self.config.seed, self.iterations_done)
         self.drawn = self.sampling
         with self.clock("generate"):
-            return self.sampler(prompts, self.sampling, noise)
+            tokens, seen = self.sampler(prompts, self.sampling, noise)
+            return self._heard(tokens), seen
 
     def score(self, prompts: Prompts, tokens: Tokens) -> Scores:
         """What the reward says of the responses, as texts."""
@@ -191,7 +193,7 @@ class PPOTrainer:
         """
         with self.clock("reference"):
             self._train_mode(False)
-            tokens = self._keep_below(tokens)
+            tokens = self._keep_below(self._heard(tokens))
             at = {"temperature": self.drawn.logprob_temperature}
             forward = seen or self.in_passes(tokens, self.policy.score, **at, entropy=True)
             values = forward.values
@@ -207,38 +209,44 @@ class PPOTrainer:
         """Everything after collection: rewards, advantages, clipped updates, KL controller.
         Returns the metrics.
         """
+        scores = scores.on_host()
         shaped = self.shape(rollout, scores)
         with self.clock("update"):
             self._train_mode(True)
-            update = self.updates.run(
+            launched = self.updates.launch(
                 shaped.batch,
                 temperature=self.drawn.logprob_temperature,
                 seed=(self.config.seed, self.iterations_done),
                 critic_only=self.warms_up,
                 critic_epochs=self.config.critic_epochs,
             )
-        c = self.config
-        metrics = iteration_metrics(
-            shaped,
-            scores,
+            metrics = known_metrics(shaped, scores)  # a GPU is still at work on the updates
+            update = self.updates.outcome(launched)
+        metrics |= update_metrics(
             update,
-            cliprange=c.cliprange,
-            vf_coef=c.vf_coef,
-            entropy_coef=c.entropy_coef,
+            returns_var=metrics["ppo/returns/var"],
+            cliprange=self.config.cliprange,
+            vf_coef=self.config.vf_coef,
+            entropy_coef=self.config.entropy_coef,
         )
         metrics["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self._check_invariants(metrics)
         if not self.warms_up:
             self.kl_controller.update(metrics["objective/kl"], n_samples=len(rollout))
-        metrics |= self._taken(rollout.tokens, update.epochs)
+        metrics |= self._taken(shaped.rollout.tokens, update.epochs)
         advance(self.lr_scheduler)
         self.iterations_done += 1
         return metrics
 
     def shape(self, rollout: Rollout, scores: Scores) -> Shaped:
-        """KL-shaped rewards, and the advantages and returns that the updates aim at."""
+        """KL-shaped rewards, and the advantages and returns that the updates aim at.
+
+        All of it on the host: a GPU would take longer to be told of so few numbers than a CPU to
+        work them out.
+        """
+        rollout = rollout.heard()
         c, mask = self.config, rollout.tokens.mask
-        total = scores.total.to(self.device, torch.float32)
+        total = scores.total.cpu().float()
         total = penalise_unended(
             total, rollout.tokens.ended, missing_eos_penalty=c.missing_eos_penalty
         )
@@ -260,11 +268,7 @@ class PPOTrainer:
         rewards = core.shape_rewards(total, kl, mask, kl_coef=beta)
         if c.whiten_rewards:
             rewards = core.whiten(rewards, mask, shift_mean=False)
-        # Token by token: a GPU would take longer to be told of it than a CPU to do it.
-        estimates = core.gae(
-            rewards.cpu(), rollout.values.cpu(), mask.cpu(), gamma=c.gamma, lam=c.lam
-        )
-        advantages, returns = (x.to(rewards.device) for x in estimates)
+        advantages, returns = core.gae(rewards, rollout.values, mask, gamma=c.gamma, lam=c.lam)
         if c.whiten_advantages:
             advantages = core.whiten(advantages, mask)
         batch = Batch(rollout.tokens, rollout.logprobs, rollout.values, advantages, returns)
@@ -491,6 +495,10 @@ class PPOTrainer:
         found = self.updates.passes.until_it_fits(attempt, wanted, self._again)
         return self.processes.gather(found, len(tokens))
 
+    def _heard(self, tokens: Tokens) -> Tokens:
+        """The tokens, with what a device that is behind knows of them on the host too."""
+        return tokens.heard() if self.models.is_behind else tokens
+
     def _keep_below(self, tokens: Tokens) -> Tokens:
         """With `cache_trunk`, the tokens and what the frozen layers below the adapter make of them,
         from which reference and updates go on.
@@ -519,7 +527,7 @@ class PPOTrainer:
     def _train_mode(self, on: bool) -> None:
         """Dropout is off either way; what gradient checkpointing recomputes hangs on it."""
         for model in {self.policy, self.critic}:
-            model.train(on)
+            set_training(model, on)
 
     @torch.no_grad()
     def draw(
@@ -528,7 +536,7 @@ class PPOTrainer:
         """Responses of the policy, or of another `trunk`, to all prompts, in as many parts as
         memory asks for.
         """
-        self.policy.eval()
+        set_training(self.policy, False)
         n, own = len(prompts), prompts[self.models.rows(len(prompts))]
         with self.models.sampling():
             tokens, seen = self.drawing.until_it_fits(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -19,6 +19,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+# Where a tensor among others may begin, in bytes: kernels read so many at a time.
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,14 @@ class _Rows:
         """The same record on another device."""
         return self.each(lambda value: value.to(device))
 
+    def on_host(self) -> Self:
+        """The record in the host's memory: what is elsewhere is waited for once."""
+        return with_tensors(self, on_host(tensors_of(self)))
+
+    def brought(self, device: torch.device) -> Self:
+        """The record on a device, where what is on the host goes in one transfer."""
+        return with_tensors(self, brought_together(tensors_of(self), device))
+
     def each(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The record with every tensor, nested records' included, as the function makes it."""
         return self.each_by_name(lambda _, value: function(value))
@@ -105,6 +116,60 @@ def brought(x: Tensor, device: torch.device | str) -> Tensor:
     if x.device.type == "cpu" and torch.device(device).type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+def packed(tensors: Sequence[Tensor]) -> Tensor:
+    """The bytes of tensors on one device one after the other, which one transfer takes."""
+    gap = torch.zeros(ALIGNMENT, dtype=torch.uint8, device=tensors[0].device)
+    parts = []
+    for x in tensors:
+        parts += [x.reshape(-1).view(torch.uint8), gap[: -x.nbytes % ALIGNMENT]]
+    return torch.cat(parts)
+
+
+def unpacked(together: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in their bytes, given some of the same shapes and types; no number is moved."""
+    found, start = [], 0
+    for x in like:
+        found.append(together[start : start + x.nbytes].view(x.dtype).view(x.shape))
+        start += x.nbytes + -x.nbytes % ALIGNMENT
+    return found
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in the host's memory; those that are elsewhere are waited for once."""
+    elsewhere = [x for x in tensors if x.device.type != "cpu"]
+    arrived = iter(unpacked(packed(elsewhere).cpu(), elsewhere) if elsewhere else ())
+    return [x if x.device.type == "cpu" else next(arrived) for x in tensors]
+
+
+def brought_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors on a device; those that are on the host go there in one transfer."""
+    here = [x for x in tensors if x.device.type == "cpu"]
+    arrived = iter(unpacked(brought(packed(here), device), here) if here else ())
+    return [next(arrived) if x.device.type == "cpu" else x for x in tensors]
+
+
+def tensors_of(record: Any) -> list[Tensor]:
+    """The tensors of a record, nested ones' included, in their order; of a tensor, itself."""
+    if isinstance(record, Tensor):
+        return [record]
+    found: list[Tensor] = []
+
+    def note(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    record.each(note)
+    return found
+
+
+def with_tensors(record: Any, tensors: Sequence[Tensor]) -> Any:
+    """The record with these tensors in place of its own."""
+    if isinstance(record, Tensor):
+        return tensors[0]
+    following: Iterator[Tensor] = iter(tensors)
+    return record.each(lambda _: next(following))
 
 
 def _joined(name: str, parts: Sequence[Any]) -> Any:
@@ -203,13 +268,13 @@ class Tokens(_Rows):
         """The record with `host`, for which the device is asked now unless it has been."""
         if self.host is not None:
             return self
-        return replace(self, host=replace(self, below=None).to("cpu"))
+        return replace(self, host=replace(self, below=None).on_host())
 
     def response_lists(self) -> list[list[int]]:
         """The responses' token ids without padding."""
-        return [
-            row[:n] for row, n in zip(self.responses.tolist(), self.lengths.tolist(), strict=True)
-        ]
+        known = self if self.host is None else self.host
+        rows = zip(known.responses.tolist(), known.lengths.tolist(), strict=True)
+        return [row[:n] for row, n in rows]
 
 
 @dataclass(frozen=True)
@@ -229,6 +294,14 @@ class Rollout(_Rows):
     entropy: Float[Tensor, "batch time"] | None = None
     full_kl: Float[Tensor, "batch time"] | None = None
 
+    def heard(self) -> Rollout:
+        """The record in the host's memory, for which a device is asked, and waited for, once; what
+        is large, `tokens.below`, stays where it is.
+        """
+        tokens = self.tokens if self.tokens.host is None else self.tokens.host
+        known = replace(self, tokens=replace(tokens, below=None)).on_host()
+        return replace(known, tokens=replace(known.tokens, below=self.tokens.below))
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -240,6 +313,10 @@ class Scores:
 
     total: Float[Tensor, " batch"]
     parts: dict[str, Float[Tensor, " batch"]] = field(default_factory=dict)
+
+    def on_host(self) -> Scores:
+        """The same scores in the host's memory."""
+        return Scores(self.total.cpu(), {name: part.cpu() for name, part in self.parts.items()})
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,16 @@ class ClippedUpdates:
         self.most_tokens = 0  # of a pass, once chosen
         self._unheard: tuple[OptimizerStep, Batch] | None = None
 
-    def run(
+    def run(self, batch: Batch, **how: Any) -> UpdateStats:
+        """What all updates on a batch did; as `launch` has it."""
+        return self.outcome(self.launch(batch, **how))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.models.parameters[0].device
+
+    def launch(
         self,
         batch: Batch,
         *,
@@ -94,19 +103,19 @@ class ClippedUpdates:
         seed: tuple[int, int],
         critic_only: bool = False,
         critic_epochs: int = 0,
-    ) -> UpdateStats:
-        """All epochs; `seed` is (run seed, iteration) and fixes the order of the mini-batches. With
+    ) -> list[list[OptimizerStep]]:
+        """The optimizer steps of all epochs, the last of which a device may still be at work on.
+
+        `batch` lies on the host, but for `tokens.below`, for all that a step depends on must be
+        known there. `seed` is (run seed, iteration) and fixes the order of the mini-batches. With
         `critic_only` the policy stays as it is; the critic learns in the first `critic_epochs`
         epochs (0 = all).
 
         Raises:
             TrainingDiverged: `max_skipped_updates` optimizer steps in a row had to be skipped.
         """
-        # Of what a device is behind with, the host must know all that a step depends on.
-        tokens = batch.tokens.heard() if self.models.is_behind else batch.tokens
         if self.recorded is not None:
-            tokens = self.recorded.begin(tokens)
-        batch = replace(batch, tokens=tokens)
+            self.recorded.begin(batch.tokens)
         epochs: list[list[OptimizerStep]] = []
         made = self.config.ppo_epochs
         if critic_only:  # in later ones nobody would learn
@@ -118,6 +127,14 @@ class ClippedUpdates:
                 epochs[-1].append(self.optimizer_step(batch[rows], temperature, turn))
             if self.config.early_stopping and self._moved_too_far(epochs[-1]):
                 break
+        return epochs
+
+    def outcome(self, epochs: list[list[OptimizerStep]]) -> UpdateStats:
+        """What the steps of all epochs did, once the last is done.
+
+        Raises:
+            TrainingDiverged: as in `launch`.
+        """
         self._hear_of_the_last()
         return summary(epochs)
 
@@ -151,8 +168,7 @@ class ClippedUpdates:
         made, late = [], self.models.steps_late
 
         def judge(norms: Tensor) -> bool | Tensor:
-            there = brought(norms.double(), sums.device)
-            numbers = torch.cat([sums.double(), extremes.double(), there])
+            numbers = torch.cat([sums, extremes, brought(norms, sums.device)]).double()
             limit = self.config.ratio_threshold
             made.append(OptimizerStep(Asked(numbers), self.processes.each, limit))
             if late:
@@ -174,9 +190,12 @@ class ClippedUpdates:
         """
         self.models.zero_grad()
         n_tokens = batch.tokens.mask.sum().clamp(min=1)
-        sums = torch.zeros(len(SUMS), device=n_tokens.device)
-        extremes = torch.ones(2, device=n_tokens.device)
         passes = self.models.evened(passes)
+        if len(passes) == 1:  # as is usual: nothing is to be added up
+            with self.models.accumulating(last=True):
+                return self._pass(_part(batch, passes[0]), n_tokens, temperature, turn, only=True)
+        sums = torch.zeros(len(SUMS), device=self.device)
+        extremes = torch.ones(2, device=self.device)
         for i, rows in enumerate(passes):
             part = _part(batch, rows)
             with self.models.accumulating(last=i == len(passes) - 1):
@@ -188,9 +207,11 @@ class ClippedUpdates:
         return sums, extremes
 
     def _pass(
-        self, batch: Batch, n_tokens: Tensor, temperature: float, turn: Turn
+        self, batch: Batch, n_tokens: Tensor, temperature: float, turn: Turn, *, only: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Adds the gradients of one pass; its sums and ratio extremes."""
+        """Adds the gradients of one pass, which may be the only one of its optimizer step; its sums
+        and ratio extremes.
+        """
         # Passes of a token limit are of a shape each.
         c = self.config
         if self.recorded is not None and turn.policy and not c.micro_batch_tokens:
@@ -200,13 +221,19 @@ class ClippedUpdates:
                 batch,
                 n_tokens,
                 key=(temperature, turn, *ranges, c.vf_coef, c.entropy_coef),
+                only=only,
             )
             if done is not None:
                 return done
-        batch = looked_up(batch)
-        loss, sums, extremes = self.models.call(self._losses, batch, temperature, turn)
+        there = self._there(batch)
+        loss, sums, extremes = self.models.call(self._losses, there, temperature, turn)
         self.models.backward(loss / n_tokens)
         return sums, extremes
+
+    def _there(self, batch: Batch) -> Batch:
+        """The batch where the models are."""
+        behind = self.models.is_behind
+        return looked_up(batch, self.device) if behind else batch.to(self.device)
 
     def _losses(
         self, batch: Batch, temperature: float, turn: Turn
@@ -277,8 +304,7 @@ class ClippedUpdates:
         own = torch.arange(len(batch))[self.processes.share(len(batch))]
         if not self.config.micro_batch_tokens or not len(own):
             return list(own.split(math.ceil(mini / self.processes.size))) if len(own) else []
-        known = batch.tokens if batch.tokens.host is None else batch.tokens.host
-        lengths = (known.query_mask.sum(1) + known.lengths).cpu()
+        lengths = batch.tokens.query_mask.sum(1) + batch.tokens.lengths
         limit = self._most_tokens(batch[own[lengths[own].argmax()][None]])
         return [own[rows] for rows in pack_by_tokens(lengths[own], limit=limit)]
 
@@ -289,9 +315,9 @@ class ClippedUpdates:
         if self.config.micro_batch_tokens > 0:
             return self.config.micro_batch_tokens
         if not self.most_tokens:
-            tokens = longest.tokens
+            tokens, there = longest.tokens, self._there(longest)
             self.most_tokens = tokens_that_fit(
-                lambda: self._losses(longest, 1.0, EVERYBODY),
+                lambda: self._losses(there, 1.0, EVERYBODY),
                 tokens=int(tokens.query_mask.sum() + tokens.lengths.sum()),
                 optimizer=self.models.optimizer,
                 share=1.0 / self.processes.here,
@@ -314,7 +340,7 @@ class ClippedUpdates:
                 "gradient is not finite, or the policy moved too far in one iteration. Lower "
                 "ppo.learning_rate or ppo.ppo_epochs, and look at "
                 "ppo/policy/first_minibatch_ratio_error, which should be near 0",
-                replace(batch, tokens=replace(batch.tokens, host=None)),
+                batch,
             )
         return step.taken
 

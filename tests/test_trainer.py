@@ -26,13 +26,14 @@ from tiny_models import (
     trainer,
     weights,
 )
+from torch import Tensor
 from torch.testing import assert_close
 
 from ppo_lab.core import KL_PENALTIES
-from ppo_lab.metrics import METRICS
+from ppo_lab.metrics import METRICS, known_metrics
 from ppo_lab.rollout import Sampling
 from ppo_lab.scaling import RunningMoments, scale_scores
-from ppo_lab.types import Prompts, Scores
+from ppo_lab.types import Prompts, Scores, brought_together, packed, tensors_of, unpacked
 
 PROMPTS = Prompts(QUERIES * 4, ["?"] * 16)
 SAMPLING = Sampling(max_new_tokens=6, eos_ids=(EOS,), pad_id=PAD)
@@ -207,6 +208,48 @@ def test_the_score_is_on_the_last_token_whether_or_not_it_is_an_end() -> None:
     rows = torch.arange(4)
     got = (shaped.batch.advantages + rollout.values)[rows, last]
     assert_close(got, torch.tensor(SCORES))
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_rewards_advantages_and_metrics_ask_a_device_once(
+    heard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies on the device has no numbers; with `heard`, its tokens were asked for before."""
+    scores, asked = Scores(torch.tensor(SCORES)), []
+    settings = {"kl_penalty": "full", "whiten_rewards": True, "use_score_scaling": True}
+    made, again = trainer(**settings), trainer(**settings)
+    rollout = made.collect(ragged())
+    expected = made.shape(rollout, scores)
+
+    def arrived(given: list[Tensor]) -> list[Tensor]:
+        asked.append(len([x for x in given if x.is_meta]))
+        return tensors_of(rollout)
+
+    monkeypatch.setattr("ppo_lab.types.on_host", arrived)
+    there = rollout.to("meta")
+    if heard:
+        there = replace(there, tokens=replace(there.tokens, host=rollout.tokens))
+    there = replace(there, tokens=replace(there.tokens, below=torch.empty(4, device="meta")))
+    shaped = again.shape(there, scores)
+    assert asked == [5 if heard else 11]
+    assert shaped.batch.tokens.below is there.tokens.below
+    assert torch.equal(shaped.batch.advantages, expected.batch.advantages)
+    assert known_metrics(shaped, scores) == known_metrics(expected, scores)
+
+
+def test_tensors_go_together_and_come_apart_as_they_were() -> None:
+    """Each begins where a GPU reads 16 bytes at a time; what is elsewhere stays there."""
+    tensors = [torch.rand(3, 5), torch.tensor(7), torch.rand(3) > 0.5, torch.zeros(0)]
+    tensors += [torch.rand(2, 2, dtype=torch.bfloat16), torch.arange(6).reshape(2, 3).T]
+    found = unpacked(packed(tensors), tensors)
+    assert [x.data_ptr() % 16 for x in found if len(x.shape)] == [found[0].data_ptr() % 16] * 5
+    for ours, theirs in zip(found, tensors, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+    elsewhere = torch.empty(2, device="meta")
+    one, other = brought_together([elsewhere, tensors[0]], torch.device("cpu"))
+    assert one is elsewhere
+    assert torch.equal(other, tensors[0])
 
 
 def test_scores_are_scaled_by_running_moments_by_hand() -> None:

@@ -27,12 +27,12 @@ from torch.utils._pytree import tree_leaves
 
 from ppo_lab import PPOConfig
 from ppo_lab.arrivals import Asked
+from ppo_lab.metrics import known_metrics
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.packing import pack_by_tokens
 from ppo_lab.processes.alone import Whole
-from ppo_lab.recorded import tensors_of
 from ppo_lab.steps import SUMS
-from ppo_lab.types import Batch, Scores, Tokens
+from ppo_lab.types import Batch, Scores, Tokens, tensors_of
 from ppo_lab.update import ClippedUpdates, TrainingDiverged, hash_seed
 
 SCORED = Scores(torch.tensor([1.0, -0.5, 2.0, 0.25]))
@@ -332,8 +332,14 @@ def test_a_device_that_is_behind_takes_and_skips_the_same_steps(
 def test_the_host_hears_of_a_step_when_the_next_is_on_its_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And of the last at the end; with early stopping, of an epoch's last at its end."""
+    """And of the last at the end, when what needs no update is worked out; with early stopping, of
+    an epoch's last at its end.
+    """
     events: list[str] = []
+
+    def noted(*given: Any) -> dict[str, float]:
+        events.append("metrics")
+        return known_metrics(*given)
 
     class Noted(Asked):
         def __init__(self, numbers: Tensor) -> None:
@@ -347,20 +353,24 @@ def test_the_host_hears_of_a_step_when_the_next_is_on_its_way(
 
     monkeypatch.setattr("ppo_lab.update.Asked", Noted)
     monkeypatch.setattr(Whole, "is_behind", True)
+    monkeypatch.setattr("ppo_lab.trainer.known_metrics", noted)
     step(trainer(mini_batch_size=2, ppo_epochs=2))
-    late = ["asked 0", "asked 1", "read 0", "asked 2", "read 1", "asked 3", "read 2", "read 3"]
-    assert events == late
+    assert events == [
+        *("asked 0", "asked 1", "read 0", "asked 2", "read 1", "asked 3", "read 2"),
+        *("metrics", "read 3"),
+    ]
     events.clear()
     step(trainer(mini_batch_size=2, ppo_epochs=2, early_stopping=True, target_kl=1e3))
     assert events == [
-        *("asked 0", "asked 1", "read 0", "read 1", "asked 2", "asked 3", "read 2", "read 3")
+        *("asked 0", "asked 1", "read 0", "read 1", "asked 2", "asked 3", "read 2", "read 3"),
+        "metrics",
     ]
 
 
 class AskedOfHostAlone(TorchDispatchMode):
     """Numbers are taken of the host's tensors, and of what is made of those, alone."""
 
-    def __init__(self, host: Tokens) -> None:
+    def __init__(self, host: Batch) -> None:
         super().__init__()
         self.of_host, self.asked = tensors_of(host), 0
 
@@ -394,11 +404,10 @@ def test_a_step_that_is_launched_asks_the_host_alone(
     tokens = ragged()
     tokens = replace(tokens, mask=tokens.mask & (tokens.responses != RESPONSES[2][0]))
     seen = made.collect(tokens)
-    batch = Batch(tokens.heard(), seen.logprobs, seen.values, seen.values, seen.values)
+    batch = Batch(tokens, seen.logprobs, seen.values, seen.values, seen.values)
     made._train_mode(True)
     part = batch[torch.tensor([2, 0, 1])]
-    assert part.tokens.host is not None
-    with AskedOfHostAlone(part.tokens.host) as mode:
+    with AskedOfHostAlone(part) as mode:
         step = made.updates.optimizer_step(part, 1.0)
     assert mode.asked > 0
     assert step.taken
@@ -435,7 +444,8 @@ def test_a_step_asks_the_gpu_for_nothing(apart: bool, monkeypatch: pytest.Monkey
         config = PPOConfig(mini_batch_size=2, ratio_threshold=2.0)
         updates = ClippedUpdates(model, critic if apart else model, Whole(adam), config)
 
-        def one_pass(*_: Any) -> tuple[Tensor, Tensor]:
+        def one_pass(*_: Any, only: bool) -> tuple[Tensor, Tensor]:
+            assert only
             for parameter in (critic if apart else model).parameters():
                 parameter.grad = on_gpu(parameter)
             return on_gpu(torch.empty(len(SUMS))), on_gpu(torch.empty(2))

@@ -209,7 +209,7 @@ class Whole:
         tells a fused optimizer.
         """
         adam: Any = self.optimizer
-        adam.found_inf = verdict.logical_not().float()
+        adam.found_inf = torch.logical_not(verdict, out=verdict.new_empty((), dtype=torch.float))
         try:
             adam.step()
         finally:

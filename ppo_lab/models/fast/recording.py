@@ -13,12 +13,14 @@ from __future__ import annotations
 import gc
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ppo_lab.types import packed, unpacked
 
 log = logging.getLogger(__name__)
 
@@ -163,11 +165,14 @@ class Recorded:
 
 
 class ByShape:
-    """Functions of tensors, recorded for every shape that they are called with more than once."""
+    """Functions of tensors, recorded for every shape that they are called with more than once.
 
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
-        self._made: OrderedDict[Hashable, tuple[Sequence[Tensor], Recorded, Callable[[], Results]]]
+    The tensors are given on the host, and go to the device in one transfer.
+    """
+
+    def __init__(self, recorder: Recorder, device: torch.device | str = "cpu") -> None:
+        self.recorder, self.device = recorder, device
+        self._made: OrderedDict[Hashable, tuple[Tensor, Recorded, Callable[[], Results]]]
         self._made = OrderedDict()
         self.was_recorded = False  # the last call, and not launched kernel by kernel
 
@@ -179,14 +184,16 @@ class ByShape:
         """
         key = (key, *((x.shape, x.dtype) for x in given))
         if key not in self._made:
-            copies = [x.clone() for x in given]
-            self._made[key] = copies, Recorded(self.recorder), lambda: function(*copies)
+            place = torch.empty_like(packed(given), device=self.device)
+            there = unpacked(place, given)
+            self._made[key] = place, Recorded(self.recorder), lambda: function(*there)
             while len(self._made) > KEPT:
                 self._made.popitem(last=False)
         self._made.move_to_end(key)
-        places, recorded, step = self._made[key]
-        for place, x in zip(places, given, strict=True):
-            place.copy_(x)
+        place, recorded, step = self._made[key]
+        sent = packed(given)
+        # From memory that the host will not write over, so that it need not wait.
+        place.copy_(sent.pin_memory() if place.is_cuda else sent, non_blocking=True)
         results = recorded(step, worth_it=True)
         self.was_recorded = recorded.launches
         return results
