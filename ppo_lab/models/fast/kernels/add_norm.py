@@ -22,6 +22,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from ppo_lab.models.fast.kernels.early import begin, launched_early
+
 
 def add_norm(
     x: Float[Tensor, "rows width"],
@@ -54,7 +56,8 @@ class _AddNorm(torch.autograd.Function):
         means, scales = x.new_empty((2, rows), dtype=torch.float32)
         _forward[(rows,)](
             x, y, weight, weight if bias is None else bias, total, normed, means, scales, eps,
-            width=width, centred=centred, biased=bias is not None, **_launched(width),
+            width=width, centred=centred, biased=bias is not None,
+            **_launched(width), **launched_early(x.device),
         )  # fmt: skip
         ctx.save_for_backward(total, weight, means, scales)
         ctx.centred = centred
@@ -68,6 +71,7 @@ class _AddNorm(torch.autograd.Function):
         _backward[(len(total),)](
             for_total, for_normed, total, weight, means, scales, slope,
             width=total.shape[1], centred=ctx.centred, **_launched(total.shape[1]),
+            **launched_early(total.device),
         )  # fmt: skip
         return slope, slope, None, None, None, None
 
@@ -81,7 +85,9 @@ def _launched(width: int) -> dict[str, int]:
 def _forward(
     x_ptr, y_ptr, weight_ptr, bias_ptr, total_ptr, normed_ptr, means_ptr, scales_ptr, eps,
     width: tl.constexpr, centred: tl.constexpr, biased: tl.constexpr, block: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
+    begin(early)
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, block)
     inside = column < width
     at = row * width + column
@@ -106,8 +112,9 @@ def _forward(
 @triton.jit
 def _backward(
     for_total_ptr, for_normed_ptr, total_ptr, weight_ptr, means_ptr, scales_ptr, slope_ptr,
-    width: tl.constexpr, centred: tl.constexpr, block: tl.constexpr,
+    width: tl.constexpr, centred: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
+    begin(early)
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, block)
     inside = column < width
     at = row * width + column

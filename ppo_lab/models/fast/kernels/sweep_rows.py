@@ -4,9 +4,10 @@
     d log p(y)/dh  =  s (W_y - sum_v p_v W_v)
 
 Tile by tile of the vocabulary, products of half precision go to a buffer, a Triton kernel brings
-the running maximum m and the sum up to date and leaves exp(z - m) in the products' place, and one
+the running maximum m and the sums up to date and leaves exp(z - m) in the products' place, and one
 more product adds that times W to sum_v exp(z_v - m) W_v, in float32. Nothing is computed again in
-backward: two products a tile in place of three. The head must be frozen.
+backward: two products a tile in place of three. Where a tile does not raise m, as most do not, the
+sum of W_v is not touched. The head must be frozen.
 
 Triton comes with torch's builds for CUDA. This module is imported where it is there alone.
 
@@ -24,6 +25,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ppo_lab.models.fast.kernels.early import begin, launched_early
 from ppo_lab.models.fast.sweep import GPU_TILE, GPU_TOKENS
 
 # Logits that a program looks at together.
@@ -75,7 +77,7 @@ def _swept(
     tokens, width = hidden.shape
     zeros = partial(hidden.new_zeros, dtype=torch.float32)
     largest, total = zeros(tokens) - torch.inf, zeros(tokens)
-    of_target, rescale = zeros(tokens), zeros(tokens)
+    of_target = zeros(tokens)
     pulled = zeros((tokens, width)) if pulls else None
     buffer = hidden.new_empty(tokens, min(GPU_TILE, len(weight)))
     for start in range(0, len(weight), GPU_TILE):
@@ -86,11 +88,12 @@ def _swept(
         else:
             torch.addmm(bias[start : start + GPU_TILE], hidden, rows.t(), out=products)
         _fold[(tokens,)](
-            products, products.stride(0), targets, largest, total, of_target, rescale,
-            start, len(rows), scale, keeps=pulls, block=BLOCK, num_warps=8,
+            products, products.stride(0), targets, largest, total, of_target,
+            total if pulled is None else pulled, start, len(rows), width, scale,
+            keeps=pulls, block=BLOCK, num_warps=8, **launched_early(hidden.device),
         )  # fmt: skip
         if pulled is not None:
-            _add_product(pulled.mul_(rescale[:, None]), products, rows)
+            _add_product(pulled, products, rows)
     slope = None
     if pulled is not None:
         mean = pulled.div_(total[:, None])
@@ -108,11 +111,12 @@ def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
 
 @triton.jit
 def _fold(
-    products_ptr, row_stride, targets_ptr, largest_ptr, total_ptr, of_target_ptr, rescale_ptr,
-    first, columns, scale,
-    keeps: tl.constexpr, block: tl.constexpr,
+    products_ptr, row_stride, targets_ptr, largest_ptr, total_ptr, of_target_ptr, pulled_ptr,
+    first, columns, width, scale,
+    keeps: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """One token's products of a tile, which begins at the row `first` of the vocabulary."""
+    begin(early)
     token = tl.program_id(0).to(tl.int64)
     products_ptr += token * row_stride
     before = tl.load(largest_ptr + token)
@@ -137,5 +141,9 @@ def _fold(
             tl.store(products_ptr + column, term.to(z.dtype), mask=column < columns)
     rescale = tl.exp(before - largest)
     tl.store(largest_ptr + token, largest)
-    tl.store(rescale_ptr + token, rescale)
     tl.store(total_ptr + token, tl.load(total_ptr + token) * rescale + tl.sum(sums, 0))
+    if (rescale != 1.0) & keeps:
+        for start in range(0, width, block):
+            column = start + tl.arange(0, block)
+            at, inside = pulled_ptr + token * width + column, column < width
+            tl.store(at, tl.load(at, mask=inside, other=0.0) * rescale, mask=inside)
