@@ -8,7 +8,10 @@ scores live in a program alone; for the gradient each is made again from L = log
 
     P = exp(S - L)     dV = P^T dO     dS = P (dO V^T - rowsum(dO O)) scaling     dQ = dS K ...
 
-Products are of half precision and summed in float32, as in torch's kernel. Triton comes with
+What takes time is the arithmetic of single scores. So a key's bias, minus infinity where it is
+padding, is made for all queries at once; scores are in units of log 2, whose exponential a GPU has;
+and which queries a key is ahead of is asked in the blocks alone where there are some. Products are
+of half precision and summed in float32, as in torch's kernel. Triton comes with
 torch's builds for CUDA. This module is imported where it is there alone.
 
 Source: Dao 2023, arXiv:2307.08691; Press et al. 2021, arXiv:2108.12409, for ALiBi.
@@ -16,6 +19,7 @@ Source: Dao 2023, arXiv:2307.08691; Press et al. 2021, arXiv:2108.12409, for ALi
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,9 +28,14 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ppo_lab.models.fast.kernels.early import begin, launched_early
+
 # Queries, and keys, of a block.
 QUERIES = 64
 KEYS = 64
+
+# A nat in units of log 2.
+NAT = tl.constexpr(1.0 / math.log(2.0))
 
 
 def attend_texts(
@@ -72,28 +81,40 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mixed, sums, real, positions, slopes = ctx.saved_tensors
-        batch, heads, new, size = q.shape
+        batch, heads, new, _ = q.shape
         kv_heads, seen = k.shape[1:3]
         for_mixed = grads[0].contiguous().view(mixed.shape)
         inner = torch.empty_like(sums)
-        # As (batch, time, heads, size), which is how products of the layer lie.
-        for_q = q.new_empty(batch, new, heads, size)
-        for_k, for_v = (q.new_empty(batch, seen, heads, size) for _ in range(2))
+        for_q, for_k, for_v = _room_for_slopes(q, k, v)
         given = (
             q, k, v, for_mixed, sums, inner, real, positions, real if slopes is None else slopes,
         )  # fmt: skip
         strides = (*q.stride(), *k.stride(), *v.stride(), *_by_head(for_mixed))
         shape = _shape(q, k, slopes)
         _backward_of_queries[(triton.cdiv(new, QUERIES) * batch * heads,)](
-            *given, mixed, for_q, ctx.scaling, *strides, **shape
+            *given, mixed, for_q, ctx.scaling, *strides, *for_q.stride(), **shape
         )
         _backward_of_keys[(triton.cdiv(seen, KEYS) * batch * heads,)](
-            *given, for_k, for_v, ctx.scaling, *strides, **shape
+            *given, for_k, for_v, ctx.scaling, *strides, *for_k.stride(), *for_v.stride(), **shape
         )
         if kv_heads < heads:
-            for_k, for_v = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (for_k, for_v))
-        slopes_of = (x.transpose(1, 2) for x in (for_q, for_k, for_v))
-        return *slopes_of, None, None, None, None
+            for_k, for_v = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (for_k, for_v))
+        return for_q, for_k, for_v, None, None, None, None
+
+
+def _room_for_slopes(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Room for their gradients, those of keys and values for every head (batch, heads, time, size).
+
+    Where all are parts of one product, so are these, in the same places; else each is as products
+    of the layer lie, (batch, time, heads, size).
+    """
+    storage, heads = q.untyped_storage(), q.shape[1]
+    of_one = all(x.untyped_storage().data_ptr() == storage.data_ptr() for x in (k, v))
+    if of_one and k.shape[1] == heads:
+        whole = q.new_empty(storage.nbytes() // q.itemsize)
+        return [whole.as_strided(x.shape, x.stride(), x.storage_offset()) for x in (q, k, v)]
+    shapes = [(len(x), x.shape[2], heads, x.shape[3]) for x in (q, k, v)]
+    return [q.new_empty(shape).transpose(1, 2) for shape in shapes]
 
 
 def _by_head(x: Float[Tensor, "batch time heads size"]) -> tuple[int, ...]:
@@ -114,6 +135,8 @@ def _shape(q: Tensor, k: Tensor, slopes: Tensor | None) -> dict[str, Any]:
         "queries": QUERIES,
         "keys": KEYS,
         "num_warps": 4,
+        "num_stages": 1,
+        **launched_early(q.device),
     }
 
 
@@ -146,30 +169,90 @@ def _put_rows(
 
 
 @triton.jit
-def _scores(
-    q, k, query, key, real_ptr, positions_ptr, slope, scaling, new, seen, alibi: tl.constexpr
-):
-    """(queries, keys): scaled scores with their bias, and -inf where a query sees no key."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-    inside = key < seen
-    shown = tl.load(real_ptr + key, mask=inside, other=0).to(tl.int1)
+def _biases(real_ptr, positions_ptr, key, slope, seen, dtype: tl.constexpr, alibi: tl.constexpr):
+    """(keys,): what is added to the scores of all queries, in units of log 2."""
+    shown = tl.load(real_ptr + key, mask=key < seen, other=0).to(tl.int1)
+    bias = tl.zeros_like(key).to(tl.float32)
     if alibi:
-        position = tl.load(positions_ptr + key, mask=inside, other=0.0)
-        scores += (slope * position).to(q.dtype).to(tl.float32)[None, :]
-    sees = (key[None, :] <= query[:, None] + (seen - new)) & shown[None, :]
-    return tl.where(sees, scores, -float("inf"))
+        position = tl.load(positions_ptr + key, mask=key < seen, other=0.0)
+        bias = (slope * position).to(dtype).to(tl.float32) * NAT
+    return tl.where(shown, bias, -float("inf"))
 
 
 @triton.jit
-def _p_and_slopes(
-    q, k, v, grad, log_total, inner, query, key, real_ptr, positions_ptr, slope, scaling,
-    new, seen, alibi: tl.constexpr,
+def _unmasked(first, new, seen, keys: tl.constexpr):
+    """How many keys, in whole blocks, are ahead of none of the queries from `first` on."""
+    return tl.minimum(first + 1 + seen - new, seen) // keys * keys
+
+
+@triton.jit
+def _fold(
+    largest, total, mixed, q, k_ptr, v_ptr, real_ptr, positions_ptr, slope, scale, query, start,
+    k_row, k_one, v_row, v_one, new, seen, size,
+    width: tl.constexpr, alibi: tl.constexpr, keys: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """(queries, keys): P = exp(S - L), and dS / scaling = P (dO V^T - rowsum(dO O))."""
-    scores = _scores(q, k, query, key, real_ptr, positions_ptr, slope, scaling, new, seen, alibi)
-    p = tl.exp(scores - log_total[:, None])
+    """A block of keys taken into running maxima, sums and mixtures of values."""
+    key = start + tl.arange(0, keys)
+    k = _rows(k_ptr, k_row, start, seen, k_one, size, width, keys)
+    v = _rows(v_ptr, v_row, start, seen, v_one, size, width, keys)
+    bias = _biases(real_ptr, positions_ptr, key, slope, seen, q.dtype, alibi)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
+    if masked:
+        ahead = key[None, :] > query[:, None] + (seen - new)
+        scores = tl.where(ahead, -float("inf"), scores)
+    new_largest = tl.maximum(largest, tl.max(scores, 1))
+    rescale = tl.exp2(largest - new_largest)
+    terms = tl.exp2(scores - new_largest[:, None])
+    total = total * rescale + tl.sum(terms, 1)
+    product = tl.dot(terms.to(v.dtype), v, input_precision="ieee")
+    return new_largest, total, mixed * rescale[:, None] + product
+
+
+@triton.jit
+def _pull_queries(
+    for_q, q, grad, log_total, inner, k_ptr, v_ptr, real_ptr, positions_ptr, slope, scale, query,
+    start, k_row, k_one, v_row, v_one, new, seen, size,
+    width: tl.constexpr, alibi: tl.constexpr, keys: tl.constexpr, masked: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a block of queries with the part of a block of keys."""
+    key = start + tl.arange(0, keys)
+    k = _rows(k_ptr, k_row, start, seen, k_one, size, width, keys)
+    v = _rows(v_ptr, v_row, start, seen, v_one, size, width, keys)
+    bias = _biases(real_ptr, positions_ptr, key, slope, seen, q.dtype, alibi)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
+    if masked:
+        ahead = key[None, :] > query[:, None] + (seen - new)
+        scores = tl.where(ahead, -float("inf"), scores)
+    p = tl.exp2(scores - log_total[:, None])
     for_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
-    return p, p * (for_p - inner[:, None])
+    for_s = p * (for_p - inner[:, None])
+    return for_q + tl.dot(for_s.to(k.dtype), k, input_precision="ieee")
+
+
+@triton.jit
+def _pull_keys(
+    for_k, for_v, k, v, bias, key, q_ptr, grad_ptr, sums_ptr, inner_ptr, scale, first,
+    q_row, q_one, o_row, o_one, new, seen, size,
+    width: tl.constexpr, queries: tl.constexpr, masked: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a block of keys and of values with the part of a block of queries.
+
+    Scores are (keys, queries) here, so that products take them as they are.
+    """
+    query = first + tl.arange(0, queries)
+    q = _rows(q_ptr, q_row, first, new, q_one, size, width, queries)
+    grad = _rows(grad_ptr, o_row, first, new, o_one, size, width, queries)
+    log_total = tl.load(sums_ptr + query, mask=query < new, other=float("inf"))
+    inner = tl.load(inner_ptr + query, mask=query < new, other=0.0)
+    scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale + bias[:, None]
+    if masked:
+        ahead = key[:, None] > query[None, :] + (seen - new)
+        scores = tl.where(ahead, -float("inf"), scores)
+    p = tl.exp2(scores - log_total[None, :])
+    for_v += tl.dot(p.to(grad.dtype), grad, input_precision="ieee")
+    for_p = tl.dot(v, tl.trans(grad), input_precision="ieee")
+    for_s = p * (for_p - inner[None, :])
+    return for_k + tl.dot(for_s.to(q.dtype), q, input_precision="ieee"), for_v
 
 
 @triton.jit
@@ -178,9 +261,10 @@ def _forward(
     q_batch, q_head, q_row, q_one, k_batch, k_head, k_row, k_one, v_batch, v_head, v_row, v_one,
     o_batch, o_head, o_row, o_one,
     new, seen, heads: tl.constexpr, group: tl.constexpr, size: tl.constexpr, width: tl.constexpr,
-    alibi: tl.constexpr, queries: tl.constexpr, keys: tl.constexpr,
+    alibi: tl.constexpr, queries: tl.constexpr, keys: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """One block of one head's queries."""
+    begin(early)
     number, first = _place(new, queries)
     sample, head = number // heads, number % heads
     query = first + tl.arange(0, queries)
@@ -195,28 +279,25 @@ def _forward(
     total = tl.zeros((queries,), tl.float32)
     mixed = tl.zeros((queries, width), tl.float32)
     end = tl.minimum(seen, first + queries + seen - new)
-    for start in range(0, end, keys):
-        key = start + tl.arange(0, keys)
-        k = _rows(k_ptr, k_row, start, seen, k_one, size, width, keys)
-        v = _rows(v_ptr, v_row, start, seen, v_one, size, width, keys)
-        scores = _scores(
-            q, k, query, key, real_ptr, positions_ptr, slope, scaling, new, seen, alibi
-        )
-        new_largest = tl.maximum(largest, tl.max(scores, 1))
-        rescale = tl.exp(largest - new_largest)
-        terms = tl.exp(scores - new_largest[:, None])
-        total = total * rescale + tl.sum(terms, 1)
-        product = tl.dot(terms.to(v.dtype), v, input_precision="ieee")
-        mixed = mixed * rescale[:, None] + product
-        largest = new_largest
+    unmasked = _unmasked(first, new, seen, keys)
+    for start in range(0, unmasked, keys):
+        largest, total, mixed = _fold(
+            largest, total, mixed, q, k_ptr, v_ptr, real_ptr, positions_ptr, slope, scaling * NAT,
+            query, start, k_row, k_one, v_row, v_one, new, seen, size, width, alibi, keys, False,
+        )  # fmt: skip
+    for start in range(unmasked, end, keys):
+        largest, total, mixed = _fold(
+            largest, total, mixed, q, k_ptr, v_ptr, real_ptr, positions_ptr, slope, scaling * NAT,
+            query, start, k_row, k_one, v_row, v_one, new, seen, size, width, alibi, keys, True,
+        )  # fmt: skip
     sees = total > 0.0
-    mixed = mixed / tl.where(sees, total, 1.0)[:, None]
+    mixed *= (1.0 / tl.where(sees, total, 1.0))[:, None]
     _put_rows(
         mixed_ptr + sample * o_batch + head * o_head,
         mixed, o_row, first, new, o_one, size, width, queries,
     )  # fmt: skip
-    # Where no key is seen, exp(S - L) is 0 for any L.
-    log_total = tl.where(sees, largest + tl.log(tl.where(sees, total, 1.0)), 0.0)
+    # In units of log 2; where no key is seen, exp(S - L) is 0 for any L.
+    log_total = tl.where(sees, largest + tl.log2(tl.where(sees, total, 1.0)), 0.0)
     tl.store(sums_ptr + number * new + query, log_total, mask=query < new)
 
 
@@ -225,13 +306,14 @@ def _backward_of_queries(
     q_ptr, k_ptr, v_ptr, grad_ptr, sums_ptr, inner_ptr, real_ptr, positions_ptr, slopes_ptr,
     mixed_ptr, for_q_ptr, scaling,
     q_batch, q_head, q_row, q_one, k_batch, k_head, k_row, k_one, v_batch, v_head, v_row, v_one,
-    o_batch, o_head, o_row, o_one,
+    o_batch, o_head, o_row, o_one, dq_batch, dq_head, dq_row, dq_one,
     new, seen, heads: tl.constexpr, group: tl.constexpr, size: tl.constexpr, width: tl.constexpr,
-    alibi: tl.constexpr, queries: tl.constexpr, keys: tl.constexpr,
+    alibi: tl.constexpr, queries: tl.constexpr, keys: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block of one head's queries: the sum over keys of dS K; and the row sums
     of dO O, which the gradient of the keys needs too.
     """
+    begin(early)
     number, first = _place(new, queries)
     sample, head = number // heads, number % heads
     query = first + tl.arange(0, queries)
@@ -252,17 +334,21 @@ def _backward_of_queries(
     tl.store(inner_ptr + number * new + query, inner, mask=inside)
     for_q = tl.zeros((queries, width), tl.float32)
     end = tl.minimum(seen, first + queries + seen - new)
-    for start in range(0, end, keys):
-        key = start + tl.arange(0, keys)
-        k = _rows(k_ptr, k_row, start, seen, k_one, size, width, keys)
-        v = _rows(v_ptr, v_row, start, seen, v_one, size, width, keys)
-        _, for_s = _p_and_slopes(
-            q, k, v, grad, log_total, inner, query, key, real_ptr, positions_ptr, slope, scaling,
-            new, seen, alibi,
+    unmasked = _unmasked(first, new, seen, keys)
+    for start in range(0, unmasked, keys):
+        for_q = _pull_queries(
+            for_q, q, grad, log_total, inner, k_ptr, v_ptr, real_ptr, positions_ptr, slope,
+            scaling * NAT, query, start, k_row, k_one, v_row, v_one, new, seen, size,
+            width, alibi, keys, False,
         )  # fmt: skip
-        for_q += tl.dot(for_s.to(k.dtype), k, input_precision="ieee")
-    for_q_ptr += (sample * new * heads + head) * size
-    _put_rows(for_q_ptr, for_q * scaling, heads * size, first, new, 1, size, width, queries)
+    for start in range(unmasked, end, keys):
+        for_q = _pull_queries(
+            for_q, q, grad, log_total, inner, k_ptr, v_ptr, real_ptr, positions_ptr, slope,
+            scaling * NAT, query, start, k_row, k_one, v_row, v_one, new, seen, size,
+            width, alibi, keys, True,
+        )  # fmt: skip
+    for_q_ptr += sample * dq_batch + head * dq_head
+    _put_rows(for_q_ptr, for_q * scaling, dq_row, first, new, dq_one, size, width, queries)
 
 
 @triton.jit
@@ -271,12 +357,14 @@ def _backward_of_keys(
     for_k_ptr, for_v_ptr, scaling,
     q_batch, q_head, q_row, q_one, k_batch, k_head, k_row, k_one, v_batch, v_head, v_row, v_one,
     o_batch, o_head, o_row, o_one,
+    dk_batch, dk_head, dk_row, dk_one, dv_batch, dv_head, dv_row, dv_one,
     new, seen, heads: tl.constexpr, group: tl.constexpr, size: tl.constexpr, width: tl.constexpr,
-    alibi: tl.constexpr, queries: tl.constexpr, keys: tl.constexpr,
+    alibi: tl.constexpr, queries: tl.constexpr, keys: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one block of keys and values, by one head that reads them: the sums over
     queries of dS^T Q and P^T dO.
     """
+    begin(early)
     number, start = _place(seen, keys)
     sample, head = number // heads, number % heads
     key = start + tl.arange(0, keys)
@@ -291,22 +379,23 @@ def _backward_of_keys(
     v = _rows(v_ptr, v_row, start, seen, v_one, size, width, keys)
     for_k = tl.zeros((keys, width), tl.float32)
     for_v = tl.zeros((keys, width), tl.float32)
-    # The first block with a query that sees one of these keys.
-    begin = tl.maximum(start - (seen - new), 0) // queries * queries
-    for first in range(begin, new, queries):
-        query = first + tl.arange(0, queries)
-        q = _rows(q_ptr, q_row, first, new, q_one, size, width, queries)
-        grad = _rows(grad_ptr, o_row, first, new, o_one, size, width, queries)
-        inside = query < new
-        log_total = tl.load(sums_ptr + number * new + query, mask=inside, other=float("inf"))
-        inner = tl.load(inner_ptr + number * new + query, mask=inside, other=0.0)
-        p, for_s = _p_and_slopes(
-            q, k, v, grad, log_total, inner, query, key, real_ptr, positions_ptr, slope, scaling,
-            new, seen, alibi,
+    bias = _biases(real_ptr, positions_ptr, key, slope, seen, k.dtype, alibi)
+    sums_ptr += number * new
+    inner_ptr += number * new
+    # The first block with a query that sees one of these keys, and the first whose queries see all.
+    begun = tl.maximum(start - (seen - new), 0) // queries * queries
+    unmasked = tl.cdiv(tl.maximum(start + keys - 1 - (seen - new), 0), queries) * queries
+    for first in range(begun, tl.minimum(unmasked, new), queries):
+        for_k, for_v = _pull_keys(
+            for_k, for_v, k, v, bias, key, q_ptr, grad_ptr, sums_ptr, inner_ptr, scaling * NAT,
+            first, q_row, q_one, o_row, o_one, new, seen, size, width, queries, True,
         )  # fmt: skip
-        for_v += tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision="ieee")
-        for_k += tl.dot(tl.trans(for_s.to(q.dtype)), q, input_precision="ieee")
-    for_k_ptr += (sample * seen * heads + head) * size
-    for_v_ptr += (sample * seen * heads + head) * size
-    _put_rows(for_k_ptr, for_k * scaling, heads * size, start, seen, 1, size, width, keys)
-    _put_rows(for_v_ptr, for_v, heads * size, start, seen, 1, size, width, keys)
+    for first in range(tl.maximum(begun, unmasked), new, queries):
+        for_k, for_v = _pull_keys(
+            for_k, for_v, k, v, bias, key, q_ptr, grad_ptr, sums_ptr, inner_ptr, scaling * NAT,
+            first, q_row, q_one, o_row, o_one, new, seen, size, width, queries, False,
+        )  # fmt: skip
+    for_k_ptr += sample * dk_batch + head * dk_head
+    for_v_ptr += sample * dv_batch + head * dv_head
+    _put_rows(for_k_ptr, for_k * scaling, dk_row, start, seen, dk_one, size, width, keys)
+    _put_rows(for_v_ptr, for_v, dv_row, start, seen, dv_one, size, width, keys)
