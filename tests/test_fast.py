@@ -34,8 +34,8 @@ from ppo_lab.bench.equality import tiny_policy
 from ppo_lab.config import LoraSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.choice import FAN, LEVELS, choose
-from ppo_lab.models.fast import draws, families, gemm, products
-from ppo_lab.models.fast.attention import KeysAndValues, attend, blocks_of, last_columns
+from ppo_lab.models.fast import draws, elementwise, families, gemm, products
+from ppo_lab.models.fast.attention import KeysAndValues, attend, blocks_of, last_columns, parted
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.draws import draw_from
 from ppo_lab.models.fast.elementwise import ACTIVATIONS, LARGE, normed, rotated, spread_angles
@@ -521,6 +521,115 @@ def test_without_a_gradient_an_adapter_is_multiplied_with_its_weight_by_one_kern
     assert len(ranks) == (1 if adapters == 1 else 0)
 
 
+@pytest.mark.parametrize("x_is_pulled", [False, True])
+def test_kernels_give_an_adapter_the_gradients_that_peft_gives(
+    x_is_pulled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, by stand-ins for the kernels."""
+    torch.manual_seed(0)
+    settings = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(7, 9)), settings)
+
+    def adapted_start(x: Any, a: Any, b: Any, scaling: float, bias: Any) -> Any:
+        inner = x @ a.t()
+        if b is None:
+            return None, inner
+        return scaling * inner @ b.t() + (0.0 if bias is None else bias), inner
+
+    def adapter_slopes(x: Any, g: Any, h: Any, d: Any, scaling: float, dtype: Any) -> Any:
+        return scaling * d.t() @ x, scaling * g.t() @ h
+
+    given = {"adapted_start": adapted_start, "adapter_slopes": adapter_slopes}
+    kernels = Kernels(**{**dict.fromkeys(Kernels._fields), **given})
+    monkeypatch.setattr(products, "_for_adapter", lambda x, linear: kernels)
+    x, layer = torch.randn(3, 7, requires_grad=x_is_pulled), model.base_model.model[0]
+    trained = [p for p in (x, *layer.parameters()) if p.requires_grad]
+    ours, theirs = Linear.read(layer)(x), layer(x)
+    assert_close(ours, theirs)
+    pull = torch.randn(3, 9)
+    for one, other in zip(
+        torch.autograd.grad(ours, trained, pull),
+        torch.autograd.grad(theirs, trained, pull),
+        strict=True,
+    ):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("name", ["bloom", "llama", "phi3"])
+def test_without_a_gradient_an_activation_goes_with_its_product(
+    name: str, adapted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, by a stand-in for the kernel."""
+    model = tiny_model(name)
+    if adapted:
+        settings = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(model, settings).get_base_model()
+    activated = []
+
+    def few_rows(
+        x: Any,
+        weight: Any,
+        bias: Any,
+        scaling: float = 0.0,
+        a: Any = None,
+        b: Any = None,
+        activation: str = "",
+        factor: Any = None,
+    ) -> Any:
+        y = torch.nn.functional.linear(x, weight, bias)
+        y = y if a is None else y + scaling * (x @ a.t()) @ b.t()
+        if not activation:
+            return y
+        activated.append(activation)
+        return ACTIVATIONS[activation](y) * (few_rows(x, *factor) if factor else 1.0)
+
+    kernels = Kernels(**{**dict.fromkeys(Kernels._fields), "few_rows": few_rows})
+    monkeypatch.setattr(products, "_for_few_rows", lambda x, weight: kernels)
+    monkeypatch.setattr(products, "_are_few", lambda x: True)
+    fast, (ids, attention) = FastDecoder.of(model.base_model), ragged_ids()
+    assert fast is not None
+    theirs = fast.hidden(ids, attention)  # with a gradient to come
+    assert not activated
+    with torch.no_grad():
+        assert_states_close(fast.hidden(ids, attention)[attention], theirs[attention])
+    assert len(activated) == len(fast.anatomy.layers)
+
+
+@pytest.mark.parametrize("name", ["bloom", "llama", "phi3"])
+def test_an_activation_and_its_gate_are_one_kernel(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, by stand-ins for the kernels: an activation alone, one with a gate, and one
+    whose gate lies in the same product.
+    """
+    fast, (ids, attention) = FastDecoder.of(tiny_model(name).base_model), ragged_ids()
+    assert fast is not None
+    with torch.no_grad():
+        theirs = fast.hidden(ids, attention)
+    made = []
+
+    def activate_rows(z: Any, activation: str, u: Any = None) -> Any:
+        made.append(activation)
+        return ACTIVATIONS[activation](z) * (1.0 if u is None else u)
+
+    given = {
+        "activate_rows": activate_rows,
+        "activate_halves": lambda both, activation: activate_rows(
+            both[:, : both.shape[1] // 2], activation, both[:, both.shape[1] // 2 :]
+        ),
+        "add_norm": lambda x, y, *norm: (x + y, normed(norms[id(norm[0])], x + y)),
+    }
+    layers = fast.anatomy.layers
+    all_norms = [n for layer in layers for n in (layer.norm, layer.second_norm)]
+    norms = {id(n.weight): n for n in (*all_norms, fast.anatomy.norm)}
+    kernels = Kernels(**{**dict.fromkeys(Kernels._fields), **given})
+    monkeypatch.setattr(elementwise, "kernels_for", lambda device: kernels)
+    with torch.no_grad():
+        assert_states_close(fast.hidden(ids, attention)[attention], theirs[attention])
+    assert len(made) == len(layers)
+
+
 @pytest.mark.parametrize("bias", ["none", "all"])
 @pytest.mark.parametrize("outputs", [5, 9])
 def test_several_adapters_add_up_with_the_gradients_that_peft_gives(
@@ -764,3 +873,19 @@ def test_batches_split_or_whole_draw_the_same_tokens_of_a_large_vocabulary() -> 
         return sample(policy, prompts, sampling=sampling, noise=NoiseKey(3, 1))[0].responses
 
     assert_close(drawn(0), drawn(3))
+
+
+@pytest.mark.parametrize("by_head", [True, False])
+def test_parts_of_a_product_have_its_gradient_wherever_theirs_lie(by_head: bool) -> None:
+    torch.manual_seed(0)
+    fused, pull = torch.randn(2, 5, 24, requires_grad=True), torch.randn(3, 2, 5, 2, 4)
+
+    def split(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x.unflatten(2, (2, 3, 4) if by_head else (3, 2, 4)).unbind(3 if by_head else 2)
+
+    found = []
+    for parts in (parted(fused, split), split(fused)):
+        pairs = zip(parts, pull, strict=True)
+        total = sum((part.square() * one).sum() for part, one in pairs)
+        found += torch.autograd.grad(total, fused)
+    assert_close(*found)

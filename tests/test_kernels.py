@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -19,11 +20,13 @@ from torch.testing import assert_close
 from ppo_lab.models.choice import LEVELS
 from ppo_lab.models.fast import decoder as decoder_module
 from ppo_lab.models.fast import kernels as kernels_module
-from ppo_lab.models.fast.attention import bias_of, by_one_kernel
+from ppo_lab.models.fast.attention import bias_of, by_one_kernel, parted
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.draws import draw_from
+from ppo_lab.models.fast.elementwise import ACTIVATIONS
 from ppo_lab.models.fast.kernels import Kernels
 from ppo_lab.models.fast.proof import prove_draws
+from ppo_lab.models.fast.recording import Recorder
 from ppo_lab.models.logprobs import Head
 from ppo_lab.models.trunk import Trunk
 
@@ -93,6 +96,31 @@ def test_attention_over_whole_texts_and_its_gradients(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("by_head", [True, False])
+def test_the_gradient_of_attention_lies_as_its_product_does(by_head: bool) -> None:
+    from ppo_lab.models.fast.kernels.whole_texts import attend_texts
+
+    torch.manual_seed(0)
+    fused = normal(2, 21, 2 * 3 * 16, dtype=DTYPES[-1]).requires_grad_()
+    real = torch.ones(2, 21, dtype=torch.bool, device=DEVICE)
+    positions = (real.cumsum(1) - 1).float()
+
+    def split(x: Tensor) -> tuple[Tensor, ...]:
+        return x.unflatten(2, (2, 3, 16) if by_head else (3, 2, 16)).unbind(3 if by_head else 2)
+
+    found, addresses = [], set()
+    for parts in (parted(fused, split), split(fused)):
+        for part in parts:
+            part.register_hook(lambda grad: addresses.add(grad.untyped_storage().data_ptr()))
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        mixed = attend_texts(q, k, v, real, positions, None, 0.2)
+        found.append(torch.autograd.grad(mixed.float().square().sum(), fused)[0])
+    assert torch.equal(*found)
+    assert found[0].untyped_storage().data_ptr() in addresses
+    assert found[1].untyped_storage().data_ptr() not in addresses
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(
     ("rows", "outputs", "inputs", "rank"),
@@ -117,6 +145,74 @@ def test_products_of_few_rows(
         assert ours.dtype == dtype
         assert relative(ours, exact) < tolerance(dtype)
         assert torch.equal(ours, few_rows(x, weight, bias if biased else None, *adapter))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter runs programs one after the other")
+def test_kernels_that_are_brought_up_early_read_what_those_before_have_written() -> None:
+    """A recorded chain of them, again and again, gives what it gives kernel by kernel."""
+    from ppo_lab.models.fast.kernels.add_norm import add_norm
+    from ppo_lab.models.fast.kernels.few_rows import few_rows
+
+    torch.manual_seed(0)
+    sizes, dtype = [1024, 4096, 1024, 512], torch.bfloat16
+    weights = [normal(n, m, dtype=dtype) / m**0.5 for m, n in pairwise([*sizes, sizes[0]])]
+    scale, start = normal(1024, dtype=dtype), normal(64, 1024, dtype=dtype)
+
+    def chain(between: Callable[[], None]) -> Tensor:
+        total = x = start
+        for _ in range(10):
+            for weight in weights:
+                x = few_rows(x, weight, None)
+                between()
+            total, x = add_norm(total, x, scale, None, 1e-5, False)
+            between()
+        return x
+
+    with torch.no_grad():
+        wanted = chain(torch.cuda.synchronize)
+        recorder = Recorder(torch.device("cuda", torch.cuda.current_device()))
+        launch, result = recorder.record(lambda: chain(lambda: None))
+    for _ in range(20):
+        launch()
+        torch.cuda.synchronize()
+        assert torch.equal(result, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_a_product_of_few_rows_is_activated_as_torch_does_it(activation: str) -> None:
+    from ppo_lab.models.fast.kernels.few_rows import few_rows
+
+    torch.manual_seed(0)
+    dtype = DTYPES[-1]
+    for outputs, inputs in ((40, 256), (32, 4096)):  # by one program a tile, and by several
+        x, bias = normal(5, inputs, dtype=dtype), normal(outputs, dtype=dtype)
+        weight = normal(outputs, inputs, dtype=dtype) * 2.0 / inputs**0.5
+        x[0] = torch.nan
+        wanted = ACTIVATIONS[activation](few_rows(x, weight, bias)).float()
+        ours = few_rows(x, weight, bias, 0.0, None, None, activation)
+        assert ours[0].isnan().all()
+        assert_close(ours[1:].float(), wanted[1:], rtol=tolerance(dtype), atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rank", "other_rank"), [(0, 0), (4, 0), (0, 20), (3, 16)])
+def test_a_gate_and_what_goes_through_it_are_one_product(rank: int, other_rank: int) -> None:
+    from ppo_lab.models.fast.kernels.few_rows import few_rows
+
+    torch.manual_seed(0)
+    dtype, outputs, inputs = DTYPES[-1], 72, 256
+    x = normal(7, inputs, dtype=dtype)
+
+    def numbers(rank: int, scaling: float, bias: Tensor | None) -> tuple[Any, ...]:
+        weight = normal(outputs, inputs, dtype=dtype) / inputs**0.5
+        a, b = normal(rank, inputs, dtype=dtype) / 16.0, normal(outputs, rank, dtype=dtype) / 16.0
+        return weight, bias, scaling, *((a, b) if rank else (None, None))
+
+    gate, up = numbers(rank, 0.5, None), numbers(other_rank, 2.0, normal(outputs, dtype=dtype))
+    wanted = F.silu(few_rows(x, *gate)).float() * few_rows(x, *up).float()
+    assert relative(few_rows(x, *gate, "silu", up), wanted) < tolerance(dtype)
 
 
 @pytest.mark.gpu
@@ -168,10 +264,12 @@ def test_attention_to_the_newest_column(
     heads: int, kv_heads: int, size: int, alibi: bool, dtype: torch.dtype
 ) -> None:
     """About the edges of what is read at once, of views, with no number in all that is not seen."""
+    from ppo_lab.models.fast.kernels.grouped_query import columns_of
     from ppo_lab.models.fast.kernels.one_query import COLUMNS, attend_newest, readers_of
 
     torch.manual_seed(size)
-    once = readers_of(128 if size > 16 else 16, dtype) * COLUMNS
+    width = 128 if size > 16 else 16
+    once = readers_of(width, dtype) * COLUMNS if heads == kv_heads else columns_of(width, dtype)
     firsts, positions = torch.tensor([0, 1, once - 1, once, once + 3]), 2 * once + 3
     slopes = 2.0 ** -torch.arange(1, heads + 1).float() if alibi else None
     for column in (0, 1, once - 1, once, once + 1, 2 * once, positions - 1):
@@ -276,6 +374,63 @@ def test_a_sum_and_its_norm(width: int, centred: bool, dtype: torch.dtype) -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("given", ["alone", "gated", "halves"])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_an_activation_with_its_gradient(activation: str, given: str, dtype: torch.dtype) -> None:
+    """Rows of more than one block, and of a width that is no multiple of anything."""
+    from ppo_lab.models.fast.kernels.activate import activate_halves, activate_rows
+
+    torch.manual_seed(0)
+    both = normal(3, 2 * 2051, dtype=dtype).requires_grad_()
+    exact = both.detach().float().requires_grad_()
+    z, u = exact.chunk(2, 1)
+    by_gate, by_up = both.chunk(2, 1)
+    if given == "halves":
+        ours = activate_halves(both, activation)
+    else:
+        ours = activate_rows(by_gate, activation, by_up if given == "gated" else None)
+    wanted = ACTIVATIONS[activation](z) * (1.0 if given == "alone" else u)
+    pull = normal(3, 2051, dtype=dtype)
+    assert relative(ours, wanted) < tolerance(dtype)
+    (slope,) = torch.autograd.grad(ours, both, pull)
+    (exact_slope,) = torch.autograd.grad(wanted, exact, pull.float())
+    assert relative(slope, exact_slope) < tolerance(dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("starts", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "rank"),
+    [(70, 100, 330, 16), (5, 1300, 40, 3), (200, 64, 64, 33)],
+)
+def test_an_adapter_with_its_gradients(
+    rows: int, inputs: int, outputs: int, rank: int, starts: bool
+) -> None:
+    """Forward and backward, A and B in float32 beside rows in half precision."""
+    from ppo_lab.models.fast.kernels.adapter import adapted_start, adapter_slopes
+
+    torch.manual_seed(0)
+    dtype = DTYPES[-1]
+    x, grad = normal(rows, inputs, dtype=dtype), normal(rows, outputs, dtype=dtype)
+    a, b = normal(rank, inputs) / inputs**0.5, normal(outputs, rank) / outputs**0.5
+    bias = normal(outputs, dtype=dtype) if starts else None
+    y, inner = adapted_start(x, a, b if starts else None, 0.7, bias)
+    for_x, of_inner = adapted_start(grad, b.t(), a.t() if starts else None, 0.7, None)
+    for_a, for_b = adapter_slopes(x, grad, inner, of_inner, 0.7, torch.float32)
+
+    x, grad = x.float(), grad.float()
+    h, d = x @ a.t(), grad @ b
+    pairs = [(inner, h), (of_inner, d), (for_a, 0.7 * d.t() @ x), (for_b, 0.7 * grad.t() @ h)]
+    assert (y is None) == (for_x is None) == (not starts)
+    if y is not None and for_x is not None and bias is not None:
+        pairs += [(y, 0.7 * h @ b.t() + bias.float()), (for_x, 0.7 * d @ a)]
+    for ours, exact in pairs:
+        assert ours.shape == exact.shape
+        assert relative(ours, exact) < tolerance(dtype)
+
+
+@pytest.mark.gpu
 def test_a_head_proves_them() -> None:
     torch.manual_seed(0)
     kernels = kernels_module._kernels()
@@ -310,7 +465,8 @@ def a_gpu_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """Trunks believe to be on a GPU with this kernel for a sum and its norm."""
 
     def take(add_norm: Callable[..., Any]) -> None:
-        kernels = Kernels(add_norm, *[None] * 5)  # the others are for half precision
+        others = dict.fromkeys(Kernels._fields)  # are for half precision
+        kernels = Kernels(**{**others, "add_norm": add_norm})
         found = lambda _: None if kernels_module._left_out else kernels  # noqa: E731
         for module in ("attention", "elementwise"):
             monkeypatch.setattr(f"ppo_lab.models.fast.{module}.kernels_for", found)

@@ -13,7 +13,7 @@ Source: Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -151,6 +151,36 @@ def attend(
     if torch.is_grad_enabled():
         return _Attention.apply(q, k, v, blocks, scaling)
     return _attended(q, k, v, blocks, scaling)[0]
+
+
+def parted(
+    fused: Float[Tensor, "batch time outputs"], split: Callable[[Tensor], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """What `split` makes of one product. The gradient of the kernel that takes all of its parts as
+    they are is the product's as it lies, where torch's own way would put it together once more.
+    """
+    return _Parted.apply(fused, split) if torch.is_grad_enabled() else split(fused)
+
+
+class _Parted(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, fused: Tensor, split: Callable[[Tensor], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        parts = split(fused)
+        ctx.split, ctx.layout = split, (fused.shape, fused.stride(), fused.storage_offset())
+        ctx.layouts = [(part.stride(), part.storage_offset()) for part in parts]
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        one = len({grad.untyped_storage().data_ptr() for grad in grads}) == 1
+        if one and [(grad.stride(), grad.storage_offset()) for grad in grads] == ctx.layouts:
+            return grads[0].as_strided(*ctx.layout), None
+        whole = grads[0].new_empty(ctx.layout[0])
+        for part, grad in zip(ctx.split(whole), grads, strict=True):
+            part.copy_(grad)
+        return whole, None
 
 
 class _Attention(torch.autograd.Function):

@@ -26,20 +26,22 @@ from ppo_lab.models.fast.attention import (
     attend,
     blocks_of,
     last_columns,
+    parted,
     shown_of,
 )
 from ppo_lab.models.fast.elementwise import (
-    ACTIVATIONS,
     added_and_normed,
+    halves_activated,
     normed,
     rotated,
+    rows_activated,
     spread_angles,
 )
 from ppo_lab.models.fast.families import read
 from ppo_lab.models.fast.gemm import computed_in
 from ppo_lab.models.fast.layers import Anatomy, Layer
 from ppo_lab.models.fast.places import Everywhere, LastColumns, Places
-from ppo_lab.models.fast.products import Linear
+from ppo_lab.models.fast.products import Linear, activated
 
 # transformers' attention kernels that this road takes the place of; others were asked for.
 KERNELS = ("eager", "sdpa")
@@ -75,13 +77,20 @@ class Pass:
         heads = x.shape[2]
         return rotated(x, cos[:, :, :heads], sin[:, :, :heads], pairs)
 
-    def linear(self, module: Any, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
-        """What a linear layer of the model makes of the rows; over many passes it is read once."""
+    def read(self, module: Any, dtype: torch.dtype) -> Linear:
+        """A linear layer of the model as it stands; over many passes it is read once.
+
+        Where its adapter is to be learnt, that is not rounded yet.
+        """
         if self.cache is None:
-            return Linear.read(module, x.dtype)(x)
+            return Linear.read(module, None if torch.is_grad_enabled() else dtype)
         if module not in self.cache.linears:
-            self.cache.linears[module] = Linear.read(module, x.dtype)
-        return self.cache.linears[module](x)
+            self.cache.linears[module] = Linear.read(module, dtype)
+        return self.cache.linears[module]
+
+    def linear(self, module: Any, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
+        """What a linear layer of the model makes of the rows."""
+        return self.read(module, x.dtype)(x)
 
     def rectangle(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "batch time width"]:
         """The rows where they lie in the batch; elsewhere numbers without meaning."""
@@ -277,7 +286,9 @@ def _queries_keys_values(
 ) -> tuple[Tensor, ...]:
     """Each (batch, time, heads, size), queries and keys turned by their positions."""
     products = [shared.rectangle(shared.linear(projection, x)) for projection in layer.projections]
-    if len(products) == 1:
+    if len(products) == 1 and layer.given_as_they_are and isinstance(shared.blocks, Shown):
+        q, k, v = parted(products[0], layer.split)
+    elif len(products) == 1:
         q, k, v = layer.split(products[0])
     else:
         q, k, v = (product.unflatten(2, (-1, layer.size)) for product in products)
@@ -298,11 +309,23 @@ def _normed_heads(
 def _feed_forward(
     layer: Layer, x: Float[Tensor, "rows hidden"], shared: Pass
 ) -> Float[Tensor, "rows hidden"]:
-    activation, up = ACTIVATIONS[layer.activation], shared.linear(layer.up, x)
-    if layer.gate is None and not layer.gate_in_up:
-        return shared.linear(layer.down, activation(up))
-    gate, up = up.chunk(2, 1) if layer.gate_in_up else (shared.linear(layer.gate, x), up)
-    return shared.linear(layer.down, activation(gate) * up)
+    return shared.linear(layer.down, _activated(layer, x, shared))
+
+
+def _activated(
+    layer: Layer, x: Float[Tensor, "rows hidden"], shared: Pass
+) -> Float[Tensor, "rows inner"]:
+    """a(up(x)) or, gated, a(gate(x)) * up(x)."""
+    up = shared.read(layer.up, x.dtype)
+    gate = None if layer.gate is None else shared.read(layer.gate, x.dtype)
+    made = activated(x, layer.activation, up, gate, gate_in_up=layer.gate_in_up)
+    if made is not None:
+        return made
+    if gate is None and layer.gate_in_up:
+        return halves_activated(layer.activation, up(x))
+    if gate is None:
+        return rows_activated(layer.activation, up(x))
+    return rows_activated(layer.activation, gate(x), up(x))
 
 
 def _hooked(modules: Sequence[Any]) -> bool:

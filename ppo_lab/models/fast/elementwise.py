@@ -70,6 +70,25 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def rows_activated(
+    activation: str, z: Float[Tensor, "rows width"], u: Float[Tensor, "rows width"] | None = None
+) -> Float[Tensor, "rows width"]:
+    """a(z) or, gated, a(z) u."""
+    if (kernels := kernels_for(z.device)) is not None:
+        return kernels.activate_rows(z, activation, u)
+    y = ACTIVATIONS[activation](z)
+    return y if u is None else y * u
+
+
+def halves_activated(
+    activation: str, both: Float[Tensor, "rows twice_width"]
+) -> Float[Tensor, "rows width"]:
+    """a(z) u of the halves z and u of each row."""
+    if (kernels := kernels_for(both.device)) is not None:
+        return kernels.activate_halves(both, activation)
+    return rows_activated(activation, *both.chunk(2, 1))
+
+
 # Rows that a kernel holds at once are at most so wide.
 WIDEST = 2**14
 

@@ -59,6 +59,12 @@ class Layer:
         gate = () if self.gate is None else (self.gate,)
         return (*self.projections, self.out, *gate, self.up, self.down)
 
+    @property
+    def given_as_they_are(self) -> bool:
+        """Whether attention is of queries and keys as products give them, one for every head."""
+        as_they_are = self.head_norms is None and self.turned_by is None
+        return as_they_are and self.kv_heads == self.heads
+
     def split(self, fused: Float[Tensor, "batch time outputs"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (batch, time, heads, size) out of one product for all three."""
         if self.by_head:

@@ -118,6 +118,37 @@ class _Adapted(torch.autograd.Function):
         return for_x, None, None, None, *for_matrices
 
 
+class _AdaptedByKernels(torch.autograd.Function):
+    """`_Adapted` with one adapter, its matrices in whatever precision they are trained in."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        a: Tensor,
+        b: Tensor,
+        kernels: Kernels,
+    ) -> Tensor:
+        y, inner = kernels.adapted_start(x, a, b, scaling, bias)
+        y.addmm_(x, weight.t())
+        ctx.save_for_backward(x, weight, a, b, inner)
+        ctx.scaling, ctx.kernels = scaling, kernels
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight, a, b, inner), grad = ctx.saved_tensors, grads[0].contiguous()
+        start = a.t() if ctx.needs_input_grad[0] else None
+        for_x, of_inner = ctx.kernels.adapted_start(grad, b.t(), start, ctx.scaling, None)
+        if for_x is not None:
+            for_x.addmm_(grad, weight)
+        slopes = ctx.kernels.adapter_slopes(x, grad, inner, of_inner, ctx.scaling, a.dtype)
+        return for_x, None, None, None, *slopes, None
+
+
 def _adapted(
     x: Tensor,
     weight: Tensor,
@@ -145,9 +176,42 @@ def _adapted_alone(
 ) -> Tensor:
     """W x + b + sum s B A x where no gradient is to come."""
     kernels = _for_few_rows(x, weight)
-    if kernels is None or len(scalings) > 1 or len(matrices[0]) > WIDEST_ADAPTER:
+    if kernels is None or not _is_usual_adapter(scalings, matrices):
         return _adapted(x, weight, bias, scalings, matrices)[0]
     return kernels.few_rows(x, weight, bias, scalings[0], *matrices)
+
+
+def activated(
+    x: Float[Tensor, "rows inputs"],
+    activation: str,
+    up: Linear,
+    gate: Linear | None,
+    *,
+    gate_in_up: bool,
+) -> Float[Tensor, "rows outputs"] | None:
+    """a(up(x)) or, gated, a(gate(x)) * up(x) by one kernel; None where none is made for it."""
+    if torch.is_grad_enabled() or not _are_few(x):
+        return None
+    linears = up.halves() if gate_in_up else (up,) if gate is None else (gate, up)
+    usual = all(_is_usual_adapter(linear.scalings, linear.matrices) for linear in linears)
+    kernels = [_for_few_rows(x, linear.weight) for linear in linears]
+    if not usual or kernels[0] is None or None in kernels:
+        return None
+    numbers = [
+        (
+            linear.weight,
+            linear.bias,
+            *(linear.scalings or (0.0,)),
+            *(linear.matrices or (None,) * 2),
+        )
+        for linear in linears
+    ]
+    return kernels[0].few_rows(x, *numbers[0], activation, *numbers[1:])
+
+
+def _is_usual_adapter(scalings: Sequence[float], matrices: Sequence[Tensor]) -> bool:
+    """Whether there is none, or one that a kernel multiplies with its weight."""
+    return not scalings or (len(scalings) == 1 and len(matrices[0]) <= WIDEST_ADAPTER)
 
 
 def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -188,9 +252,20 @@ def _times(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _for_few_rows(x: Tensor, weight: Tensor) -> Kernels | None:
     """The kernels, where one of them is made for such a product."""
-    if x.device.type == "cpu" or len(x) > FEW_ROWS or x.shape[1] % STEP or not _is_plain(x, weight):
+    if not _are_few(x) or weight.numel() > LARGEST or not _is_plain(x, weight):
         return None
-    return kernels_for(x.device) if weight.numel() <= LARGEST else None
+    return kernels_for(x.device)
+
+
+def _for_adapter(x: Tensor, linear: Linear) -> Kernels | None:
+    """The kernels, where they are made for such an adapter's gradient."""
+    if _is_trained(linear.weight, linear.bias) or not _is_usual_adapter(*linear[2:]):
+        return None
+    return kernels_for(x.device) if _is_plain(x, linear.weight) else None
+
+
+def _are_few(x: Tensor) -> bool:
+    return x.device.type != "cpu" and len(x) <= FEW_ROWS and x.shape[1] % STEP == 0
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
@@ -215,9 +290,7 @@ class Linear(NamedTuple):
 
     @classmethod
     def read(cls, module: Any, dtype: torch.dtype | None = None) -> Linear:
-        """That of a module, its adapters in the precision that they are computed in, or as they
-        are.
-        """
+        """That of a module, its adapters in a precision, or as they are."""
         base = module.base_layer if hasattr(module, "base_layer") else module
         # GPT-2's layers hold the transposed weight.
         weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
@@ -232,16 +305,32 @@ class Linear(NamedTuple):
             tuple(matrix.to(dtype or matrix.dtype) for matrix in matrices),
         )
 
+    def halves(self) -> tuple[Linear, Linear]:
+        """What gives the first half of the outputs, and what gives the second."""
+        biases = (None, None) if self.bias is None else self.bias.chunk(2)
+        matrices = [(a, *b.chunk(2)) for a, b in _pairs(self.matrices)]
+        first, second = (
+            Linear(
+                weight, bias, self.scalings, tuple(m for own in matrices for m in (own[0], own[i]))
+            )
+            for i, weight, bias in zip((1, 2), self.weight.chunk(2), biases, strict=True)
+        )
+        return first, second
+
     def __call__(self, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
         """W x + b, and for each adapter + scaling B A x, all in the precision of x."""
         if not self.scalings:
             return product(x, self.weight, self.bias)
+        weight, bias, scalings, matrices = self
+        if torch.is_grad_enabled() and (kernels := _for_adapter(x, self)) is not None:
+            return _AdaptedByKernels.apply(x, weight, bias, *scalings, *matrices, kernels)
+        matrices = tuple(matrix.to(x.dtype) for matrix in matrices)
         if not torch.is_grad_enabled():
-            return _adapted_alone(x, *self)
-        if not _is_trained(self.weight, self.bias):
-            return _Adapted.apply(x, self.weight, self.bias, self.scalings, *self.matrices)
-        y = product(x, self.weight, self.bias)
-        for scaling, (a, b) in zip(self.scalings, _pairs(self.matrices), strict=True):
+            return _adapted_alone(x, weight, bias, scalings, matrices)
+        if not _is_trained(weight, bias):
+            return _Adapted.apply(x, weight, bias, scalings, *matrices)
+        y = product(x, weight, bias)
+        for scaling, (a, b) in zip(scalings, _pairs(matrices), strict=True):
             y = torch.add(y, F.linear(F.linear(x, a), b), alpha=scaling)
         return y
 

@@ -23,6 +23,10 @@ _left_out: list[str] = []
 class Kernels(NamedTuple):
     """One function each; see the modules that they come from."""
 
+    activate_halves: Any
+    activate_rows: Any
+    adapted_start: Any
+    adapter_slopes: Any
     add_norm: Any
     attend_newest: Any
     attend_texts: Any
@@ -56,6 +60,8 @@ def leave_out(why: str) -> None:
 def _kernels() -> Kernels | None:
     if find_spec("triton") is None:
         return None
+    from ppo_lab.models.fast.kernels.activate import activate_halves, activate_rows
+    from ppo_lab.models.fast.kernels.adapter import adapted_start, adapter_slopes
     from ppo_lab.models.fast.kernels.add_norm import add_norm
     from ppo_lab.models.fast.kernels.draw_rows import draw_rows
     from ppo_lab.models.fast.kernels.few_rows import few_rows
@@ -63,7 +69,18 @@ def _kernels() -> Kernels | None:
     from ppo_lab.models.fast.kernels.sweep_rows import sweep_rows
     from ppo_lab.models.fast.kernels.whole_texts import attend_texts
 
-    functions = (add_norm, attend_newest, attend_texts, few_rows, draw_rows, sweep_rows)
+    functions = (
+        activate_halves,
+        activate_rows,
+        adapted_start,
+        adapter_slopes,
+        add_norm,
+        attend_newest,
+        attend_texts,
+        few_rows,
+        draw_rows,
+        sweep_rows,
+    )
     return Kernels(*(_there(function) for function in functions))
 
 
