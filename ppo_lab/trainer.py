@@ -210,9 +210,10 @@ class PPOTrainer:
         Returns the metrics.
         """
         scores = scores.on_host()
+        self._train_mode(True)
+        self.updates.prepare(rollout.tokens)  # a GPU is still at work on the reference
         shaped = self.shape(rollout, scores)
         with self.clock("update"):
-            self._train_mode(True)
             launched = self.updates.launch(
                 shaped.batch,
                 temperature=self.drawn.logprob_temperature,

@@ -28,7 +28,7 @@ from ppo_lab.steps import (
     summary,
     sums_of,
 )
-from ppo_lab.types import Batch, Forward, brought
+from ppo_lab.types import Batch, Forward, Tokens, brought
 
 
 class Turn(NamedTuple):
@@ -88,7 +88,13 @@ class ClippedUpdates:
 
     def run(self, batch: Batch, **how: Any) -> UpdateStats:
         """What all updates on a batch did; as `launch` has it."""
+        self.prepare(batch.tokens)
         return self.outcome(self.launch(batch, **how))
+
+    def prepare(self, tokens: Tokens) -> None:
+        """Ask what must be asked before updates on these tokens."""
+        if self.recorded is not None:
+            self.recorded.begin(tokens)
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +110,8 @@ class ClippedUpdates:
         critic_only: bool = False,
         critic_epochs: int = 0,
     ) -> list[list[OptimizerStep]]:
-        """The optimizer steps of all epochs, the last of which a device may still be at work on.
+        """The optimizer steps of all epochs, the last of which a device may still be at work on;
+        `prepare` comes first.
 
         `batch` lies on the host, but for `tokens.below`, for all that a step depends on must be
         known there. `seed` is (run seed, iteration) and fixes the order of the mini-batches. With
@@ -114,8 +121,6 @@ class ClippedUpdates:
         Raises:
             TrainingDiverged: `max_skipped_updates` optimizer steps in a row had to be skipped.
         """
-        if self.recorded is not None:
-            self.recorded.begin(batch.tokens)
         epochs: list[list[OptimizerStep]] = []
         made = self.config.ppo_epochs
         if critic_only:  # in later ones nobody would learn
