@@ -8,9 +8,9 @@ tokens fall out on the way.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,15 +89,24 @@ class NoiseKey:
     first_sample: int = 0
 
     def uniforms(self, samples: int, positions: int) -> Float[Tensor, "samples positions levels"]:
-        """Numbers in [0, 1) for every sample and position, as many as a choice takes."""
-        philox = np.random.Philox(key=[self.seed, self.stream])
-        generator, state = np.random.Generator(philox), philox.state
-        numbers = np.empty((samples, positions, LEVELS))
-        for i in range(samples):  # one generator set anew: to make another takes longer
-            state["state"]["counter"] = np.array([0, self.first_sample + i, 0, 0], np.uint64)
-            philox.state = state
-            generator.random(out=numbers[i])
-        return torch.from_numpy(numbers)
+        """Numbers in [0, 1) for every sample and position, as many as a choice takes. The latest
+        are kept: asked for while a device is at work, they are there when it waits for them.
+        """
+        return _uniforms(self, samples, positions)
+
+
+@functools.lru_cache(maxsize=1)
+def _uniforms(
+    key: NoiseKey, samples: int, positions: int
+) -> Float[Tensor, "samples positions levels"]:
+    philox = np.random.Philox(key=[key.seed, key.stream])
+    generator, state = np.random.Generator(philox), philox.state
+    numbers = np.empty((samples, positions, LEVELS))
+    for i in range(samples):  # one generator set anew: to make another takes longer
+        state["state"]["counter"] = np.array([0, key.first_sample + i, 0, 0], np.uint64)
+        philox.state = state
+        generator.random(out=numbers[i])
+    return torch.from_numpy(numbers)
 
 
 @torch.no_grad()
@@ -193,7 +202,7 @@ class Answers(NamedTuple):
     @classmethod
     def room(cls, batch: int, positions: int, device: torch.device) -> Answers:
         """Room for so many responses of so many tokens, with nothing in it."""
-        empty = partial(torch.empty, device=device)
+        empty = functools.partial(torch.empty, device=device)
         return cls(
             uniforms=empty(positions, batch, LEVELS, dtype=torch.float64),
             tokens=empty(positions, batch, dtype=torch.long),

@@ -171,7 +171,7 @@ class PPOTrainer:
 
     def sample(self, prompts: Prompts) -> tuple[Tokens, Forward]:
         """Responses of the policy, with the log-probs and values that fell out of sampling them."""
-        noise = NoiseKey(self.config.seed, self.iterations_done)
+        noise = self._noise()
         self.drawn = self.sampling
         with self.clock("generate"):
             tokens, seen = self.sampler(prompts, self.sampling, noise)
@@ -221,7 +221,10 @@ class PPOTrainer:
                 critic_only=self.warms_up,
                 critic_epochs=self.config.critic_epochs,
             )
-            metrics = known_metrics(shaped, scores)  # a GPU is still at work on the updates
+            # A GPU is still at work on the updates.
+            metrics = known_metrics(shaped, scores)
+            if self.models.is_behind:
+                self._noise(1).uniforms(len(rollout), self.sampling.max_new_tokens)
             update = self.updates.outcome(launched)
         metrics |= update_metrics(
             update,
@@ -495,6 +498,10 @@ class PPOTrainer:
         wanted = max(mini_batch, PASS_TOKENS // width)
         found = self.updates.passes.until_it_fits(attempt, wanted, self._again)
         return self.processes.gather(found, len(tokens))
+
+    def _noise(self, ahead: int = 0) -> NoiseKey:
+        """That of this iteration, or of one ahead of it."""
+        return NoiseKey(self.config.seed, self.iterations_done + ahead)
 
     def _heard(self, tokens: Tokens) -> Tokens:
         """The tokens, with what a device that is behind knows of them on the host too."""

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppo_lab import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_lab import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, rollout
 from ppo_lab.models.critic import Critic
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.recording import KEPT, ByShape
@@ -52,7 +52,7 @@ from ppo_lab.recorded import (
     fitted,
     tensors_of,
 )
-from ppo_lab.types import Batch, Scores, Tokens
+from ppo_lab.types import Batch, Prompts, Scores, Tokens
 from ppo_lab.update import EVERYBODY, ClippedUpdates, Turn
 
 # Adam's usual eps makes steps of what in gradients that are zero is rounding alone.
@@ -567,6 +567,17 @@ def test_around_a_recorded_pass_of_its_own_a_step_moves_its_numbers_once(
         assert counted.times[needless] == 0
     places = {x.data_ptr() for x in made.recorded._gradients.values()}
     assert {p.grad.data_ptr() for p in made.recorded.trained} == places
+
+
+def test_noise_is_there_before_an_iteration_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is behind with the updates leaves the host time for it."""
+    made, prompts = trainer(), Prompts([[5, 6], [7], [8, 9], [5]], [""] * 4)
+    monkeypatch.setattr(Whole, "is_behind", True)
+    for asked in (0, 1):
+        had = rollout._uniforms.cache_info().hits
+        tokens, seen = made.sample(prompts)
+        assert rollout._uniforms.cache_info().hits == had + asked
+        made.learn(made.collect(tokens, seen), scored(tokens))
 
 
 def test_gradients_are_added_to_those_that_are_there() -> None:
