@@ -19,12 +19,12 @@ from ppo_lab.trainer import PASS_TOKENS
 # Fitted to one iteration of BLOOM 560m on one H200 (64 x (64 + 128) tokens, LoRA, torch 2.11), each
 # phase of which is met within a third: what of a published rate passes reach, with all that stands
 # between their products; seconds that a GPU takes for an operation of a CUDA graph, however small,
-# where a sum and its norm, one kernel, are counted as two; operations of a sampled token beside its
-# pass, of its draw and of what is kept of it; and those that Python launches, while the GPU waits,
-# beside a pass and beside an optimizer step.
+# of which there are fewer than operations counted, a sum and its norm being one kernel, say;
+# operations of a sampled token beside its pass, of its draw and of what is kept of it; and those
+# that Python launches, while the GPU waits, beside a pass and beside an optimizer step.
 REACHED_FLOPS = 0.58
-IN_A_GRAPH_S = 4.2e-6
-DRAWN, KEPT = 10, 20
+IN_A_GRAPH_S = 2.1e-6
+DRAWN = 20
 BESIDE_A_PASS, BESIDE_A_STEP = 10, 30
 
 # Seconds that Python takes for an operation of a model that is not compiled: fitted to the same
@@ -104,11 +104,10 @@ def _of_sampling(subject: Subject, found: Traced, recorded: Recorded) -> Launche
     layers, parts = subject.of.layers, len(subject.workload.chunks())
     tokens = parts * subject.workload.longest
     if not recorded.tokens:
-        return Launches(queued=tokens * (found.forward.at(layers) + DRAWN + KEPT))
+        return Launches(queued=tokens * (found.forward.at(layers) + DRAWN))
     token = found.token.at(layers)
     anew = not recorded.kept or records_again(subject)
     return Launches(
-        queued=tokens * KEPT,
         waited=parts * TO_RECORD * token if anew else 0.0,
         together=tokens * (token + DRAWN),
     )
