@@ -119,17 +119,21 @@ def brought(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 def packed(tensors: Sequence[Tensor]) -> Tensor:
-    """The bytes of tensors on one device one after the other, which one transfer takes."""
+    """The bytes of tensors on one device one after the other, which one transfer takes.
+
+    In units of eight bytes: a host would spread a copy of as many numbers as there are bytes over
+    its threads, which then wait for the next at full speed.
+    """
     gap = torch.zeros(ALIGNMENT, dtype=torch.uint8, device=tensors[0].device)
     parts = []
     for x in tensors:
         parts += [x.reshape(-1).view(torch.uint8), gap[: -x.nbytes % ALIGNMENT]]
-    return torch.cat(parts)
+    return torch.cat(parts).view(torch.int64)
 
 
 def unpacked(together: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The tensors in their bytes, given some of the same shapes and types; no number is moved."""
-    found, start = [], 0
+    found, start, together = [], 0, together.view(torch.uint8)
     for x in like:
         found.append(together[start : start + x.nbytes].view(x.dtype).view(x.shape))
         start += x.nbytes + -x.nbytes % ALIGNMENT
