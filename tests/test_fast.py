@@ -34,7 +34,7 @@ from ppo_lab.bench.equality import tiny_policy
 from ppo_lab.config import LoraSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.choice import FAN, LEVELS, choose
-from ppo_lab.models.fast import draws, elementwise, families, gemm, products
+from ppo_lab.models.fast import draws, families, gemm, products
 from ppo_lab.models.fast.attention import KeysAndValues, attend, blocks_of, last_columns, parted
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.draws import draw_from
@@ -594,40 +594,6 @@ def test_without_a_gradient_an_activation_goes_with_its_product(
     with torch.no_grad():
         assert_states_close(fast.hidden(ids, attention)[attention], theirs[attention])
     assert len(activated) == len(fast.anatomy.layers)
-
-
-@pytest.mark.parametrize("name", ["bloom", "llama", "phi3"])
-def test_an_activation_and_its_gate_are_one_kernel(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a GPU, by stand-ins for the kernels: an activation alone, one with a gate, and one
-    whose gate lies in the same product.
-    """
-    fast, (ids, attention) = FastDecoder.of(tiny_model(name).base_model), ragged_ids()
-    assert fast is not None
-    with torch.no_grad():
-        theirs = fast.hidden(ids, attention)
-    made = []
-
-    def activate_rows(z: Any, activation: str, u: Any = None) -> Any:
-        made.append(activation)
-        return ACTIVATIONS[activation](z) * (1.0 if u is None else u)
-
-    given = {
-        "activate_rows": activate_rows,
-        "activate_halves": lambda both, activation: activate_rows(
-            both[:, : both.shape[1] // 2], activation, both[:, both.shape[1] // 2 :]
-        ),
-        "add_norm": lambda x, y, *norm: (x + y, normed(norms[id(norm[0])], x + y)),
-    }
-    layers = fast.anatomy.layers
-    all_norms = [n for layer in layers for n in (layer.norm, layer.second_norm)]
-    norms = {id(n.weight): n for n in (*all_norms, fast.anatomy.norm)}
-    kernels = Kernels(**{**dict.fromkeys(Kernels._fields), **given})
-    monkeypatch.setattr(elementwise, "kernels_for", lambda device: kernels)
-    with torch.no_grad():
-        assert_states_close(fast.hidden(ids, attention)[attention], theirs[attention])
-    assert len(made) == len(layers)
 
 
 @pytest.mark.parametrize("bias", ["none", "all"])

@@ -455,6 +455,15 @@ def like_torch(
     return x + y, norm(x + y, weight.shape, weight, *more, eps=eps)
 
 
+def activated(z: Tensor, activation: str, u: Tensor | None = None) -> Tensor:
+    return ACTIVATIONS[activation](z) * (1.0 if u is None else u)
+
+
+def halves_activated(both: Tensor, activation: str) -> Tensor:
+    z, u = both.chunk(2, 1)
+    return activated(z, activation, u)
+
+
 def refuse(*_: Any) -> Any:
     raise FileNotFoundError("ptxas")
 
@@ -469,6 +478,7 @@ def a_gpu_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 
     def take(add_norm: Callable[..., Any]) -> None:
         others = dict.fromkeys(Kernels._fields)  # are for half precision
+        others |= {"activate_rows": activated, "activate_halves": halves_activated}
         kernels = Kernels(**{**others, "add_norm": add_norm})
         found = lambda _: None if kernels_module._left_out else kernels  # noqa: E731
         for module in ("attention", "elementwise"):
@@ -489,7 +499,7 @@ def assert_fast_and_equal(trunk: Trunk) -> None:
     assert_states_close(fast.hidden(ids, attention)[attention], theirs[attention])
 
 
-@pytest.mark.parametrize("name", ["bloom", "llama"])
+@pytest.mark.parametrize("name", ["bloom", "llama", "phi3"])
 def test_a_layer_made_of_them_is_the_layer(name: str, a_gpu_with: Callable[[Any], None]) -> None:
     a_gpu_with(like_torch)
     trunk = Trunk(tiny_model(name).requires_grad_(False))
