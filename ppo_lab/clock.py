@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.profiler import record_function
@@ -26,31 +27,38 @@ class Clock:
         self.device = device
         self._peak_flops: Callable[[], float] = peak_flops
         self._peak: float | None = None
-        self._phases: dict[str, float] = {}
+        self._spans: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Add the seconds spent inside to `phase`, a range of that name in a profile; on a GPU,
-        until its work is done.
+        until its work is done, for which the host does not wait.
         """
-        start = now()
+        start = self._moment()
         try:
             with record_function(phase):
                 yield
         finally:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            self._phases[phase] = self._phases.get(phase, 0.0) + now() - start
+            self._spans.append((phase, start, self._moment()))
+
+    def _moment(self) -> Any:
+        """Now, as the device reads it when it comes to this."""
+        if self.device.type != "cuda":
+            return now()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def read(self, *, tokens: int, flops: float = 0.0) -> dict[str, float]:
         """Seconds by phase and in all, response tokens a second, model FLOP utilisation and peak
-        memory; starts anew.
+        memory, once the device is done with all phases; starts anew.
         """
-        total = sum(self._phases.values())
-        times = {f"time/{phase}": seconds for phase, seconds in self._phases.items()}
-        self._phases = {}
+        phases: dict[str, float] = {}
+        for phase, start, end in self._spans:
+            phases[phase] = phases.get(phase, 0.0) + _seconds(start, end)
+        total, self._spans = sum(phases.values()), []
         return {
-            **times,
+            **{f"time/{phase}": seconds for phase, seconds in phases.items()},
             "time/iteration": total,
             "tokens_per_second": tokens / total if total else 0.0,
             **self._utilisation(flops, total),
@@ -68,3 +76,11 @@ class Clock:
         if self._peak is None:
             self._peak = self._peak_flops()
         return {"mfu": flops / seconds / self._peak} if self._peak and flops and seconds else {}
+
+
+def _seconds(start: Any, end: Any) -> float:
+    """Between two moments of a clock."""
+    if isinstance(end, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

@@ -29,6 +29,7 @@ from tiny_models import (
 from torch import Tensor
 from torch.testing import assert_close
 
+from ppo_lab.clock import Clock
 from ppo_lab.core import KL_PENALTIES
 from ppo_lab.metrics import METRICS, known_metrics
 from ppo_lab.rollout import Sampling
@@ -344,6 +345,39 @@ def test_times_cover_the_iteration_and_start_anew() -> None:
         assert stats["time/iteration"] == pytest.approx(sum(phases))
         assert made.clock.read(tokens=0)["time/iteration"] == 0.0
     assert stats["peak_memory_gb"] > 0
+
+
+def test_a_gpu_is_timed_by_its_own_events_and_waited_for_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moments, waited = iter([0.0, 1000.0, 1500.0, 4500.0]), []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            assert stream == "that of cuda:1"
+            self.milliseconds = next(moments)
+
+        def synchronize(self) -> None:
+            waited.append(self)
+
+        def elapsed_time(self, end: Event) -> float:
+            assert end in waited, "it has not come there yet"
+            return end.milliseconds - self.milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"that of {device}")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 0)
+    clock = Clock(torch.device("cuda:1"))
+    for phase in ("generate", "update"):
+        with clock(phase):
+            assert not waited
+    assert not waited
+    found = clock.read(tokens=8)
+    assert (found["time/generate"], found["time/update"]) == (1.0, 3.0)
+    assert (found["time/iteration"], found["tokens_per_second"]) == (4.0, 2.0)
 
 
 # --- training
