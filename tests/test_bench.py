@@ -104,7 +104,7 @@ def test_rounds_that_are_over_are_kept_when_a_later_one_breaks_off(
         "ppo_lab.bench.equality.gate", lambda *args: equality.Gate("fp32", 1.0, {"values": 0.0})
     )
     monkeypatch.setattr(command, "floors", lambda asked: {"fp32": (rates, Floor(0.1, 0.1, 0.1))})
-    monkeypatch.setattr("ppo_lab.bench.venvs.python_of", lambda name, folder, say: Path(name))
+    monkeypatch.setattr("ppo_lab.bench.venvs.python_of", lambda name, *_, **__: Path(name))
     asked = command.parser().parse_args(
         ["--vs", "trl112", "--precision", "fp32", "--json", str(tmp_path / "kept.json")]
     )
@@ -253,7 +253,7 @@ def test_behind_a_shut_gate_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(
         "ppo_lab.bench.runs.interleaved", lambda *args, **kwargs: pytest.fail("ran")
     )
-    monkeypatch.setattr("ppo_lab.bench.venvs.python_of", lambda *args: pytest.fail("ran"))
+    monkeypatch.setattr("ppo_lab.bench.venvs.python_of", lambda *_, **__: pytest.fail("ran"))
     asked = parser().parse_args(["--precision", "fp32", "--json", str(tmp_path / "kept.json")])
     console = Console(record=True, width=200, file=io.StringIO())
     assert command.bench(asked, console) == 1
@@ -353,6 +353,11 @@ def test_an_environment_of_other_versions_is_not_compared_with(
     monkeypatch.setattr(venvs, "_installed", lambda python: {**there, "torch": "1.0"})
     with pytest.raises(RuntimeError, match=r"trl112 has torch 1\.0, where torch 2.*remove it"):
         venvs.python_of("trl112", tmp_path, print)
+    found = venvs.python_of("trl112", tmp_path, print, as_found=True)
+    assert found == tmp_path / "trl112/bin/python"
+    monkeypatch.setattr(venvs, "_installed", lambda python: {**there, "trl": "1.16.0"})
+    with pytest.raises(RuntimeError, match=r"has trl 1\.16\.0, where trl 1\.12\.0 are"):
+        venvs.python_of("trl112", tmp_path, print, as_found=True)
 
 
 def test_versions_of_an_environment_are_asked_of_its_own_python(tmp_path: Path) -> None:

@@ -19,6 +19,12 @@ def add_venvs(parser: argparse.ArgumentParser) -> None:
         default=environments_folder(),
         help="where environments lie or are made",
     )
+    parser.add_argument(
+        "--as-found",
+        action="store_true",
+        help="take environments that are there with other versions of what TRL needs; results name "
+        "them",
+    )
 
 
 def list_of(known: Collection[str]) -> Callable[[str], list[str]]:

@@ -90,7 +90,10 @@ def contestants(asked: argparse.Namespace, say: Any) -> list[Any]:
     from ppo_lab.bench.runs import OURS, Contestant
     from ppo_lab.bench.venvs import python_of
 
-    pythons = {name: python_of(name, asked.venvs, say) for name in (*asked.vs, OURS)}
+    pythons = {
+        name: python_of(name, asked.venvs, say, as_found=asked.as_found)
+        for name in (*asked.vs, OURS)
+    }
     return [
         Contestant(trainer, precision, python)
         for precision in asked.precision

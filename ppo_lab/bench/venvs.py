@@ -38,8 +38,11 @@ def environments_folder() -> Path:
     return cache_folder() / "bench"
 
 
-def python_of(trainer: str, folder: Path, say: Callable[[str], None]) -> Path:
+def python_of(
+    trainer: str, folder: Path, say: Callable[[str], None], *, as_found: bool = False
+) -> Path:
     """The interpreter that runs a trainer; its environment is made on first use (minutes, network).
+    Of one that is there all versions must be those that are compared or, `as_found`, TRL's alone.
 
     Raises:
         RuntimeError: the environment could not be filled, and pip's last lines say why; or it holds
@@ -58,13 +61,15 @@ def python_of(trainer: str, folder: Path, say: Callable[[str], None]) -> Path:
         return python
     pinned = [text.split("==") for text in REQUIREMENTS[trainer] if "==" in text]
     wanted = {"torch": torch, **dict(pinned)}
+    if as_found:
+        wanted = {"trl": wanted["trl"]}
     if others := [
         f"{name} {found.get(name)}" for name, n in wanted.items() if found.get(name) != n
     ]:
         raise RuntimeError(
             f"{trainer}: its environment in {home} has {', '.join(others)}, where "
             f"{', '.join(f'{name} {n}' for name, n in wanted.items())} are to be compared; remove "
-            "it, and it is made anew"
+            "it, and it is made anew, or take it --as-found"
         )
     return python
 

@@ -70,7 +70,10 @@ def compare(asked: argparse.Namespace, console: Console, say: Callable[[str], No
     if not chosen:
         raise RuntimeError("nobody to compare: name some by --contestants or --variant")
     contestants = {c.name: c for c in chosen}
-    pythons = {c.name: python_of(c.environment or OURS, asked.venvs, say) for c in chosen}
+    pythons = {
+        c.name: python_of(c.environment or OURS, asked.venvs, say, as_found=asked.as_found)
+        for c in chosen
+    }
     train_and_judge(
         cells(contestants, asked.betas, asked.seeds),
         contestants,
