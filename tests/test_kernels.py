@@ -379,13 +379,16 @@ def test_a_sum_and_its_norm(width: int, centred: bool, dtype: torch.dtype) -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("given", ["alone", "gated", "halves"])
+@pytest.mark.parametrize("width", [2051, 40])
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-def test_an_activation_with_its_gradient(activation: str, given: str, dtype: torch.dtype) -> None:
-    """Rows of more than one block, and of a width that is no multiple of anything."""
+def test_an_activation_with_its_gradient(
+    activation: str, given: str, width: int, dtype: torch.dtype
+) -> None:
+    """Rows of more than one block, or of less than one."""
     from ppo_lab.models.fast.kernels.activate import activate_halves, activate_rows
 
     torch.manual_seed(0)
-    both = normal(3, 2 * 2051, dtype=dtype).requires_grad_()
+    both = normal(3, 2 * width, dtype=dtype).requires_grad_()
     exact = both.detach().float().requires_grad_()
     z, u = exact.chunk(2, 1)
     by_gate, by_up = both.chunk(2, 1)
@@ -394,7 +397,7 @@ def test_an_activation_with_its_gradient(activation: str, given: str, dtype: tor
     else:
         ours = activate_rows(by_gate, activation, by_up if given == "gated" else None)
     wanted = ACTIVATIONS[activation](z) * (1.0 if given == "alone" else u)
-    pull = normal(3, 2051, dtype=dtype)
+    pull = normal(3, width, dtype=dtype)
     assert relative(ours, wanted) < tolerance(dtype)
     (slope,) = torch.autograd.grad(ours, both, pull)
     (exact_slope,) = torch.autograd.grad(wanted, exact, pull.float())

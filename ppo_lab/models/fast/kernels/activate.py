@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ppo_lab.models.fast.kernels.early import begin, launched_early
 
-# Numbers of a program, forward and backward.
+# Numbers of a program at the most, forward and backward.
 BLOCK = 2048
 BACK = 1024
 
@@ -87,9 +87,10 @@ class _ActivateHalves(torch.autograd.Function):
 
 def _activated(z: Tensor, u: Tensor | None, y: Tensor, activation: str) -> Tensor:
     rows, width = z.shape
-    _forward[(rows, triton.cdiv(width, BLOCK))](
+    block = min(BLOCK, triton.next_power_of_2(width))
+    _forward[(rows, triton.cdiv(width, block))](
         z, z if u is None else u, y, z.stride(0),
-        width=width, activation=activation, gated=u is not None, block=BLOCK,
+        width=width, activation=activation, gated=u is not None, block=block,
         **launched_early(z.device),
     )  # fmt: skip
     return y
@@ -105,9 +106,10 @@ def _pull_back(
 ) -> None:
     """The gradients, put in their places; they lie as what they are of."""
     rows, width = z.shape
-    _backward[(rows, triton.cdiv(width, BACK))](
+    block = min(BACK, triton.next_power_of_2(width))
+    _backward[(rows, triton.cdiv(width, block))](
         grad, z, z if u is None else u, for_z, z if for_u is None else for_u, z.stride(0),
-        width=width, activation=activation, gated=u is not None, block=BACK,
+        width=width, activation=activation, gated=u is not None, block=block,
         **launched_early(z.device),
     )  # fmt: skip
 
