@@ -86,11 +86,6 @@ class ClippedUpdates:
         self.most_tokens = 0  # of a pass, once chosen
         self._unheard: tuple[OptimizerStep, Batch] | None = None
 
-    def run(self, batch: Batch, **how: Any) -> UpdateStats:
-        """What all updates on a batch did; as `launch` has it."""
-        self.prepare(batch.tokens)
-        return self.outcome(self.launch(batch, **how))
-
     def prepare(self, tokens: Tokens) -> None:
         """Ask what must be asked before updates on these tokens."""
         if self.recorded is not None:

@@ -203,7 +203,7 @@ def test_a_critic_apart_has_no_part_in_the_policy_s_step() -> None:
         rollout = made.collect(ragged())
         shaped = made.shape(rollout, SCORED)
         batch = replace(shaped.batch, returns=shaped.batch.returns + shift)
-        stats = made.updates.run(batch, temperature=1.0, seed=(0, 0))
+        stats = made.updates.outcome(made.updates.launch(batch, temperature=1.0, seed=(0, 0)))
         moved.append((weights(made.policy), stats.grad_norm, stats.critic_grad_norm))
     (one, norm, critic_norm), (other, same_norm, larger) = moved
     assert all(torch.equal(p, other[n]) for n, p in one.items())

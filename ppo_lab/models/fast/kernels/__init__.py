@@ -57,6 +57,15 @@ def leave_out(why: str) -> None:
 
 
 @functools.cache
+def fast_memory(device: torch.device) -> int:
+    """Bytes that a program's loads may lie in."""
+    if device.type != "cuda":  # in Triton's interpreter
+        return 2**17
+    found = torch.cuda.get_device_properties(device)
+    return int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block))
+
+
+@functools.cache
 def _kernels() -> Kernels | None:
     if find_spec("triton") is None:
         return None

@@ -22,7 +22,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from ppo_lab.models.fast.kernels.early import begin, fast_memory, launched_early
+from ppo_lab.models.fast.kernels import fast_memory
+from ppo_lab.models.fast.kernels.early import begin, launched_early
 
 # Of the first kernel: rows and inputs of a program, inputs that are read at a time.
 ROWS = 32

@@ -31,15 +31,6 @@ def launched_early(device: torch.device) -> dict[str, bool]:
     return {"early": True, "launch_pdl": True} if able else {"early": False}
 
 
-@functools.cache
-def fast_memory(device: torch.device) -> int:
-    """Bytes that a program's loads may lie in."""
-    if device.type != "cuda":  # in Triton's interpreter
-        return 2**17
-    found = torch.cuda.get_device_properties(device)
-    return int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block))
-
-
 @triton.jit
 def begin(early: tl.constexpr):
     """Let the next kernel come up, and wait until all before have ended."""

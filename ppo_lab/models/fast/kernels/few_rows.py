@@ -29,8 +29,9 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from ppo_lab.models.fast.kernels import fast_memory
 from ppo_lab.models.fast.kernels.activate import activated
-from ppo_lab.models.fast.kernels.early import begin, fast_memory, launched_early
+from ppo_lab.models.fast.kernels.early import begin, launched_early
 
 # Inputs that are read at a time, and loads of them that are under way at once at the most.
 STEP = 128

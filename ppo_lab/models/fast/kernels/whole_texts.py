@@ -186,12 +186,12 @@ def _unmasked(first, new, seen, keys: tl.constexpr):
 
 
 @triton.jit
-def _fold(
-    largest, total, mixed, q, k_ptr, v_ptr, real_ptr, positions_ptr, slope, scale, query, start,
+def _seen(
+    q, k_ptr, v_ptr, real_ptr, positions_ptr, slope, scale, query, start,
     k_row, k_one, v_row, v_one, new, seen, size,
     width: tl.constexpr, alibi: tl.constexpr, keys: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """A block of keys taken into running maxima, sums and mixtures of values."""
+    """A block of keys, their values, and what queries score of them, (queries, keys)."""
     key = start + tl.arange(0, keys)
     k = _rows(k_ptr, k_row, start, seen, k_one, size, width, keys)
     v = _rows(v_ptr, v_row, start, seen, v_one, size, width, keys)
@@ -200,6 +200,20 @@ def _fold(
     if masked:
         ahead = key[None, :] > query[:, None] + (seen - new)
         scores = tl.where(ahead, -float("inf"), scores)
+    return k, v, scores
+
+
+@triton.jit
+def _fold(
+    largest, total, mixed, q, k_ptr, v_ptr, real_ptr, positions_ptr, slope, scale, query, start,
+    k_row, k_one, v_row, v_one, new, seen, size,
+    width: tl.constexpr, alibi: tl.constexpr, keys: tl.constexpr, masked: tl.constexpr,
+):  # fmt: skip
+    """A block of keys taken into running maxima, sums and mixtures of values."""
+    _k, v, scores = _seen(
+        q, k_ptr, v_ptr, real_ptr, positions_ptr, slope, scale, query, start,
+        k_row, k_one, v_row, v_one, new, seen, size, width, alibi, keys, masked,
+    )  # fmt: skip
     new_largest = tl.maximum(largest, tl.max(scores, 1))
     rescale = tl.exp2(largest - new_largest)
     terms = tl.exp2(scores - new_largest[:, None])
@@ -215,14 +229,10 @@ def _pull_queries(
     width: tl.constexpr, alibi: tl.constexpr, keys: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a block of queries with the part of a block of keys."""
-    key = start + tl.arange(0, keys)
-    k = _rows(k_ptr, k_row, start, seen, k_one, size, width, keys)
-    v = _rows(v_ptr, v_row, start, seen, v_one, size, width, keys)
-    bias = _biases(real_ptr, positions_ptr, key, slope, seen, q.dtype, alibi)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
-    if masked:
-        ahead = key[None, :] > query[:, None] + (seen - new)
-        scores = tl.where(ahead, -float("inf"), scores)
+    k, v, scores = _seen(
+        q, k_ptr, v_ptr, real_ptr, positions_ptr, slope, scale, query, start,
+        k_row, k_one, v_row, v_one, new, seen, size, width, alibi, keys, masked,
+    )  # fmt: skip
     p = tl.exp2(scores - log_total[:, None])
     for_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
     for_s = p * (for_p - inner[:, None])
