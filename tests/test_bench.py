@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
-from ppo_lab.bench import command, equality, growth, options, report, venvs
+from ppo_lab.bench import command, command_lines, equality, growth, options, report, venvs
 from ppo_lab.bench.command import parser
 from ppo_lab.bench.floor import Floor, Rates, floor
 from ppo_lab.bench.runs import WORKERS, Contestant, Result, medians, optimizer_steps, pairwise, run
@@ -144,6 +145,35 @@ def test_the_other_benchmarks_refuse_alike(
         with pytest.raises(SystemExit):
             command.main([benchmark, *wrong])
         assert f"argument {wrong[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("benchmark", ["growth", "options", "features", "learning"])
+def test_a_command_line_is_read_before_torch_is_imported(benchmark: str) -> None:
+    asked = (
+        "import sys\n"
+        "from ppo_lab.bench.command import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
+    for words in (["--help"], ["--nope"]):
+        found = subprocess.run(
+            [sys.executable, "-c", asked, benchmark, *words], capture_output=True, text=True
+        )
+        assert found.stdout.splitlines()[-1:] == ["False"], found.stdout + found.stderr
+        assert f"ppo_lab.bench {benchmark}" in found.stdout + found.stderr
+
+
+def test_an_option_that_needs_what_is_not_here_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert set(options.options(SHAPES["small"])) == set(command_lines.OPTIONS)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["options", "--only", "cuda_graphs"]) == 1
+    assert "cuda_graphs needs a GPU" in capsys.readouterr().out
+    assert "cuda_graphs" not in options.chosen([])
+    assert "fast road" in options.chosen([])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "cuda_graphs" in options.chosen([])
 
 
 def test_a_read_only_file_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

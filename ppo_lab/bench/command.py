@@ -18,11 +18,12 @@ from typing import Any
 from rich.console import Console
 
 from ppo_lab.bench.arguments import add_venvs, cores, list_of, positive, result_file, seed, some_of
+from ppo_lab.bench.command_lines import features, growth, learning, options
 from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
 from ppo_lab.bench.venvs import REQUIREMENTS
 
 # Benchmarks with a command line of their own.
-OTHERS = ("features", "growth", "learning", "options")
+OTHERS = {f.__name__: f for f in (features, growth, learning, options)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=False)
     try:
         if words and words[0] in OTHERS:
-            return import_module(f"ppo_lab.bench.{words[0]}").main(words[1:])
+            asked = OTHERS[words[0]]().parse_args(words[1:])  # before what takes long to import
+            return import_module(f"ppo_lab.bench.{words[0]}").main(asked)
         return bench(parser().parse_args(words), console)
     except (RuntimeError, OSError) as error:
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)

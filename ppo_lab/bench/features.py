@@ -24,14 +24,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import disable_progress_bar
 
-from ppo_lab.bench.arguments import (
-    cores,
-    existing_file,
-    model_folder,
-    positive,
-    result_file,
-    seed,
-)
 from ppo_lab.bench.learning.judge import answered, batches, sample, score
 from ppo_lab.bench.learning.task import prompts_in
 from ppo_lab.bench.report import origin
@@ -55,13 +47,12 @@ class Answers(NamedTuple):
     late: Bool[Tensor, " tokens"]
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(asked: argparse.Namespace) -> int:
     """Sample, score, fit, show.
 
     Raises:
         RuntimeError: too few prompts, or model and reward model do not read the same tokens.
     """
-    asked = parser().parse_args(arguments)
     prompts = prompts_in(asked.prompts)[: asked.answers]
     if len(prompts) < FEWEST:
         raise RuntimeError(f"{asked.prompts}: {len(prompts)} distinct prompts; needs {FEWEST}")
@@ -184,19 +175,3 @@ def show(found: Answers, shares: dict[str, list[tuple[float, float]]], console: 
 
 def _spread(shares: Sequence[float]) -> str:
     return f"{fmean(shares):.3f}±{stdev(shares):.3f}"
-
-
-def parser() -> argparse.ArgumentParser:
-    """What may be asked for."""
-    p = argparse.ArgumentParser(prog="python -m ppo_lab.bench features", description=__doc__)
-    p.add_argument("--model", type=model_folder, required=True, help="folder of the policy")
-    p.add_argument("--reward-model", type=model_folder, required=True, help="folder of its reward")
-    p.add_argument("--prompts", type=existing_file, required=True, help="JSON lines with `prompt`")
-    p.add_argument(
-        "--answers", type=positive, default=1024, help="at most so many prompts are answered"
-    )
-    p.add_argument("--new-tokens", type=positive, default=48, help="the longest answer")
-    p.add_argument("--threads", type=positive, default=cores(), help="threads to compute with")
-    p.add_argument("--seed", type=seed, default=0, help="of the sampling")
-    p.add_argument("--json", type=result_file, help="file that keeps the result")
-    return p

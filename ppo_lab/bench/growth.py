@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ppo_lab.bench.arguments import positive, result_file
 from ppo_lab.bench.report import origin
 from ppo_lab.bench.runs import ours_here, run
 from ppo_lab.bench.shapes import SHAPES, Shape
@@ -33,9 +32,8 @@ VOCABULARIES = (2**14, 2**15, 2**16, 2**17, 2**18)
 TOKENS, WIDTH = 256, 128
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(asked: argparse.Namespace) -> int:
     """Measure, show, keep."""
-    asked = parser().parse_args(arguments)
     console = Console()
     grown = {
         "batch": lambda shape, factor: replace(shape, batch=factor * shape.batch),
@@ -98,15 +96,3 @@ def show(kept: dict[str, Any], console: Console) -> None:
     logits = (4e-6 * TOKENS * int(vocabulary) for vocabulary in kept["loss_memory_mb"])
     memory.add_row("logits alone", *(f"{mb:.1f}" for mb in logits))
     console.print(memory)
-
-
-def parser() -> argparse.ArgumentParser:
-    """What may be asked for."""
-    p = argparse.ArgumentParser(prog="python -m ppo_lab.bench growth", description=__doc__)
-    p.add_argument(
-        "--shape", choices=SHAPES, default="small", help="the model, and the work at x 1"
-    )
-    p.add_argument("--rounds", type=positive, default=3, help="processes at each size")
-    p.add_argument("--threads", type=positive, default=1, help="threads of each process")
-    p.add_argument("--json", type=result_file, help="file that keeps the result")
-    return p

@@ -18,12 +18,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ppo_lab.bench.arguments import list_of, positive, result_file
+from ppo_lab.bench.command_lines import OPTIONS
 from ppo_lab.bench.equality import gate
-from ppo_lab.bench.floor import BYTES
 from ppo_lab.bench.report import origin, show_gates
 from ppo_lab.bench.runs import Result, ours_here, pairwise, run
-from ppo_lab.bench.shapes import ARCHITECTURES, SHAPES, Shape
+from ppo_lab.bench.shapes import SHAPES, Shape
 from ppo_lab.record import write_atomically
 
 
@@ -37,11 +36,11 @@ class Option:
 
 
 def options(shape: Shape) -> dict[str, Option]:
-    """Everything that can be measured here, on this shape."""
+    """Everything that can be measured, on this shape."""
     layers = shape.n_layer
     upper = {"lora": {**shape.spec("fp32", threads=1, seed=0)["lora"]}}
     upper["lora"]["layers_to_transform"] = list(range(layers - max(1, layers // 4), layers))
-    found = {
+    return {
         "fast road": Option(
             "the layers made for PPO instead of transformers'", {}, {"road": "transformers"}
         ),
@@ -58,19 +57,35 @@ def options(shape: Shape) -> dict[str, Option]:
         "torch_compile": Option(
             "model.torch_compile=true, once it is compiled", {"compiled": True}
         ),
+        "cuda_graphs": Option("model.cuda_graphs=true, as by default", {}, {"cuda_graphs": False}),
+        "adam=8bit": Option("ppo.adam=8bit", {"ppo": {"adam": "8bit"}}),
     }
-    if torch.cuda.is_available():
-        found["cuda_graphs"] = Option(
-            "model.cuda_graphs=true, as by default", {}, {"cuda_graphs": False}
-        )
-    if find_spec("bitsandbytes"):
-        found["adam=8bit"] = Option("ppo.adam=8bit", {"ppo": {"adam": "8bit"}})
-    return found
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Gate, measure, show, keep; 1 where the gate fails."""
-    asked = parser().parse_args(arguments)
+def chosen(only: Sequence[str]) -> list[str]:
+    """The options to measure: these, or all that this machine has what they need for.
+
+    Raises:
+        RuntimeError: one of these needs what is not here.
+    """
+    here = {"": True, "a GPU": torch.cuda.is_available(), "bitsandbytes": _has("bitsandbytes")}
+    for name in only:
+        if not here[OPTIONS[name]]:
+            raise RuntimeError(f"{name} needs {OPTIONS[name]}, which is not here")
+    return list(only) or [name for name, needed in OPTIONS.items() if here[needed]]
+
+
+def _has(module: str) -> bool:
+    return find_spec(module) is not None
+
+
+def main(asked: argparse.Namespace) -> int:
+    """Gate, measure, show, keep; 1 where the gate fails.
+
+    Raises:
+        RuntimeError: an option needs what is not here.
+    """
+    names = chosen(asked.only)
     shape = replace(SHAPES[asked.shape], architecture=asked.architecture)
     console = Console()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
         "options": {},
     }
     found = options(shape)
-    for name in asked.only or found:
+    for name in names:
         option = found[name]
         kept["options"][name] = {"meaning": option.meaning, **measured(asked, shape, option)}
         if asked.json:  # after each, so that what is broken off loses none of it
@@ -126,22 +141,3 @@ def show(kept: dict[str, Any], console: Console) -> None:
 def _median_and_range(ratios: list[float]) -> str:
     ordered = sorted(ratios)
     return f"{ordered[len(ordered) // 2]:.2f} ({ordered[0]:.2f}-{ordered[-1]:.2f})"
-
-
-def parser() -> argparse.ArgumentParser:
-    """What may be asked for."""
-    p = argparse.ArgumentParser(prog="python -m ppo_lab.bench options", description=__doc__)
-    p.add_argument("--shape", choices=SHAPES, default="small", help="the model and the batch")
-    p.add_argument("--architecture", choices=ARCHITECTURES, default="bloom", help="its family")
-    p.add_argument("--precision", choices=BYTES, default="fp32", help="of the weights")
-    p.add_argument(
-        "--only",
-        type=list_of(options(SHAPES["small"])),
-        default=[],
-        metavar="NAME,NAME",
-        help="these options alone",
-    )
-    p.add_argument("--rounds", type=positive, default=3, help="pairs")
-    p.add_argument("--threads", type=positive, default=1, help="threads of each process")
-    p.add_argument("--json", type=result_file, help="file that keeps the result")
-    return p

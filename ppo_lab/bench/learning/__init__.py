@@ -7,11 +7,16 @@ they leave.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Train, judge, show; 1 where a process fails."""
+def main(asked: argparse.Namespace) -> int:
+    """Train, judge, show.
+
+    Raises:
+        RuntimeError: a process fails, or there is nothing to compare on.
+    """
     from ppo_lab.bench.learning import command
 
-    return command.main(arguments)
+    command.compare(asked)
+    return 0

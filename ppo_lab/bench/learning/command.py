@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -36,26 +36,19 @@ from ppo_lab.config import register_schema
 from ppo_lab.rules import problems
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Train, judge, show; 1 where a process fails or there is nothing to compare on."""
-    asked = parser().parse_args(arguments)
+def compare(asked: argparse.Namespace) -> None:
+    """The comparison as asked for on the command line.
+
+    Raises:
+        RuntimeError: a process fails, or there is nothing to compare on.
+    """
+    from ppo_lab.bench.learning.report import show
+    from ppo_lab.bench.report import origin
+
     console = Console()
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    try:
-        compare(asked, console, say)
-    except (RuntimeError, OSError) as error:
-        say(str(error))
-        return 1
-    return 0
-
-
-def compare(asked: argparse.Namespace, console: Console, say: Callable[[str], None]) -> None:
-    """The comparison as asked for on the command line."""
-    from ppo_lab.bench.learning.report import show
-    from ppo_lab.bench.report import origin
 
     task = Task(
         model=str(asked.model),
