@@ -353,7 +353,7 @@ def check_step(
 def _has_ended(trainer: PPOTrainer, response: list[int]) -> bool:
     """Whether a stop condition is in the response; True where none is known."""
     ends, stops = trainer.drawn.eos_ids, trainer.drawn.stop_strings
-    text = trainer.decode(response) if stops else ""
+    text = trainer.written(response) if stops else ""
     return not (ends or stops) or any(i in response for i in ends) or any(s in text for s in stops)
 
 

@@ -250,7 +250,8 @@ class GenerationSection:
         at_most=1,
     )
     stop_strings: list[str] = field(
-        default_factory=list, metadata={"meaning": "texts that end a response; [] = none"}
+        default_factory=list,
+        metadata={"meaning": "texts that end a response, special tokens included; [] = none"},
     )
     stop_token: str = knob("", "token that ends a response; empty = the model's EOS")
     batch_size: int = knob(0, "samples generated at a time; 0 = all at once", at_least=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ppo_lab.errors import ConfigError
@@ -155,9 +155,13 @@ class PromptEncoder:
 
 
 def continuation(
-    tokenizer: PreTrainedTokenizerBase, query: Sequence[int], response: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase,
+    query: Sequence[int],
+    response: Sequence[int],
+    *,
+    special: bool = False,
 ) -> str:
-    """The text that a response adds to that of its query, without special tokens.
+    """The text that a response adds to that of its query, without special tokens unless `special`.
 
     Tokenizers of SentencePiece's kin keep the space before a word in the word's token and leave it
     out where a text begins: a response by itself would lose it, and prompt and response put
@@ -165,11 +169,19 @@ def continuation(
     """
 
     def text(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
 
     before, whole = text(query), text([*query, *response])
     # Not where a query ends within a character that the response completes.
     return whole[len(before) :] if whole.startswith(before) else text(response)
+
+
+def written_by(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    """What says how a response reads where stop strings are looked for in it: with its special
+    tokens, one of which may be what stops it, and with the space before its first word.
+    """
+    word = tokenizer.encode("a", add_special_tokens=False)
+    return lambda ids: continuation(tokenizer, word, ids, special=True)
 
 
 def _is_message(message: Any) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ppo_lab.plan.machine import peak_flops
 from ppo_lab.plan.meter import Meter
 from ppo_lab.processes import launch
 from ppo_lab.processes.alone import Alone
-from ppo_lab.prompt_tokens import continuation
+from ppo_lab.prompt_tokens import continuation, written_by
 from ppo_lab.recorded import RecordedPasses
 from ppo_lab.rollout import NoiseKey, Sampling, sample
 from ppo_lab.scaling import RunningMoments, penalise_unended, scale_scores
@@ -387,6 +387,11 @@ class PPOTrainer:
         """A response as text, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    @cached_property
+    def written(self) -> Callable[[list[int]], str]:
+        """A response as the text that stop strings are looked for in."""
+        return written_by(self.tokenizer)
+
     def responses(self, prompts: Prompts, tokens: Tokens) -> list[str]:
         """The responses as rewards are shown them: as what they add to their prompts' texts, and of
         a chat as texts of their own.
@@ -554,7 +559,7 @@ class PPOTrainer:
                     own,
                     sampling=replace(sampling, batch_size=size),
                     noise=replace(noise, first_sample=self.processes.share(n).start),
-                    decode=self.decode,
+                    decode=self.written if sampling.stop_strings else None,
                     trunk=trunk,
                     all_ended=self.models.all_ended,
                 ),

@@ -140,7 +140,12 @@ def engine_for(trainer: Any, section: Any, sampling: Sampling, *, context: int) 
 
 def generation_kwargs(sampling: Sampling) -> dict[str, Any]:
     """The ends of a response in vLLM's words; what ends it stays part of it."""
-    stops = {"stop": list(sampling.stop_strings), "include_stop_str_in_output": True}
+    # Special tokens are text here, or a stop string that is one would never be found.
+    stops = {
+        "stop": list(sampling.stop_strings),
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+    }
     return {
         "stop_token_ids": list(sampling.eos_ids),
         "ignore_eos": not sampling.eos_ids,

@@ -178,6 +178,19 @@ def test_stop_strings_end_responses_and_count_as_ends() -> None:
     assert cut["ppo/mean_scores"] == pytest.approx(-2.0)
 
 
+def test_a_special_token_stops_a_response_as_any_text_does() -> None:
+    """Chat templates end a turn with one, which texts are decoded without."""
+    made, how = trainer(), {"do_sample": False, "max_new_tokens": 9, "eos_token_id": None}
+    query = tensors([[5, 6]])
+    free = made.generate(query, return_prompt=False, **how)[0].tolist()
+    end = made.tokenizer.convert_ids_to_tokens(free[3])
+    made.tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    assert end not in made.decode(free[:4])
+    (row,) = made.generate(query, return_prompt=False, stop_strings=[end], **how)
+    assert row.tolist() == free[: free.index(free[3]) + 1]
+    assert made.written(row.tolist()).endswith(end)
+
+
 def test_a_generation_config_says_what_keywords_leave_open() -> None:
     made = trainer()
     said = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=None)

@@ -20,7 +20,7 @@ from ppo_lab import data
 from ppo_lab.config import EmbeddedData, FileData, HubData
 from ppo_lab.data import PromptStream, load_prompts, split_prompts
 from ppo_lab.errors import ConfigError
-from ppo_lab.prompt_tokens import PromptEncoder, continuation
+from ppo_lab.prompt_tokens import PromptEncoder, continuation, written_by
 from ppo_lab.types import Prompts
 
 TEMPLATE = (
@@ -197,6 +197,15 @@ def test_prompt_and_response_together_are_the_text_that_was_written(response: st
         special = [] if made.bos_token_id is None else [made.bos_token_id]
         assert continuation(made, special + query, written[len(query) :]) == response
     assert word_tokenizer().decode([2]) == "the", "the space would be lost"
+
+
+def test_stop_strings_are_looked_for_in_all_that_was_written() -> None:
+    for made in (word_tokenizer(), byte_tokenizer()):
+        made.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+        cat, end = made(" cat", add_special_tokens=False)["input_ids"], made.vocab["<|end|>"]
+        assert " cat" in written_by(made)(cat), "the space before the first word"
+        assert "<|end|>" in written_by(made)([*cat, end])
+        assert "<|end|>" not in continuation(made, [], [*cat, end])
 
 
 def test_a_response_that_completes_a_character_is_shown_alone(tokenizer: Any) -> None:

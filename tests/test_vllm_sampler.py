@@ -123,6 +123,7 @@ def test_ends_of_a_response_are_said_in_the_engines_words() -> None:
     }
     stopping = Sampling(4, (), PAD, stop_strings=("END",))
     assert generation_kwargs(stopping)["stop"] == ["END"]
+    assert generation_kwargs(stopping)["skip_special_tokens"] is False, "one may be what stops"
     assert generation_kwargs(stopping)["ignore_eos"] is True
 
 
