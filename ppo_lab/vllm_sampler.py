@@ -81,7 +81,7 @@ class VLLMSampler:
             own.ids,
             responses,
             pad_id=sampling.pad_id,
-            ended=[_has_ended(ids, sampling) for ids in responses],
+            ended=[self._has_ended(ids, sampling) for ids in responses],
         ).to(self.trainer.device)
         theirs = torch.zeros(tokens.mask.shape)
         for row, of_tokens in zip(theirs, logprobs, strict=True):
@@ -89,6 +89,13 @@ class VLLMSampler:
         seen = Forward(theirs.to(self.trainer.device), torch.zeros_like(theirs))
         tokens, seen = processes.gather(tokens, n), processes.gather(seen, n)
         return tokens, seen.logprobs
+
+    def _has_ended(self, ids: Sequence[int], sampling: Sampling) -> bool:
+        """Whether a stop condition ended the response, and not its length alone."""
+        if len(ids) < sampling.max_new_tokens or ids[-1] in sampling.eos_ids:
+            return True
+        stops, written = sampling.stop_strings, self.trainer.written
+        return any(s in written(ids) and s not in written(ids[:-1]) for s in stops)
 
 
 def check_gap(gap: float, to_reference: float, *, max_gap: float) -> None:
@@ -152,11 +159,6 @@ def generation_kwargs(sampling: Sampling) -> dict[str, Any]:
         "min_tokens": sampling.min_new_tokens,
         **(stops if sampling.stop_strings else {}),
     }
-
-
-def _has_ended(ids: Sequence[int], sampling: Sampling) -> bool:
-    """Whether a stop condition ended the response: else it has the full length."""
-    return len(ids) < sampling.max_new_tokens or ids[-1] in sampling.eos_ids
 
 
 def _first(numbers: Sequence[float | None]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -76,6 +77,19 @@ def test_an_iteration_learns_from_another_engines_responses() -> None:
         assert metrics["ppo/policy/entropy"] > 0
     assert metrics["kl"] != 0
     assert "ppo/policy/sampler_gap" in METRICS
+
+
+def test_the_last_token_may_complete_a_stop_string() -> None:
+    made, _ = trainer()
+    prompts = Prompts([list(q) for q in QUERIES], [""] * len(QUERIES))
+    free, _ = made.sampler(prompts, WHOLE, NoiseKey(0, 0))
+    full = free.lengths == WHOLE.max_new_tokens
+    assert full.any()
+    for token in (-1, -3):  # the last one of a whole response, and one before it
+        row = free.response_lists()[int(full.nonzero()[0])]
+        stopping = replace(WHOLE, stop_strings=(made.tokenizer.decode(row[token]),))
+        assert made.sampler._has_ended(row, stopping) is (token == -1)
+        assert made.sampler._has_ended(row[:token], stopping) is True
 
 
 @pytest.mark.parametrize("exactly", [True, False])
