@@ -39,6 +39,7 @@ from ppo_lab.evaluation import Evaluation, Evaluator, latest_samples
 from ppo_lab.guards import (
     check_ceiling,
     explain,
+    warn_of_escapes,
     warn_of_remote_code,
     warn_of_weak_penalty,
 )
@@ -241,6 +242,7 @@ def build(
     with processes.together():
         warn_of_remote_code(config.model, say)
         warn_of_weak_penalty(config.ppo, say)
+        warn_of_escapes(config.generation, say)
         check_fits(config, device, processes=processes.here)
         tokenizer = load_tokenizer(config.model)
         prompts = load_prompts(

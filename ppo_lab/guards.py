@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ppo_lab.config import ModelSection, PPOSection
+from ppo_lab.config import GenerationSection, ModelSection, PPOSection
 from ppo_lab.record import Say
 from ppo_lab.update import TrainingDiverged
 
@@ -62,6 +63,17 @@ def warn_of_weak_penalty(section: PPOSection, say: Say) -> None:
             f"ppo.kl_penalty={section.kl_penalty}: in the reward only `kl` has the gradient of the "
             "KL; by the others the policy may drift from the reference whatever the beta. Watch kl"
         )
+
+
+def warn_of_escapes(section: GenerationSection, say: Say) -> None:
+    """Say that a stop string holds a backslash where a line break or a tab may be meant."""
+    for text in section.stop_strings:
+        if found := re.search(r"\\[nrt]", text):
+            say(
+                f"generation.stop_strings: '{text}' holds a backslash and the letter "
+                f"{found[0][1]}, which the command line leaves as they are. A line break is "
+                "$'...\\n...' in bash, and \"...\\n...\" in a YAML file"
+            )
 
 
 def _tensors(record: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -20,14 +20,15 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file
 from tiny_runs import command, metrics, outcome, start, tiny
 
 from ppo_lab import checkpoint, experiment, secrecy
-from ppo_lab.config import CheckpointSection, Config, ModelSection, PPOSection
+from ppo_lab.config import CheckpointSection, Config, GenerationSection, ModelSection, PPOSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import build, run
-from ppo_lab.guards import warn_of_remote_code, warn_of_weak_penalty
+from ppo_lab.guards import warn_of_escapes, warn_of_remote_code, warn_of_weak_penalty
 from ppo_lab.memory import Passes, check_fits
 from ppo_lab.rewards.scoring import RewardError
 from ppo_lab.run_state import read_state
@@ -752,6 +753,16 @@ def test_a_penalty_that_need_not_lead_back_is_announced() -> None:
     assert said == []
     warn_of_weak_penalty(PPOSection(kl_penalty="full"), said.append)
     assert "ppo.kl_penalty=full" in said[0]
+
+
+def test_a_stop_string_with_a_backslash_for_a_line_break_is_announced() -> None:
+    """Hydra leaves escapes on the command line as they are: such a string would stop nothing."""
+    said: list[str] = []
+    warn_of_escapes(GenerationSection(stop_strings=["\n\nHuman:", "C:\\Users"]), said.append)
+    assert said == []
+    (read,) = OverridesParser.create().parse_overrides([r'stop_strings=["\nHuman:"]'])
+    warn_of_escapes(GenerationSection(stop_strings=list(map(str, read.value()))), said.append)
+    assert r"'\nHuman:' holds a backslash and the letter n" in said[0]
 
 
 # ---- Slow: real processes, really killed
