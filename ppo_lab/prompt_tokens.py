@@ -155,13 +155,9 @@ class PromptEncoder:
 
 
 def continuation(
-    tokenizer: PreTrainedTokenizerBase,
-    query: Sequence[int],
-    response: Sequence[int],
-    *,
-    special: bool = False,
+    tokenizer: PreTrainedTokenizerBase, query: Sequence[int], response: Sequence[int]
 ) -> str:
-    """The text that a response adds to that of its query, without special tokens unless `special`.
+    """The text that a response adds to that of its query, without special tokens.
 
     Tokenizers of SentencePiece's kin keep the space before a word in the word's token and leave it
     out where a text begins: a response by itself would lose it, and prompt and response put
@@ -169,7 +165,7 @@ def continuation(
     """
 
     def text(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
     before, whole = text(query), text([*query, *response])
     # Not where a query ends within a character that the response completes.
@@ -177,11 +173,18 @@ def continuation(
 
 
 def written_by(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
-    """What says how a response reads where stop strings are looked for in it: with its special
-    tokens, one of which may be what stops it, and with the space before its first word.
+    """What says how a response, or the rest of one, reads where stop strings are looked for in it:
+    with its special tokens, one of which may be what stops it, and with the space before its first
+    word.
     """
     word = tokenizer.encode("a", add_special_tokens=False)
-    return lambda ids: continuation(tokenizer, word, ids, special=True)
+    before = str(tokenizer.decode(word))
+
+    def written(ids: list[int]) -> str:
+        whole = str(tokenizer.decode([*word, *ids]))
+        return whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode(ids))
+
+    return written
 
 
 def _is_message(message: Any) -> bool:

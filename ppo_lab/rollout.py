@@ -162,12 +162,13 @@ def _sample_chunk(
     attention = F.pad(real, (0, longest), value=True)
     early, later = (Writing(Drawing(policy, trunk, sampling, bans)) for bans in (True, False))
     question = AllEnded(device)
+    stops = StopStrings(sampling, decode) if sampling.stop_strings else None
     for position in range(longest):
         writes = early if position < sampling.min_new_tokens else later
         trunk.newest(ids, attention[:, : width + position], cache, writes, *answers)
         ids = answers.newest
-        if sampling.stop_strings and position >= sampling.min_new_tokens:
-            answers.ended.logical_or_(_completes_stop(answers, position, sampling, decode))
+        if stops is not None and position >= sampling.min_new_tokens:
+            stops.end(answers, position)
         if all_ended(sampling.may_end and question(answers.ended)):
             break
     return answers.read(position + 1)
@@ -344,23 +345,49 @@ def keep_likely(
     return logits
 
 
-def _completes_stop(
-    answers: Answers,
-    position: int,
-    sampling: Sampling,
-    decode: Callable[[list[int]], str] | None,
-) -> Bool[Tensor, " batch"]:
-    """Which unfinished rows contain a stop string now that ends after the tokens that must come."""
-    stops, before = sampling.stop_strings, sampling.min_new_tokens
-    assert decode is not None, "stop strings need a tokenizer's decode"
+class StopStrings:
+    """Ends responses that hold a stop string, of which the end comes after the tokens that must.
 
-    def stopped(row: list[int]) -> bool:
-        text, held = decode(row), len(decode(row[:before])) if before else 0
-        return any(text.find(s, max(held - len(s) + 1, 0)) >= 0 for s in stops)
+    Asked after every token, it reads little: of the responses alone whose newest token holds the
+    last character of a stop string, or a part of one, and of these as many tokens alone as the
+    longest stop string can be made of, and some more.
+    """
 
-    written, ended = answers.tokens[: position + 1].t(), answers.ended
-    rows = zip(written.tolist(), ended.tolist(), strict=True)
-    return torch.tensor([not done and stopped(row) for row, done in rows], device=ended.device)
+    def __init__(self, sampling: Sampling, decode: Callable[[list[int]], str] | None) -> None:
+        assert decode is not None, "stop strings need a tokenizer's decode"
+        self.decode, self.strings = decode, sampling.stop_strings
+        self.least = sampling.min_new_tokens
+        # A token is a byte at least; those of no text at all have as much room again.
+        self.longest = 2 * max(len(s.encode()) for s in self.strings) + 8
+        last = {s[-1:] for s in self.strings}
+        # Tokens may be a part of a character alone, but for ASCII's, and read so.
+        self.ends = last if all(map(str.isascii, last)) else last | {"\ufffd"}
+        self._may_complete: dict[int, bool] = {}
+
+    def end(self, answers: Answers, position: int) -> None:
+        """Note of those that hold one, now that this position is written, that they have ended."""
+        newest = answers.tokens[position].tolist()
+        asked = [i for i, token in enumerate(newest) if self._may_be_completed_by(token)]
+        if not asked:
+            return
+        first = max(0, position + 1 - self.longest)
+        written = answers.tokens[first : position + 1].t().tolist()
+        found = torch.zeros(answers.ended.shape, dtype=torch.bool)
+        for i in asked:
+            found[i] = self._is_in(written[i], first)
+        answers.ended.logical_or_(found.to(answers.ended.device))
+
+    def _is_in(self, ids: list[int], first: int) -> bool:
+        """Whether one is in the tokens from position `first` on."""
+        before = max(0, self.least - first)
+        text, held = self.decode(ids), len(self.decode(ids[:before])) if before else 0
+        return any(text.find(s, max(held - len(s) + 1, 0)) >= 0 for s in self.strings)
+
+    def _may_be_completed_by(self, token: int) -> bool:
+        if token not in self._may_complete:
+            text = self.decode([token])
+            self._may_complete[token] = any(end in text for end in self.ends)
+        return self._may_complete[token]
 
 
 def _join(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -21,6 +22,7 @@ from ppo_lab.config import EmbeddedData, FileData, HubData
 from ppo_lab.data import PromptStream, load_prompts, split_prompts
 from ppo_lab.errors import ConfigError
 from ppo_lab.prompt_tokens import PromptEncoder, continuation, written_by
+from ppo_lab.rollout import Answers, Sampling, StopStrings
 from ppo_lab.types import Prompts
 
 TEMPLATE = (
@@ -206,6 +208,32 @@ def test_stop_strings_are_looked_for_in_all_that_was_written() -> None:
         assert " cat" in written_by(made)(cat), "the space before the first word"
         assert "<|end|>" in written_by(made)([*cat, end])
         assert "<|end|>" not in continuation(made, [], [*cat, end])
+
+
+@pytest.mark.parametrize("least", [0, 3])
+@pytest.mark.parametrize("stop", ["s", " cat", "e c", "€", "at\n", "the cat", "<|end|>s"])
+def test_a_stop_string_is_found_as_soon_as_it_is_written(stop: str, least: int) -> None:
+    """By the last tokens of some responses, as in all that all of them say."""
+    for made in (word_tokenizer(), byte_tokenizer()):
+        made.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+        written, numbers = written_by(made), random.Random(0)
+        pieces = ["s", " cat", " the", "the", " c", "at", "\n", "€", "<|end|>", "."]
+        texts = ["".join(numbers.choices(pieces, k=30)) for _ in range(24)]
+        rows = [made(text, add_special_tokens=False)["input_ids"][:40] for text in texts]
+        width = min(map(len, rows))
+        answers = Answers.room(len(rows), width, torch.device("cpu"))
+        answers.begin(torch.zeros(len(rows), width, 1).expand(-1, -1, answers.uniforms.shape[2]))
+        answers.tokens.copy_(torch.tensor([row[:width] for row in rows]).t())
+        stops = StopStrings(Sampling(width, (), 0, least, stop_strings=(stop,)), written)
+        for position in range(least, width):
+            before = answers.ended.tolist()
+            stops.end(answers, position)
+            for i, row in enumerate(rows):
+                held = len(written(row[:least])) if least else 0
+                text = written(row[: position + 1])
+                whole = text.find(stop, max(held - len(stop) + 1, 0)) >= 0
+                assert bool(answers.ended[i]) is (before[i] or whole), (row, position)
+        assert answers.ended.any() or stop not in "".join(map(written, rows))
 
 
 def test_a_response_that_completes_a_character_is_shown_alone(tokenizer: Any) -> None:

@@ -68,15 +68,15 @@ def chosen(only: Sequence[str]) -> list[str]:
     Raises:
         RuntimeError: one of these needs what is not here.
     """
-    here = {"": True, "a GPU": torch.cuda.is_available(), "bitsandbytes": _has("bitsandbytes")}
+    here = {
+        "": True,
+        "a GPU": torch.cuda.is_available(),
+        "bitsandbytes": find_spec("bitsandbytes") is not None,
+    }
     for name in only:
         if not here[OPTIONS[name]]:
             raise RuntimeError(f"{name} needs {OPTIONS[name]}, which is not here")
     return list(only) or [name for name, needed in OPTIONS.items() if here[needed]]
-
-
-def _has(module: str) -> bool:
-    return find_spec(module) is not None
 
 
 def main(asked: argparse.Namespace) -> int:
