@@ -155,9 +155,13 @@ class PromptEncoder:
 
 
 def continuation(
-    tokenizer: PreTrainedTokenizerBase, query: Sequence[int], response: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase,
+    query: Sequence[int],
+    response: Sequence[int],
+    *,
+    special: bool = False,
 ) -> str:
-    """The text that a response adds to that of its query, without special tokens.
+    """The text that a response adds to that of its query, without special tokens unless `special`.
 
     Tokenizers of SentencePiece's kin keep the space before a word in the word's token and leave it
     out where a text begins: a response by itself would lose it, and prompt and response put
@@ -165,7 +169,7 @@ def continuation(
     """
 
     def text(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
 
     before, whole = text(query), text([*query, *response])
     # Not where a query ends within a character that the response completes.
@@ -178,13 +182,7 @@ def written_by(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]
     word.
     """
     word = tokenizer.encode("a", add_special_tokens=False)
-    before = str(tokenizer.decode(word))
-
-    def written(ids: list[int]) -> str:
-        whole = str(tokenizer.decode([*word, *ids]))
-        return whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode(ids))
-
-    return written
+    return lambda ids: continuation(tokenizer, word, ids, special=True)
 
 
 def _is_message(message: Any) -> bool:

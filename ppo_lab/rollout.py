@@ -348,9 +348,8 @@ def keep_likely(
 class StopStrings:
     """Ends responses that hold a stop string, of which the end comes after the tokens that must.
 
-    Asked after every token, it reads little: of the responses alone whose newest token holds the
-    last character of a stop string, or a part of one, and of these as many tokens alone as the
-    longest stop string can be made of, and some more.
+    Asked after every token, it reads little: of the responses alone whose newest token may complete
+    a stop string, and of these as many tokens alone as the longest can be made of, and some more.
     """
 
     def __init__(self, sampling: Sampling, decode: Callable[[list[int]], str] | None) -> None:
@@ -359,9 +358,6 @@ class StopStrings:
         self.least = sampling.min_new_tokens
         # A token is a byte at least; those of no text at all have as much room again.
         self.longest = 2 * max(len(s.encode()) for s in self.strings) + 8
-        last = {s[-1:] for s in self.strings}
-        # Tokens may be a part of a character alone, but for ASCII's, and read so.
-        self.ends = last if all(map(str.isascii, last)) else last | {"\ufffd"}
         self._may_complete: dict[int, bool] = {}
 
     def end(self, answers: Answers, position: int) -> None:
@@ -386,8 +382,17 @@ class StopStrings:
     def _may_be_completed_by(self, token: int) -> bool:
         if token not in self._may_complete:
             text = self.decode([token])
-            self._may_complete[token] = any(end in text for end in self.ends)
+            self._may_complete[token] = any(may_complete(text, s) for s in self.strings)
         return self._may_complete[token]
+
+
+def may_complete(text: str, stop: str) -> bool:
+    """Whether a token of this text may be the one that completes a stop string: it holds the string
+    or begins with its end. What it begins with may be the rest of a character, and reads so; ASCII
+    characters have no parts.
+    """
+    begins = any(text.startswith(stop[i:]) for i in range(len(stop)))
+    return begins or stop in text or (text.startswith("\ufffd") and not stop.isascii())
 
 
 def _join(
