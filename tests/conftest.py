@@ -13,6 +13,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from all tests but those that ask for one: numbers are compared to the last bit,
+    and tests run side by side.
+    """
+    chosen = config.getoption("markexpr", "")
+    if "gpu" not in chosen or "not gpu" in chosen:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

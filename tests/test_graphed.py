@@ -36,6 +36,7 @@ from ppo_lab.models.fast import families, graphed, recording
 from ppo_lab.models.fast.attention import KeysAndValues, attend, bias_of, blocks_of
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.models.fast.graphed import WORTH_RECORDING, Graphed
+from ppo_lab.models.fast.kernels import without_kernels
 from ppo_lab.models.fast.layers import Anatomy
 from ppo_lab.models.fast.products import Linear
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
@@ -502,7 +503,8 @@ def on_gpu(tensor: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def a_gpu_without_one() -> Iterator[None]:
     """Shapes on a GPU: mixing devices, or waiting for a number of the GPU, raises."""
-    with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
+    # Triton's kernels would launch on the real one, or ask the driver for it.
+    with pytest.MonkeyPatch.context() as patch, without_kernels(), FakeTensorMode():
         for method, does in LOOKING.items():
             patch.setattr(FakeTensor, method, does, raising=False)
         patch.setattr(graphed, "_where", lambda _: [])  # shapes lie nowhere
