@@ -7,6 +7,14 @@ from pathlib import Path
 
 import pytest
 
+# What a shell may hold and a test must not read: a tracker's settings, the job or the launcher that
+# it runs in, how wide and of which kind its terminal is.
+FOREIGN = ("WANDB_", "SLURM_", "TORCHELASTIC_", "ACCELERATE_", "HYDRA_", "PPO_LAB_GPUS", "MASTER_")
+OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "COLUMNS", "LINES", "CI", "NO_COLOR", "FORCE_COLOR")
+for name in list(os.environ):
+    if name in OWN or (name.startswith(FOREIGN) and name != "WANDB_MODE"):
+        del os.environ[name]
+os.environ["TERM"] = "xterm"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Operations on tiny models are too small to share: a second thread only waits.
