@@ -18,6 +18,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from ppo_lab import typed
 from ppo_lab.command_reader import Check, CommandReader, a_hydra
 from ppo_lab.config import conf_folder, register_schema
 from ppo_lab.errors import ConfigError, message, refuse
@@ -115,6 +116,7 @@ def _hydra_job(job: Job, check: Check) -> Callable[[DictConfig], float | None]:
         join_processes()
         settings = HydraConfig.get()
         folder = Path(settings.runtime.output_dir)
+        typed.shell_folder = typed.shell_folder or Path(settings.runtime.cwd)
         try:
             config: Any = OmegaConf.to_object(composed)
             stated = frozenset(

@@ -14,10 +14,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from ppo_lab.errors import ConfigError, refuse
 from ppo_lab.processes.launch import is_main
-from ppo_lab.resume import MISSING_ONLY, check_new, quoted
+from ppo_lab.resume import MISSING_ONLY, check_new
 from ppo_lab.run_lock import in_use, occupied, take_early
 from ppo_lab.run_state import subfolders, work_in
 from ppo_lab.scheduler import is_requeued
+from ppo_lab.typed import quoted
 
 MOST_NAMED = 30  # runs of a sweep that is in the way
 

@@ -30,7 +30,6 @@ from ppo_lab.config import Config
 from ppo_lab.errors import ConfigError
 from ppo_lab.processes.launch import is_main
 from ppo_lab.record import to_stderr, write_atomically, write_summary
-from ppo_lab.resume import quoted, unquoted
 from ppo_lab.run_lock import in_use
 from ppo_lab.run_state import (
     RECORD,
@@ -45,6 +44,7 @@ from ppo_lab.run_state import (
 from ppo_lab.scheduler import join_processes
 from ppo_lab.secrecy import reason_of
 from ppo_lab.sweep_index import SWEEP_RECORD, states
+from ppo_lab.typed import quoted, shell_path, unquoted
 
 SWEEPS = f"outputs/multirun/*/*/{SWEEP_RECORD}"
 SEARCH = ("hydra.sweeper.direction=maximize", "hydra.sweeper.max_failure_rate=1.0")
@@ -255,7 +255,7 @@ def _tell_failures(sweep: Path) -> None:
     more = [f"  and {len(rest) - MOST_TOLD} more"] if len(rest) > MOST_TOLD else []
     missing = [f"  {counts['missing']} not begun"] if counts["missing"] else []
     again = ["the same command with resume=true runs what is missing"]
-    listing = [f"python -m ppo_lab.runs {sweep} lists all"]
+    listing = [f"python -m ppo_lab.runs {shell_path(sweep)} lists all"]
     left = again + listing if counts["finished"] < len(found) else []
     print("\n".join([done, *lines, *more, *missing, *left]), file=sys.stderr, flush=True)
 

@@ -5,8 +5,6 @@ Only `resume=FOLDER` resumes. Nothing here imports torch: what cannot go on is r
 
 from __future__ import annotations
 
-import os
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,6 +18,7 @@ from ppo_lab.errors import ConfigError
 from ppo_lab.record import write_atomically
 from ppo_lab.run_state import RECORD, key_of, read_summary, work_in
 from ppo_lab.secrecy import BLOT, hidden
+from ppo_lab.typed import leave_shell_for, quoted, shell_override, unquoted
 
 MISSING_ONLY = ("true", "True")  # of a sweep: each run finds its folder again, see `multirun`
 # What may change under way, since no number of the iterations still to come depends on it.
@@ -106,7 +105,7 @@ def resumed_command(argv: Sequence[str]) -> list[str]:
     kept = [text for text in own if key_of(text) not in {*stated, "resume"}]
     checkpoint = Path(value).expanduser().absolute()
     with suppress(OSError):
-        os.chdir(_recorded(folder, "hydra").get("hydra", {})["runtime"]["cwd"])
+        leave_shell_for(_recorded(folder, "hydra").get("hydra", {})["runtime"]["cwd"])
     return [
         *kept,
         *given,
@@ -150,7 +149,7 @@ def record_again(folder: Path, config: Config, overrides: Sequence[str]) -> None
 
 def resume_command(folder: Path) -> str:
     """What to type to go on with a run."""
-    return f"python -m ppo_lab resume={shlex.quote(quoted(folder))}"
+    return f"python -m ppo_lab {shell_override('resume', folder)}"
 
 
 def is_finished(folder: Path) -> bool:
@@ -199,15 +198,3 @@ def _same(ours: Any, recorded: Any) -> bool:
         with suppress(ValueError):
             return ours == float(recorded)
     return ours == recorded
-
-
-def unquoted(text: str) -> str:
-    """A value without the quotes of Hydra's grammar."""
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
-
-
-def quoted(path: Path) -> str:
-    """A path as Hydra's grammar reads it, whatever characters it has."""
-    text = str(path)
-    plain = all(c.isalnum() or c in "/._-+:%@" for c in text)
-    return text if plain else "'" + text.replace("'", "\\'") + "'"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +15,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from ppo_lab.resume import resume_command
+from ppo_lab.typed import shell_path, short_path
 from ppo_lab.types import Sample
 
 WIDE, NARROW = 110, 60
@@ -287,23 +287,13 @@ def _places(folder: Path) -> RenderableType:
 
 def next_commands(folder: Path, status: str = "finished") -> list[str]:
     """Commands worth trying after this run."""
-    here, wandb = shlex.quote(short_path(folder)), folder / "wandb"
-    commands = [] if status == "finished" else [f"python -m ppo_lab resume={here}"]
+    commands, wandb = [] if status == "finished" else [resume_command(folder)], folder / "wandb"
     if find_spec("ppo_lab.compare"):
-        commands.append(f"python -m ppo_lab.compare {here}")
+        commands.append(f"python -m ppo_lab.compare {shell_path(folder)}")
     commands.append("python -m ppo_lab -m ppo.init_kl_coef=0.05,0.2 ppo.cliprange=0.1,0.2")
     if wandb.is_dir():
-        commands.append(f"wandb leet {shlex.quote(short_path(wandb))}")
+        commands.append(f"wandb leet {shell_path(wandb)}")
     return commands
-
-
-def short_path(path: Path) -> str:
-    """The path from the current folder, where that is shorter."""
-    absolute = str(path.absolute())
-    try:
-        return min(os.path.relpath(absolute), absolute, key=len)
-    except ValueError:  # another drive
-        return absolute
 
 
 def spell_out_missing_letters(console: Console) -> None:

@@ -26,6 +26,7 @@ from ppo_lab.record import Say, brief, read_json_lines, to_stderr, write_atomica
 from ppo_lab.run_state import WANDB_ID, wandb_run_id
 from ppo_lab.secrecy import hidden_text
 from ppo_lab.signals import ended_by_agent
+from ppo_lab.typed import shell_path
 from ppo_lab.types import Sample
 
 X_AXIS = "iteration"
@@ -208,7 +209,7 @@ class WandbTracker:
             _quieten(wandb)
             run = wandb.init(mode=mode, **self._options(wandb, mode))
         parts = self._earlier_parts("offline-run") if run.offline else {}
-        later = f"{why}; upload: wandb sync {' '.join(map(_short, _to_upload(parts, run)))}"
+        later = f"{why}; upload: wandb sync {' '.join(map(shell_path, _to_upload(parts, run)))}"
         self._tell(f"W&B: {mode}, {later if mode == 'offline' else run.url}")
         self._sent_through = self._held(run, parts)
         self._prepare(run)
@@ -475,8 +476,3 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _default_name(config: Mapping[str, Any], overrides: Sequence[str]) -> str:
     return run_name(str(config.get("name") or ""), overrides, seed=int(config.get("seed") or 0))
-
-
-def _short(path: Path) -> str:
-    """The path from here, where that is shorter."""
-    return min(str(path), os.path.relpath(path), key=len)

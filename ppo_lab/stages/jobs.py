@@ -18,6 +18,7 @@ from ppo_lab.record import brief
 from ppo_lab.rules import device_problem, illegal_values, matches, model_folder
 from ppo_lab.stages.config import RewardModelConfig, SFTConfig, StageSection
 from ppo_lab.stages.examples import data_problems, read_rows, split_rows
+from ppo_lab.typed import shell_override
 
 UNREAD_OF_MODEL = ("model.torch_compile", "model.fast_layers", "model.cuda_graphs")
 UNREAD = ("ppo.", "generation.", "evaluation.", "critic.", *UNREAD_OF_MODEL)
@@ -72,7 +73,8 @@ def run_sft(config: SFTConfig, folder: Path, overrides: list[str]) -> float:
         before, after = report["held_out_loss_before"], report["held_out_loss"]
         print(f"held-out loss   {before:.4f} -> {after:.4f} nats per token")
     print(
-        f"model           {out}\nnext            python -m ppo_lab model=local model.path={out} ..."
+        f"model           {out}\n"
+        f"next            python -m ppo_lab model=local {shell_override('model.path', out)} ..."
     )
     return float(report.get("held_out_loss", report["train_loss"]))
 
@@ -95,10 +97,8 @@ def run_reward_model(config: RewardModelConfig, folder: Path, overrides: list[st
     if "held_out_accuracy" in report:
         accuracy, count = report["held_out_accuracy"], report["held_out"]
         print(f"held-out accuracy  {accuracy:.3f} ({count:.0f} pairs)")
-    print(
-        f"reward model       {out}\n"
-        f"next               python -m ppo_lab reward=model reward.path={out} ..."
-    )
+    path = shell_override("reward.path", out)
+    print(f"reward model       {out}\nnext               python -m ppo_lab reward=model {path} ...")
     return float(report.get("held_out_accuracy", 0.0))
 
 
