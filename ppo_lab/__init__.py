@@ -8,17 +8,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppo_lab.config import PPOConfig
     from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
+    from ppo_lab.ppo_config import PPOConfig
+    from ppo_lab.scripts import (
+        LengthSampler,
+        create_reference_model,
+        respond_to_batch,
+        set_seed,
+    )
     from ppo_lab.trainer import PPOTrainer
 
 __version__ = "0.1.0"
-__all__ = ["AutoModelForCausalLMWithValueHead", "PPOConfig", "PPOTrainer"]
+__all__ = [
+    "AutoModelForCausalLMWithValueHead",
+    "LengthSampler",
+    "PPOConfig",
+    "PPOTrainer",
+    "create_reference_model",
+    "respond_to_batch",
+    "set_seed",
+]
 
 _HOMES = {
     "AutoModelForCausalLMWithValueHead": "ppo_lab.models.policy",
-    "PPOConfig": "ppo_lab.config",
+    "PPOConfig": "ppo_lab.ppo_config",
     "PPOTrainer": "ppo_lab.trainer",
+    "LengthSampler": "ppo_lab.scripts",
+    "create_reference_model": "ppo_lab.scripts",
+    "respond_to_batch": "ppo_lab.scripts",
+    "set_seed": "ppo_lab.scripts",
 }
 
 

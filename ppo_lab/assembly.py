@@ -15,7 +15,6 @@ from ppo_lab.config import (
     HeadCritic,
     ModelCritic,
     ModelReward,
-    PPOConfig,
     RewardSection,
 )
 from ppo_lab.continuation import seed_random_state
@@ -33,6 +32,7 @@ from ppo_lab.models.loading import (
 )
 from ppo_lab.models.lora import wrap_lora
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_lab.ppo_config import PPOConfig
 from ppo_lab.processes.alone import Alone
 from ppo_lab.record import Say
 from ppo_lab.rewards.classifier import label_index

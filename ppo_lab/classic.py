@@ -6,17 +6,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from numbers import Real
+from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ppo_lab.config import PPOConfig
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.critic import Critic
 from ppo_lab.models.loading import disable_dropout, eos_ids, max_context, reads_on
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_lab.ppo_config import PPOConfig
 from ppo_lab.rollout import NoiseKey, Sampling
 from ppo_lab.types import Prompts, Tokens
 
@@ -87,7 +90,8 @@ def as_policy(model: Any) -> AutoModelForCausalLMWithValueHead:
     policy = model
     if not isinstance(model, AutoModelForCausalLMWithValueHead):
         policy = AutoModelForCausalLMWithValueHead(model)
-    disable_dropout(policy)  # adapters that came after the value head brought their own
+    policy.look_again()  # adapters that came after the value head brought
+    disable_dropout(policy)  # dropout of their own
     if not any(p.requires_grad for p in policy.pretrained_model.parameters()):
         raise ValueError(
             "model: none of its weights is trainable (requires_grad); load a saved adapter with "
@@ -182,10 +186,14 @@ def generate(
     kwargs: dict[str, Any],
 ) -> Any:
     """See `PPOTrainer.generate`."""
-    queries = _queries(query_tensor)
+    queries, alone = _queries(query_tensor), isinstance(query_tensor, Tensor)
     kwargs = _without_config(kwargs)
+    cut = _cut(trainer, kwargs) and not alone
+    _refuse_what_no_list_of_ids_holds(kwargs)
+    longest: list[int] = []
     if length_sampler is not None:
-        kwargs["max_new_tokens"] = int(length_sampler())
+        longest = [int(length_sampler()) for _ in queries]
+        kwargs["max_new_tokens"] = max(longest)
     drawn = _sampling(trainer.sampling, kwargs, batch_size)
     if drawn.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={drawn.max_new_tokens}: must be at least 1")
@@ -197,9 +205,17 @@ def generate(
     if generate_ref_response:
         with trainer.reference.active() as trunk:
             answers.append(_answers(trainer, queries, kwargs, trunk))
+    if longest:
+        answers = [[r[:n] for r, n in zip(a, longest, strict=True)] for a in answers]
+    if cut and drawn.eos_ids:
+        end = trainer.tokenizer.eos_token_id
+        answers = [[_until(end, r) for r in a] for a in answers]
+        ends = dict.fromkeys((*drawn.eos_ids, end))
+        trainer.drawn = replace(drawn, eos_ids=tuple(ends))
     if return_prompt:
         answers = [[torch.cat([q, r]) for q, r in zip(queries, a, strict=True)] for a in answers]
-    if isinstance(query_tensor, Tensor):
+    answers = [[row.to(trainer.device) for row in a] for a in answers]
+    if alone:
         answers = [answer[0][None] for answer in answers]
     return tuple(answers) if generate_ref_response else answers[0]
 
@@ -229,6 +245,33 @@ def _without_config(kwargs: dict[str, Any]) -> dict[str, Any]:
     config = kwargs.pop("generation_config", None)
     said = {} if config is None else config.to_diff_dict()
     return {name: x for name, x in said.items() if name not in NO_SETTINGS} | kwargs
+
+
+def _cut(trainer: PPOTrainer, kwargs: dict[str, Any]) -> bool:
+    """Whether responses to a list end with the tokenizer's end of sequence, whatever else ends
+    their sampling. Takes TRL's two keywords of padding out of the others.
+    """
+    kwargs.pop("pad_to_multiple_of", None)
+    return kwargs.pop("remove_padding", True) and trainer.tokenizer.eos_token_id is not None
+
+
+def _until(end: int, response: Tensor) -> Tensor:
+    """The response up to the first token that ends it."""
+    found = (response == end).nonzero()
+    return response[: int(found[0]) + 1] if len(found) else response
+
+
+def _refuse_what_no_list_of_ids_holds(kwargs: dict[str, Any]) -> None:
+    mask = kwargs.pop("attention_mask", None)
+    if mask is not None and not bool(torch.as_tensor(mask).all()):
+        raise ValueError("attention_mask hides tokens: give the query without its padding")
+    if (kwargs.pop("num_return_sequences", None) or 1) > 1:
+        raise ValueError(
+            "num_return_sequences: one response a query is returned; repeat the query in a list"
+        )
+    for name in ("return_dict_in_generate", "output_scores", "output_logits"):
+        if kwargs.pop(name, False):
+            raise ValueError(f"{name}: token ids alone are returned")
 
 
 def _sampling(sampling: Sampling, kwargs: dict[str, Any], batch_size: int) -> Sampling:
@@ -439,18 +482,47 @@ def _check_context(trainer: PPOTrainer, lengths: Sequence[int], what: str) -> No
         )
 
 
+def logs(config: PPOConfig) -> Any:
+    """The tracker that `log_with` names, opened; None without one.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if config.log_with == "none":
+        return None
+    if config.log_with == "wandb":
+        from ppo_lab.wandb_mirror import ClassicRun
+
+        options = config.tracker_kwargs.get("wandb", {})
+        project, name = config.tracker_project_name, config.model_name
+        return ClassicRun(project, name, config.to_dict(), options)
+    if find_spec("tensorboard") is None:
+        raise ValueError("log_with=tensorboard needs pip install 'ppo_lab[tensorboard]'")
+    from ppo_lab.tensorboard_mirror import ClassicTensorBoard
+
+    folder = Path(config.project_kwargs.get("logging_dir") or "outputs")
+    return ClassicTensorBoard(folder / config.tracker_project_name)
+
+
 def log_stats(
-    trainer: PPOTrainer, stats: dict[str, Any], batch: dict[str, Any], rewards: Any
+    trainer: PPOTrainer,
+    stats: dict[str, Any],
+    batch: dict[str, Any],
+    rewards: Any,
+    columns: Sequence[str],
 ) -> None:
     """See `PPOTrainer.log_stats`."""
-    if trainer.config.log_with == "none":
-        return
-    from ppo_lab.wandb_mirror import log_classic_stats
+    if absent := [name for name in columns if name not in batch]:
+        raise ValueError(
+            f"columns_to_log: the batch has no {', '.join(absent)}; it has {', '.join(batch)}"
+        )
+    scores = _scores(list(rewards)).tolist()
+    spread = stdev(scores) if len(scores) > 1 else 0.0
+    known = {"env/reward_mean": fmean(scores), "env/reward_std": spread, "env/reward_dist": scores}
+    rows = zip(*(map(_cell, batch[name]) for name in columns), scores, strict=False)
+    assert trainer.logs is not None, "whoever calls this has looked"
+    trainer.logs.log({**stats, **known}, [*columns, "reward"], list(rows), trainer.current_step)
 
-    log_classic_stats(
-        stats,
-        batch,
-        _scores(list(rewards)).tolist(),
-        project=trainer.config.tracker_project_name,
-        name=trainer.config.model_name,
-    )
+
+def _cell(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value

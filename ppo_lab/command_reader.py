@@ -28,7 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from ppo_lab.config import TYPED, conf_folder
+from ppo_lab.config import TYPED, conf_folder, meaning_of
 from ppo_lab.errors import ConfigError
 from ppo_lab.on_disk import unwritable
 from ppo_lab.processes import launch as processes
@@ -314,7 +314,7 @@ def _expected(parent: Any, name: str) -> str:
         return "is a section; set its keys one by one"
     words = TYPE_NAMES.get(kind, "a list: [a,b]" if "list" in str(kind) else "a mapping: {a: 1}")
     legal = f", {allowed(knob)}" if allowed(knob) else ""
-    return f"must be {words}{legal} ({knob.metadata.get('meaning', name)})"
+    return f"must be {words}{legal} ({meaning_of(knob) or name})"
 
 
 def _composed_problems(config: DictConfig, check: Check, stated: frozenset[str]) -> list[str]:

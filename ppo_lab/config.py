@@ -7,13 +7,13 @@ off has an off value, named in its meaning.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ppo_lab.errors import ConfigError
 
-__all__ = ["Config", "ConfigError", "PPOConfig", "conf_folder", "register_schema"]
+__all__ = ["Config", "ConfigError", "conf_folder", "register_schema"]
 
 
 def knob(
@@ -27,15 +27,40 @@ def knob(
     choices: tuple[str, ...] | None = None,
 ) -> Any:
     """A field with its meaning and legal range in its metadata, which checks and help read."""
-    legal = {
+    ranges = {
         "at_least": at_least,
         "at_most": at_most,
         "above": above,
         "below": below,
         "choices": choices,
     }
-    bounds = {name: bound for name, bound in legal.items() if bound is not None}
-    return field(default=default, metadata={"meaning": meaning, **bounds})
+    bounds = {name: bound for name, bound in ranges.items() if bound is not None}
+    return field(default=default, metadata={"help": Meaning(meaning, bounds)})
+
+
+class Meaning(str):
+    """What a field means, for help of every kind, and with it the field's legal range.
+
+    `HfArgumentParser` gives a field's whole metadata to argparse, which knows `help` and no ranges.
+    """
+
+    bounds: dict[str, Any]
+
+    def __new__(cls, text: str, bounds: dict[str, Any]) -> Meaning:
+        """A text with what is legal beside it."""
+        made = super().__new__(cls, text)
+        made.bounds = bounds
+        return made
+
+
+def meaning_of(knob: Field) -> str:
+    """What a field means; empty where it is no knob."""
+    return str(knob.metadata.get("help", ""))
+
+
+def bounds_of(knob: Field) -> dict[str, Any]:
+    """The legal range of a field: `at_least`, `at_most`, `above`, `below`, `choices`."""
+    return getattr(knob.metadata.get("help"), "bounds", {})
 
 
 @dataclass
@@ -141,36 +166,6 @@ class PPOSection:
 
 
 @dataclass
-class PPOConfig(PPOSection):
-    """The settings of `PPOTrainer` in Python: the `ppo` section and what a run keeps elsewhere.
-
-    Raises:
-        ValueError: naming every field whose value is not legal, all at once.
-    """
-
-    value_learning_rate: float = knob(0.0, "step size of the critic; 0 = learning_rate", at_least=0)
-    critic_warmup_steps: int = knob(
-        0, "first iterations in which the critic learns and the policy does not", at_least=0
-    )
-    critic_epochs: int = knob(
-        0, "passes over each batch from which the critic learns too; 0 = all", at_least=0
-    )
-    model_name: str = knob("", "name of the run that `log_stats` opens")
-    seed: int = knob(
-        0, "seed of the sampling, the shuffling and the new weights", at_least=0, at_most=2**32 - 1
-    )
-    log_with: str = knob("none", "where `log_stats` sends statistics", choices=("none", "wandb"))
-    tracker_project_name: str = knob("ppo_lab", "project of the tracker")
-
-    def __post_init__(self) -> None:
-        """Refuse what is not legal."""
-        from ppo_lab.rules import ppo_problems
-
-        if problems := ppo_problems(self):
-            raise ConfigError(problems)
-
-
-@dataclass
 class ModelSection:
     """`model`: the policy to start from, which is also the reference."""
 
@@ -223,7 +218,7 @@ class LoraSection:
     )
     target_modules: list[str] = field(
         default_factory=list,
-        metadata={"meaning": "names of the adapted modules; [all-linear], or [] = PEFT's choice"},
+        metadata={"help": "names of the adapted modules; [all-linear], or [] = PEFT's choice"},
     )
     top_layers: int = knob(0, "adapt the uppermost layers alone, so many; 0 = all", at_least=0)
     use_rslora: bool = knob(False, "scale by alpha / sqrt(r) instead (rsLoRA)")
@@ -251,7 +246,7 @@ class GenerationSection:
     )
     stop_strings: list[str] = field(
         default_factory=list,
-        metadata={"meaning": "texts that end a response, special tokens included; [] = none"},
+        metadata={"help": "texts that end a response, special tokens included; [] = none"},
     )
     stop_token: str = knob("", "token that ends a response; empty = the model's EOS")
     batch_size: int = knob(0, "samples generated at a time; 0 = all at once", at_least=0)
@@ -364,7 +359,7 @@ class FunctionReward(RewardSection):
 
     target: str = knob("", "package.module:callable")
     kwargs: dict[str, Any] = field(
-        default_factory=dict, metadata={"meaning": "further keyword arguments of the function"}
+        default_factory=dict, metadata={"help": "further keyword arguments of the function"}
     )
     none_score: float = knob(0.0, "score where the function returns None")
     timeout: float = knob(0.0, "seconds that one call may take; 0 = unlimited", at_least=0)
@@ -405,7 +400,7 @@ class WeightedReward(RewardSection):
     """The weighted sum of several rewards, each logged under its name."""
 
     parts: dict[str, RewardSection] = field(
-        default_factory=dict, metadata={"meaning": "the rewards, each with a weight of its own"}
+        default_factory=dict, metadata={"help": "the rewards, each with a weight of its own"}
     )
 
 
@@ -520,7 +515,7 @@ class TrackingSection:
     group: str = knob("", "group of runs; empty = none, or the sweep's")
     name: str = knob("", "name of the run; empty = `name`")
     id: str = knob("", "id of the run, to continue one; empty = a new one")
-    tags: list[str] = field(default_factory=list, metadata={"meaning": "tags of the run"})
+    tags: list[str] = field(default_factory=list, metadata={"help": "tags of the run"})
     notes: str = knob("", "notes of the run")
     samples_every: int = knob(10, "iterations between samples of training; 0 = none", at_least=0)
     log_model: bool = knob(False, "upload the trained adapter as an artifact")

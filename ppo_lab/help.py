@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ppo_lab.config import Config, conf_folder, register_schema
+from ppo_lab.config import Config, bounds_of, conf_folder, meaning_of, register_schema
 
 GROUPS = {
     "model": "the policy to start from",
@@ -85,7 +85,7 @@ def print_stage(program: str, purpose: str, settings: Any) -> None:
     console.width = min(console.width, 110)
     table = grid()
     for key, knob in stage_keys(settings):
-        table.add_row(f"  {key}", escape(knob.metadata["meaning"]))
+        table.add_row(f"  {key}", escape(meaning_of(knob)))
     called = Text.assemble((f"python -m {program} ", "cyan"), "[GROUP=OPTION ...] [KEY=VALUE ...]")
     groups = "GROUP=OPTION as of python -m ppo_lab: model, lora"
     console.print(Group(Text(f"{purpose}\n"), called, heading("Keys", groups), table))
@@ -97,7 +97,7 @@ def stage_keys(settings: Any, sections: tuple[str, ...] = ("data", "fit")) -> It
         if knob.name in sections:
             inner = getattr(settings, knob.name)
             yield from ((f"{knob.name}.{own.name}", own) for own in fields(inner))
-        elif "meaning" in knob.metadata:
+        elif meaning_of(knob):
             yield knob.name, knob
 
 
@@ -191,6 +191,6 @@ def default_and_meaning(key: str, section: Any) -> tuple[str, str]:
     for parent in parents:
         section, kind = section[parent], getattr(kind, parent)
     knob = next(knob for knob in fields(kind) if knob.name == name)
-    value, choices = section[name], knob.metadata.get("choices")
+    value, choices = section[name], bounds_of(knob).get("choices")
     written = str(value).lower() if isinstance(value, bool) else str(value)
-    return written, knob.metadata["meaning"] + (f": {', '.join(choices)}" if choices else "")
+    return written, meaning_of(knob) + (f": {', '.join(choices)}" if choices else "")

@@ -33,6 +33,7 @@ from ppo_lab.config import (
     RewardSection,
     VLLMGeneration,
     WeightedReward,
+    bounds_of,
 )
 from ppo_lab.data import problems as data_problems
 from ppo_lab.processes import launch
@@ -91,7 +92,7 @@ def suggestion(wrong: str, valid: Collection[str], *, cutoff: float = 0.6) -> st
 
 def allowed(knob: Field) -> str:
     """The legal range of a field in words; empty where everything of its type is legal."""
-    legal = knob.metadata
+    legal = bounds_of(knob)
     if "choices" in legal:
         return "one of " + ", ".join(legal["choices"])
     words = (
@@ -105,7 +106,7 @@ def allowed(knob: Field) -> str:
 
 def is_legal(knob: Field, value: Any) -> bool:
     """Whether a value of the right type lies in its field's range."""
-    legal = knob.metadata
+    legal = bounds_of(knob)
     if "choices" in legal:
         return value in legal["choices"]
     if _is_infinite(value):
@@ -132,7 +133,7 @@ def illegal_values(section: Any, prefix: str = "") -> Problems:
             if is_dataclass(part):
                 yield from illegal_values(part, f"{key}.{name}." if name else f"{key}.")
         if isinstance(value, (str, int, float)) and not is_legal(knob, value):
-            near = suggestion(value, knob.metadata["choices"]) if isinstance(value, str) else ""
+            near = suggestion(value, bounds_of(knob)["choices"]) if isinstance(value, str) else ""
             legal = "a finite number" if _is_infinite(value) else allowed(knob)
             yield f"{key}={value}: must be {legal}{near}"
 
@@ -143,7 +144,7 @@ def wrong_types(section: Any) -> Problems:
     for knob in fields(section):
         value, kind = getattr(section, knob.name), hints[knob.name]
         number = kind is float and isinstance(value, int) and not isinstance(value, bool)
-        if type(value) is not kind and not number:
+        if kind in TYPE_NAMES and type(value) is not kind and not number:
             yield f"{knob.name}={value!r}: must be {TYPE_NAMES[kind]}"
 
 

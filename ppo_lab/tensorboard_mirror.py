@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ppo_lab.types import Sample
 
 SUBFOLDER = "tensorboard"
@@ -39,6 +41,36 @@ class TensorBoardTracker:
         """The last points reach the disk."""
         self._writer.add_text("status", status)
         self._writer.close()
+
+
+class ClassicTensorBoard:
+    """What a hand-written loop sends, as TRL's classic `log_stats` did: statistics and texts."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+
+    def log(
+        self,
+        stats: Mapping[str, Any],
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Any]],
+        step: int,
+    ) -> None:
+        """One step: numbers as scalars, arrays as histograms, texts as a table; on the disk when
+        this returns, since a script may end at any moment.
+        """
+        for name, value in stats.items():
+            flat = torch.as_tensor(value).flatten()
+            if len(flat) > 1:
+                self._writer.add_histogram(name, flat, step)
+            else:
+                self._writer.add_scalar(name, flat.item(), step)
+        lines = ["| " + " | ".join(_cell(str(cell)) for cell in row) + " |" for row in rows]
+        head = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        self._writer.add_text("game_log", "\n".join([*head, *lines]), step)
+        self._writer.flush()
 
 
 def _cell(text: str) -> str:

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_lab import classic, core
+from ppo_lab import classic, core, scripts
 from ppo_lab.averaging import MovingAverage
 from ppo_lab.clock import Clock
-from ppo_lab.config import PPOConfig
 from ppo_lab.kl import AdaptiveKLController, FixedKLController
 from ppo_lab.memory import Passes, keep_freed_memory
 from ppo_lab.metrics import Shaped, known_metrics, update_metrics
@@ -30,12 +29,14 @@ from ppo_lab.modules import set_training
 from ppo_lab.optim import advance, make_optimizer, make_schedule
 from ppo_lab.plan.machine import peak_flops
 from ppo_lab.plan.meter import Meter
+from ppo_lab.ppo_config import PPOConfig
 from ppo_lab.processes import launch
 from ppo_lab.processes.alone import Alone
 from ppo_lab.prompt_tokens import continuation, written_by
 from ppo_lab.recorded import RecordedPasses
 from ppo_lab.rollout import NoiseKey, Sampling, sample
 from ppo_lab.scaling import RunningMoments, penalise_unended, scale_scores
+from ppo_lab.scripts import ScriptAttributes
 from ppo_lab.types import Batch, Forward, Prompts, Rollout, Scores, Tokens
 from ppo_lab.update import ClippedUpdates
 
@@ -52,7 +53,7 @@ Reward = Callable[..., Scores]
 Sampler = Callable[[Prompts, Sampling, NoiseKey], tuple[Tokens, Forward]]
 
 
-class PPOTrainer:
+class PPOTrainer(ScriptAttributes):
     """Proximal policy optimisation of a language model against a reward, held to a reference by a
     KL penalty.
 
@@ -70,6 +71,7 @@ class PPOTrainer:
             `data_collator`.
         optimizer, lr_scheduler: in place of Adam and the schedule of the config; stepped once an
             optimizer step, and once an iteration.
+        num_shared_layers: without a `ref_model`, how many of the first layers are frozen.
         critic: what gives the values: a `Critic`, or a sequence classifier (a reward model, say)
             that shares the policy's tokenizer; None for the policy's own value head.
         sampling: how `iteration` draws responses.
@@ -94,6 +96,7 @@ class PPOTrainer:
         dataset: Any = None,
         optimizer: torch.optim.Optimizer | None = None,
         data_collator: Any = None,
+        num_shared_layers: int | None = None,
         lr_scheduler: Any = None,
         *,
         critic: Any = None,
@@ -103,6 +106,8 @@ class PPOTrainer:
         processes: Alone | None = None,
     ) -> None:
         classic.check_constructor(config, model, ref_model, tokenizer, critic)
+        scripts.check_alone(processes)
+        scripts.unshared(model, ref_model, num_shared_layers)
         self.config = config or PPOConfig()
         self.tokenizer, self.reward, self.dataset = tokenizer, reward, dataset
         self.processes = processes or Alone()
@@ -147,7 +152,9 @@ class PPOTrainer:
         self.moments = RunningMoments()
         self.iterations_done = 0
         self.clock = Clock(self.device, partial(peak_flops, str(self.device), self.policy.dtype))
+        self.data_collator = data_collator
         self.dataloader = classic.dataloader(dataset, data_collator, self.config)
+        self.logs = classic.logs(self.config) if self.processes.is_main else None
         self.latest: tuple[Prompts, Tokens, Scores] | None = None
         self._noise_streams = 0
         self._warned: set[str] = set()
@@ -329,12 +336,20 @@ class PPOTrainer:
         return self.learn(self.collect(tokens), Scores(raw))
 
     def log_stats(
-        self, stats: dict[str, Any], batch: dict[str, Any], rewards: Any, **_: Any
+        self,
+        stats: dict[str, Any],
+        batch: dict[str, Any],
+        rewards: Any,
+        columns_to_log: Sequence[str] = ("query", "response"),
     ) -> None:
-        """Send one step's statistics, and a table of its texts, to the tracker that
-        `config.log_with` names.
+        """Send one step's statistics, and a table of these columns of its batch and the rewards, to
+        the tracker that `config.log_with` names.
+
+        Raises:
+            ValueError: the batch lacks one of the columns.
         """
-        classic.log_stats(self, stats, batch, rewards)
+        if self.logs is not None:
+            classic.log_stats(self, stats, batch, rewards, columns_to_log)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write model or adapter, value head and tokenizer, as safetensors; a critic of its own

@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import fmean, pstdev
 from typing import Any, Literal
 
 from ppo_lab.record import Say, brief, read_json_lines, to_stderr, write_atomically
@@ -391,40 +390,60 @@ def _no_credentials(wandb: Any) -> str:
     return "" if found else "since nobody is logged in"
 
 
-def log_classic_stats(
-    stats: Mapping[str, Any],
-    batch: Mapping[str, Any],
-    scores: Sequence[float],
-    *,
-    project: str,
-    name: str = "",
-) -> None:
-    """One step of a hand-written loop, as TRL's classic `log_stats` sent it: statistics and texts.
+class ClassicRun:
+    """What a hand-written loop sends, as TRL's classic `log_stats` did: statistics and texts.
 
-    It goes to the W&B run that is open, or to a new one called `name`. Whatever fails is said and
+    It goes to the W&B run that is open, or to a new one, opened at once. Whatever fails is said and
     passed over.
+
+    Args:
+        project: the project of a new run.
+        name: its name; empty = W&B's choice.
+        config: its settings.
+        options: further keywords of `wandb.init`, which go before all others.
     """
-    import wandb
 
-    try:
-        run = wandb.run or _open_classic(wandb, project, name)
-        rows = zip(*(batch.get(name, []) for name in ("query", "response")), scores, strict=False)
-        table = wandb.Table(
-            columns=["query", "response", "reward"], data=[list(row) for row in rows]
-        )
-        rewards = {"env/reward_mean": fmean(scores), "env/reward_std": pstdev(scores)}
-        run.log({**_chartable(wandb, stats), **rewards, "game_log": table})
-    except Exception as error:
-        to_stderr(f"W&B: {type(error).__name__}: {brief(error)}; training goes on")
+    def __init__(
+        self, project: str, name: str, config: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> None:
+        self._options = {"project": project, "name": name or None, "config": config, **options}
+        self._safely(self._run)
+
+    def log(
+        self,
+        stats: Mapping[str, Any],
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Any]],
+        step: int,
+    ) -> None:
+        """One step, and a table of its texts; W&B counts steps by itself."""
+        import wandb
+
+        def send() -> None:
+            table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+            self._run().log({**_chartable(wandb, stats), "game_log": table})
+
+        self._safely(send)
+
+    def _run(self) -> Any:
+        import wandb
+
+        return wandb.run or _open_classic(wandb, self._options)
+
+    def _safely(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except Exception as error:
+            to_stderr(f"W&B: {type(error).__name__}: {brief(error)}; training goes on")
 
 
-def _open_classic(wandb: Any, project: str, name: str) -> Any:
+def _open_classic(wandb: Any, options: Mapping[str, Any]) -> Any:
     _quieten(wandb)
     mode = "offline" if _mode("auto")[0] != "online" or _no_credentials(wandb) else "online"
     settings = wandb.Settings(
         init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, quiet=True, show_info=False
     )
-    return wandb.init(project=project, name=name or None, mode=mode, settings=settings)
+    return wandb.init(**{"mode": mode, "settings": settings} | dict(options))
 
 
 def _chartable(wandb: Any, stats: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ppo_lab import config as schema
 from ppo_lab.command_reader import CommandReader, a_hydra
-from ppo_lab.config import Config, ConfigError, PPOConfig, conf_folder, register_schema
+from ppo_lab.config import Config, ConfigError, bounds_of, conf_folder, meaning_of, register_schema
+from ppo_lab.ppo_config import PPOConfig
 from ppo_lab.rules import illegal_values, is_legal, problems
 
 SECTIONS = [
@@ -24,7 +25,7 @@ SECTIONS = [
 ] + [Config]
 KNOBS = [(section, knob) for section in SECTIONS for knob in dataclasses.fields(section)]
 NUMERIC = [(s, k) for s, k in KNOBS if get_type_hints(s)[k.name] in (int, float)]
-CHOICES = [(s, k) for s, k in KNOBS if "choices" in k.metadata]
+CHOICES = [(s, k) for s, k in KNOBS if "choices" in bounds_of(k)]
 PLAIN = [(s, k) for s, k in KNOBS if not dataclasses.is_dataclass(get_type_hints(s)[k.name])]
 ANY_NUMBER = {"weight", "value", "none_score"}
 OPTIONS = [
@@ -145,14 +146,14 @@ def test_a_key_of_another_reward_is_refused():
 
 @pytest.mark.parametrize(("section", "knob"), PLAIN, ids=name_of)
 def test_every_knob_has_a_meaning_and_a_value_that_is_never_none(section, knob):
-    assert knob.metadata["meaning"]
+    assert meaning_of(knob)
     made = section()
     assert getattr(made, knob.name) is not None
 
 
 @pytest.mark.parametrize(("section", "knob"), NUMERIC, ids=name_of)
 def test_every_numeric_knob_has_a_legal_range_that_is_checked(section, knob):
-    legal = knob.metadata
+    legal = bounds_of(knob)
     bounds = {"at_least", "at_most", "above", "below"} & set(legal)
     assert bounds or knob.name in ANY_NUMBER
     assert is_legal(knob, knob.default)
@@ -174,7 +175,7 @@ def test_what_is_no_finite_number_is_refused_as_such(key, value):
 
 @pytest.mark.parametrize(("section", "knob"), CHOICES, ids=name_of)
 def test_every_choice_is_checked_with_the_nearest_name(section, knob):
-    choice = max(knob.metadata["choices"], key=len)
+    choice = max(bounds_of(knob)["choices"], key=len)
     instance = section()
     setattr(instance, knob.name, choice + "x")
     (line,) = (line for line in illegal_values(instance) if line.startswith(f"{knob.name}="))

@@ -20,8 +20,8 @@ from ppo_lab.wandb_mirror import (
     FINISH_TIMEOUT,
     INIT_TIMEOUT,
     TABLE_TIMEOUT,
+    ClassicRun,
     WandbTracker,
-    log_classic_stats,
     run_id,
     run_name,
     uploaded_config,
@@ -324,15 +324,17 @@ def test_a_hand_written_loop_logs_its_statistics_and_texts(server, logged_out):
     import wandb
 
     stats = {"objective/kl": 1.5, "ppo/mean_scores": torch.tensor([2.0]), "dist": torch.ones(4)}
-    batch = {"query": ["q1", "q2"], "response": ["r1", "r2"]}
     try:
-        log_classic_stats(stats, batch, [1.0, 3.0], project="classic", name="tiny")
+        run = ClassicRun("classic", "tiny", {"seed": 3}, {"tags": ["a"]})
+        wandb.log({"before": 1})  # as a script does beside the trainer
+        run.log(stats, ["query", "reward"], [["q1", 1.0], ["q2", 3.0]], 0)
     finally:
         wandb.finish()
     assert only_run(server)["name"] == "tiny"
-    [row] = only_run(server)["history"]
+    assert only_run(server)["config"]["seed"] == 3
+    before, row = only_run(server)["history"]
+    assert before["before"] == 1
     assert (row["objective/kl"], row["ppo/mean_scores"]) == (1.5, 2.0)
-    assert (row["env/reward_mean"], row["env/reward_std"]) == (2.0, 1.0)
     assert row["game_log"]["nrows"] == 2
     assert row["dist"]["_type"] == "histogram"
 

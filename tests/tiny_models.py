@@ -74,7 +74,7 @@ def train_adapter(policy: Any, size: float = 0.3) -> None:
 def trainer(model: Any = None, ref_model: Any = None, **settings: Any) -> PPOTrainer:
     """A trainer of a tiny policy; keywords that are settings of PPO go to the config."""
     own = {"sampling", "reward", "optimizer", "lr_scheduler", "dataset", "data_collator"}
-    own |= {"critic", "processes"}
+    own |= {"critic", "processes", "num_shared_layers"}
     extra = {k: settings.pop(k) for k in own & set(settings)}
     config = PPOConfig(**{"learning_rate": 1e-2, "ppo_epochs": 2, "batch_size": 4} | settings)
     model = policy() if model is None else model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,8 +36,32 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         self.pretrained_model: Any = pretrained_model
         self.trunk = Trunk(pretrained_model)
         self.trunk.check()
+        self._parts = _parts_of(pretrained_model)
         head = ValueHead(self.trunk.hidden_size, init=v_head_init, std=v_head_init_std)
         self.v_head = head.to(self.trunk.head.weight.device)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep the trunk that of `pretrained_model`, which scripts wrap with an adapter later."""
+        super().__setattr__(name, value)
+        if name == "pretrained_model" and "trunk" in self.__dict__:
+            self.look_again()
+
+    def look_again(self) -> None:
+        """See what `pretrained_model` is made of now, where modules of it were put in later.
+
+        Raises:
+            ValueError: nothing that can be trained.
+        """
+        now = _parts_of(self.pretrained_model)
+        if len(now) == len(self._parts) and all(map(_is_same, self._parts, now)):
+            return
+        check_causal(self.pretrained_model)
+        disable_dropout(self.pretrained_model)
+        before, self.trunk = self.trunk, Trunk(self.pretrained_model)
+        self.trunk.fast_layers = before.fast_layers
+        self.trunk.records_graphs = before.records_graphs
+        self.trunk.check()
+        self._parts = now
 
     @classmethod
     def from_pretrained(
@@ -44,7 +69,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         pretrained_model_name_or_path: Any,
         *,
         peft_config: Any = None,
-        v_head_init_strategy: str = "normal",
+        v_head_init_strategy: str | None = "normal",
         v_head_initializer_range: float = 0.0,
         **kwargs: Any,
     ) -> Self:
@@ -63,11 +88,12 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             ValueError: nothing that a policy can be made of, `peft_config` for a model that has an
                 adapter already, or an unknown initialisation.
         """
+        v_head_init_strategy = v_head_init_strategy or "normal"
         if v_head_init_strategy not in ("normal", "zero"):
             raise ValueError(
                 f"v_head_init_strategy is 'normal' or 'zero', not {v_head_init_strategy!r}"
             )
-        model = _load(pretrained_model_name_or_path, kwargs)
+        model = _load(pretrained_model_name_or_path, _of_today(kwargs))
         if peft_config is not None:
             model = _wrap(model, peft_config)
         policy = cls(
@@ -156,6 +182,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             self.pretrained_model, "disable_adapter"
         )
 
+    @is_peft_model.setter
+    def is_peft_model(self, _: bool) -> None:
+        """Scripts set it; it is seen of the model."""
+
     @property
     def config(self) -> Any:
         """The language model's configuration."""
@@ -182,11 +212,33 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         train_checkpoints_alone(self.pretrained_model)
         return self
 
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: Any = None) -> str:
+        """Upload what `save_pretrained` writes to the hub, and return its address."""
+        from ppo_lab.scripts import push
+
+        return push(self.save_pretrained, repo_id, private=private, token=token)
+
+    def enable_input_require_grads(self) -> None:
+        """Let gradients reach adapters under frozen embeddings."""
+        self.pretrained_model.enable_input_require_grads()
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations for the backward pass."""
+        self.pretrained_model.gradient_checkpointing_disable()
+
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations in the backward pass; with an adapter, gradients still reach it."""
         enable_checkpointing(self.pretrained_model)
         if self.is_peft_model:
             self.pretrained_model.enable_input_require_grads()
+
+
+def _parts_of(model: nn.Module) -> list[weakref.ref[nn.Module]]:
+    return [weakref.ref(module) for module in model.modules()]
+
+
+def _is_same(one: weakref.ref[nn.Module], other: weakref.ref[nn.Module]) -> bool:
+    return one() is not None and one() is other()
 
 
 def enable_checkpointing(model: Any) -> None:
@@ -275,6 +327,26 @@ def spread(x: Float[Tensor, " kept"], tokens: Tokens) -> Float[Tensor, "batch ti
         return x.new_zeros(mask.shape).masked_scatter(mask, x)
     everywhere = x.new_zeros(mask.numel()).index_copy(0, tokens.kept, x)
     return everywhere.view(mask.shape).masked_fill(~mask, 0.0)
+
+
+def _of_today(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of TRL 0.11 and of its transformers as transformers takes them today.
+
+    Raises:
+        ValueError: `reward_adapter`, which is not done here.
+    """
+    kwargs = dict(kwargs)
+    if kwargs.pop("reward_adapter", None) is not None:
+        raise ValueError("reward_adapter: a reward model is a model of its own here")
+    kwargs.pop("summary_dropout_prob", None)  # there is no dropout
+    if "use_auth_token" in kwargs:
+        kwargs.setdefault("token", kwargs.pop("use_auth_token"))
+    bits = {name: kwargs.pop(name, False) for name in ("load_in_8bit", "load_in_4bit")}
+    if any(bits.values()):
+        from transformers import BitsAndBytesConfig
+
+        kwargs.setdefault("quantization_config", BitsAndBytesConfig(**bits))
+    return kwargs
 
 
 def _load(source: Any, kwargs: dict[str, Any]) -> Any:

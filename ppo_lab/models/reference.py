@@ -37,7 +37,7 @@ class Reference:
     """
 
     def __init__(self, policy: AutoModelForCausalLMWithValueHead, model: Any = None) -> None:
-        self._policy = policy
+        self._policy, self.given = policy, model
         self.is_start = model is None
         self._adapter = ""
         if model is not None:
