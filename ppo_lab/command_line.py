@@ -48,7 +48,7 @@ def launch(job: Job, *, check: Check, config_name: str = "config") -> None:
     """
     register_schema()
     try:
-        given = sys.argv[1:]
+        given = flags_first(sys.argv[1:])
         missing_only = {f"resume={value}" for value in MISSING_ONLY} & set(given)
         resumed = resumed_sweep if missing_only else resumed_command
         sys.argv[1:] = with_search_defaults(resumed(given))
@@ -96,8 +96,24 @@ def configurations(argv: list[str], *, check: Check) -> list[tuple[list[str], An
         return list(reader.configurations(arguments.overrides, multirun=arguments.multirun))
 
 
+def flags_first(argv: list[str]) -> list[str]:
+    """A command line with its flags, a word each, before all overrides, as Hydra wants them: it
+    reads no override behind a flag that is behind another.
+    """
+    parser, said = get_args_parser(), _arguments(argv)
+    flags = []
+    for action in parser._actions:
+        value, name = (
+            getattr(said, action.dest, None),
+            max(action.option_strings, key=len, default=""),
+        )
+        if name and value not in (None, action.default):
+            flags.append(name if action.nargs == 0 else f"{name}={value}")
+    return [*flags, *said.overrides]
+
+
 def _arguments(argv: list[str]) -> Namespace:
-    """Hydra's flags and overrides; a wrong flag is a ConfigError."""
+    """Hydra's flags and overrides, in whatever order; a wrong flag is a ConfigError."""
     parser = get_args_parser()
 
     def error(message: str) -> NoReturn:
@@ -106,7 +122,7 @@ def _arguments(argv: list[str]) -> Namespace:
         raise ConfigError(f"{message}{suggestion(wrong, flags)}")
 
     parser.error = error  # type: ignore[method-assign]
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def _hydra_job(job: Job, check: Check) -> Callable[[DictConfig], float | None]:

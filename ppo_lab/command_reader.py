@@ -36,7 +36,7 @@ from ppo_lab.rules import TYPE_NAMES, allowed, suggestion
 
 Check = Callable[[Any, frozenset[str]], list[str]]
 
-MOST_RUNS_CHECKED = 32
+MOST_RUNS_CHECKED = 512
 # Launchers and sweepers -> (the plugin's package, the extra that installs it).
 PLUGINS = {
     "joblib": ("hydra_joblib_launcher", "joblib"),
@@ -112,7 +112,15 @@ class CommandReader:
             swept = [o for o in overrides if o.is_sweep_override()]
             found += [f"{o.input_line}: several values need -m: ppo_lab -m ..." for o in swept]
             overrides = [o for o in overrides if o not in swept]
+        else:
+            found += [
+                f"{o.input_line}: is one run's, and not of all runs of a sweep; leave it out"
+                for o in overrides
+                if o.key_or_group == "tracking.id" and not o.is_sweep_override()
+            ]
         runs = list(self._runs(overrides, found)) if multirun else [overrides]
+        if not runs:
+            found.append("-m: the sweep has no runs; one of its keys has no values")
         for run in runs:
             found += self._run_problems(run)
         return list(dict.fromkeys(found)) or self._final_problems(runs, multirun)
@@ -202,6 +210,7 @@ class CommandReader:
     def _option_problems(self, override: Override) -> Iterator[str]:
         """What is wrong with the choice of an option of a group."""
         if override.is_delete():
+            yield from self._removal_problems(override)
             return
         value, options = override.value(), self.options(override.key_or_group)
         if override.key_or_group == "accelerate":
@@ -216,6 +225,14 @@ class CommandReader:
             near = suggestion(str(value), options)
             listed = ", ".join(options)
             yield f"{override.input_line}: no such option; must be one of {listed}{near}"
+
+    def _removal_problems(self, override: Override) -> Iterator[str]:
+        """A group is never empty: its schema's defaults would stand where an option was."""
+        group = override.key_or_group
+        if override.package is None and group != "experiment" and not group.startswith("hydra/"):
+            options = self.options(group)
+            off = f"{group}=none" if "none" in options else "one of " + ", ".join(options)
+            yield f"{override.input_line}: a group cannot be left out; choose {off}"
 
     def _setting_problems(self, config: DictConfig, override: Override) -> Iterator[str]:
         """What is wrong with the value of a key; where nothing is, the key is set."""

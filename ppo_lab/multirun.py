@@ -7,6 +7,7 @@ A sweep's folder holds `multirun.yaml`, `sweep.jsonl` and a numbered folder a ru
 from __future__ import annotations
 
 import atexit
+import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -149,7 +150,8 @@ def what_is_missing(config: Config, folder: Path) -> Config | float:
     """
     summary = read_summary(folder)
     if summary.get("status") == "finished":
-        return float(summary["objective"])
+        found = summary.get("objective")
+        return math.nan if found is None else float(found)
     return replace(config, resume=str(folder) if work_in(folder) and is_main() else "")
 
 

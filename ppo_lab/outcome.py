@@ -16,16 +16,18 @@ VERSIONED = ("ppo_lab", "torch", "transformers", "trl", "peft", "datasets", "acc
 
 
 def summarise(lab: Any) -> dict[str, Any]:
-    """What summary.json holds; of a run that failed, as far as it came."""
+    """What summary.json holds; of a run that failed, as far as it came.
+
+    The evaluation before training is never its outcome, where it ended before there was another.
+    """
+    first, later = lab.evaluations[:1], lab.evaluations[1:]
     tail = lab.history[-max(1, len(lab.history) // 10) :]
     summary: dict[str, Any] = {
         "status": "finished",
         "steps": lab.trainer.iterations_done,
         "eval": {
             name: evaluation.metrics
-            for name, evaluation in zip(
-                ("first", "last"), lab.evaluations[:1] + lab.evaluations[-1:], strict=False
-            )
+            for name, evaluation in zip(("first", "last"), first + later[-1:], strict=False)
         },
         "train": {},
         "objective": None,
@@ -44,7 +46,7 @@ def summarise(lab: Any) -> dict[str, Any]:
             "explained_variance": fmean(m["ppo/val/explained_variance"] for m in tail),
         }
         summary["tokens_per_second"] = fmean(m["tokens_per_second"] for m in lab.history)
-        summary["objective"] = objective(lab)
+        summary["objective"] = objective(lab) if later else None
     return summary
 
 

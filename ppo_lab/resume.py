@@ -100,13 +100,17 @@ def resumed_command(argv: Sequence[str]) -> list[str]:
         raise ConfigError(f"resume={value}: a run goes on by itself, without -m")
     folder = run_folder(value)
     own = [text for text in _recorded(folder, "overrides") if isinstance(text, str)]
-    given = [text for text in argv if not text.startswith(("resume=", "hydra.run.dir="))]
+    flags = [text for text in argv if text.startswith("-")]
+    given = [text for text in argv if not text.startswith(("-", "resume=", "hydra.run.dir="))]
+    hydra = _recorded(folder, "hydra").get("hydra", {})
     stated = {key_of(text) for text in given}
     kept = [text for text in own if key_of(text) not in {*stated, "resume"}]
     checkpoint = Path(value).expanduser().absolute()
     with suppress(OSError):
-        leave_shell_for(_recorded(folder, "hydra").get("hydra", {})["runtime"]["cwd"])
+        leave_shell_for(hydra["runtime"]["cwd"])
     return [
+        *flags,
+        *_sources(hydra, flags),
         *kept,
         *given,
         f"resume={quoted(checkpoint)}",
@@ -147,6 +151,18 @@ def record_again(folder: Path, config: Config, overrides: Sequence[str]) -> None
     write_atomically(folder / RECORD / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
 
+def _sources(hydra: Mapping[str, Any], flags: Sequence[str]) -> Iterator[str]:
+    """The flags that say where a run's configuration came from, but for those given anew."""
+    given = {flag.partition("=")[0] for flag in flags}
+    name = hydra.get("job", {}).get("config_name")
+    if "--config-name" not in given and name and name != "config":
+        yield f"--config-name={name}"
+    sources = hydra.get("runtime", {}).get("config_sources") or []
+    own = [source["path"] for source in sources if source.get("provider") == "command-line"]
+    if "--config-dir" not in given and own:
+        yield f"--config-dir={own[0]}"
+
+
 def resume_command(folder: Path) -> str:
     """What to type to go on with a run."""
     return f"python -m ppo_lab {shell_override('resume', folder)}"
@@ -158,12 +174,13 @@ def is_finished(folder: Path) -> bool:
 
 
 def _already_done(config: Config, folder: Path) -> Iterator[str]:
-    done = read_summary(folder).get("steps", 0)
-    if is_finished(folder) and isinstance(done, int) and config.ppo.steps <= done:
-        yield (
-            f"resume={config.resume}: this run has finished its {done} iterations; "
-            f"ppo.steps=N above {done} goes on"
-        )
+    done, schedule = read_summary(folder).get("steps", 0), config.ppo.lr_schedule
+    if not is_finished(folder) or not isinstance(done, int) or config.ppo.steps > done:
+        return
+    more = f"ppo.steps=N above {done} goes on"
+    if schedule != "constant":
+        more = f"its learning rate came to its end with them (ppo.lr_schedule={schedule})"
+    yield f"resume={config.resume}: this run has finished its {done} iterations; {more}"
 
 
 def _recorded(folder: Path, name: str) -> Any:

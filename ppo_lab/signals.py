@@ -1,5 +1,5 @@
-"""Being asked to go: SIGTERM and SIGINT, or a scheduler's warning, end the iteration and leave a
-checkpoint.
+"""Being asked to go: SIGTERM, SIGINT and SIGHUP, or a scheduler's warning, end the iteration and
+leave a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ppo_lab.processes.launch import is_first_here
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done yet, try again
 INTERRUPTED = 130  # what shells say of a program that SIGINT ended
 ENDINGS = (signal.SIGTERM, signal.SIGINT)
+HANGUP = signal.SIGHUP  # the terminal is closed, or the connection to it lost
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # before a time limit or a preemption, as configured
 SHOW_CURSOR = "\x1b[?25h"
 
@@ -69,11 +70,12 @@ class Preempted(SystemExit):
 
 
 class Preemption:
-    """Watches for SIGTERM and SIGINT, and for a scheduler's warnings, while it is entered.
+    """Watches for SIGTERM, SIGINT and SIGHUP, and for a scheduler's warnings, while it is entered.
 
     As long as `deferred` is False there is nothing to lose, and the first signal raises
     `Preempted`. From then on it only sets `asked`, for the loop to see at the end of an iteration.
-    A second SIGTERM or SIGINT ends the process at once, by the signal's own means. Of several
+    A second SIGTERM or SIGINT ends the process at once, by the signal's own means; SIGHUP comes
+    from the shell and from the system, and says but one thing. Of several
     processes that are all asked one `tells`.
 
     Where somebody handled a signal before, as submitit does in its jobs, a second one ends nothing:
@@ -89,7 +91,8 @@ class Preemption:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            watched = [*ENDINGS, *(number for number in WARNINGS if _is_watchable(number))]
+            others = (HANGUP, *WARNINGS)
+            watched = [*ENDINGS, *(number for number in others if _is_watchable(number))]
             self._before = {number: signal.signal(number, self._handle) for number in watched}
         return self
 
@@ -103,7 +106,7 @@ class Preemption:
     def _handle(self, number: int, _: FrameType | None) -> None:
         if number in WARNINGS:
             self._warned = number
-        elif self.asked and self._before[number] in DEFAULTS:
+        elif self.asked and number != HANGUP and self._before[number] in DEFAULTS:
             _die_of(number)
         first = not self.asked
         if first or number in WARNINGS:  # SIGTERM alone does not tell who asks
@@ -116,7 +119,9 @@ class Preemption:
 
 
 def _is_watchable(number: int) -> bool:
-    """Whether a warning's signal may be watched for: not one ignored, or handled outside Python."""
+    """Whether a signal may be watched for: not one ignored, as nohup has it for SIGHUP, or handled
+    outside Python.
+    """
     return signal.getsignal(number) not in (None, signal.SIG_IGN)
 
 

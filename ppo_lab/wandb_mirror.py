@@ -227,10 +227,14 @@ class WandbTracker:
         section, sweep = self.section, os.environ.get("WANDB_SWEEP_ID")
         project = section.project or os.environ.get("WANDB_PROJECT") or "ppo_lab"
         own = {"project": project, "entity": section.entity, "id": run_id(self.folder, section.id)}
+        goes_on = bool(sweep or self._resumed or not section.id)
         group = section.group or os.environ.get("WANDB_RUN_GROUP") or (sweep and f"sweep-{sweep}")
         return {
             **({} if sweep else {name: value or None for name, value in own.items()}),
-            "resume": "must" if mode == "online" and self._earlier_parts("run") else "allow",
+            # Rows of another run of that id would take the place of this one's.
+            "resume": ("must" if mode == "online" and self._earlier_parts("run") else "allow")
+            if goes_on
+            else "never",
             "dir": str(self.folder),
             "config": uploaded_config(self.config),
             "allow_val_change": True,

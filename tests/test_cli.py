@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from ppo_lab.command_line import command_problems
+from ppo_lab.command_line import command_problems, flags_first
 from ppo_lab.command_reader import CommandReader, a_hydra
 from ppo_lab.config import ConfigError, conf_folder, register_schema
 from ppo_lab.rules import problems
@@ -177,6 +177,42 @@ def test_a_sweep_is_refused_as_a_whole_before_its_first_run():
     found = refused("-m", "ppo.cliprange=0.1,2", "ppo.batch_size=64,10")
     assert len(found) == 2
     assert refused("-m", "ppo.cliprange=0.1,0.2", "ppo.lam=range(0.9,1.0,0.05)") == []
+
+
+def test_of_a_large_sweep_the_last_value_is_looked_at_too():
+    sweep = ["ppo.init_kl_coef=0.02,0.05,0.1,0.2,-0.5", "ppo.cliprange=0.1,0.2,0.3", "seed=0,1,2"]
+    assert refused("-m", *sweep) == ["ppo.init_kl_coef=-0.5: must be at least 0"]
+
+
+@pytest.mark.parametrize("word", ["seed=range(2,0)", "model=glob(zz*)"])
+def test_a_sweep_without_runs_is_refused(word):
+    assert refused("-m", word) == ["-m: the sweep has no runs; one of its keys has no values"]
+
+
+def test_runs_of_a_sweep_share_no_id():
+    (line,) = refused("-m", "seed=0,1", "tracking=wandb", "tracking.id=mine")
+    assert line.startswith("tracking.id=mine: is one run's, and not of all runs of a sweep")
+    assert refused("-m", "tracking=wandb", "tracking.id=mine,yours") == []
+    assert refused("tracking=wandb", "tracking.id=mine") == []
+
+
+@pytest.mark.parametrize(
+    ("word", "instead"),
+    [("~tracking", "tracking=none"), ("~lora", "lora=none"), ("~ppo", "one of default")],
+)
+def test_a_group_is_not_left_out_since_its_schema_s_defaults_would_stand(word, instead):
+    assert refused("experiment=smoke", word) == [
+        f"{word}: a group cannot be left out; choose {instead}"
+    ]
+
+
+def test_flags_stand_wherever_they_like():
+    words = ["seed=1", "--config-dir", "my conf", "ppo.steps=2", "-m", "model=tiny"]
+    assert flags_first(words) == [
+        *("--multirun", "--config-dir=my conf", "seed=1", "ppo.steps=2", "model=tiny")
+    ]
+    assert flags_first(["--cfg", "job", "seed=1"]) == ["--cfg=job", "seed=1"]
+    assert flags_first([]) == []
 
 
 def test_several_values_without_m_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import resource
@@ -25,6 +26,8 @@ from safetensors.torch import load_file
 from tiny_runs import command, metrics, outcome, start, tiny
 
 from ppo_lab import checkpoint, experiment, secrecy
+from ppo_lab.compare.outcomes import outcomes
+from ppo_lab.compare.runs import read_runs
 from ppo_lab.config import CheckpointSection, Config, GenerationSection, ModelSection, PPOSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import build, run
@@ -82,7 +85,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_iteration_leaves_a_checkpoint_and_the_run_goes_on_exactly(
     straight: Path, tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -310,6 +313,20 @@ def test_a_ceiling_of_kl_stops_the_run_which_can_go_on_with_a_higher_one(
     freed = replace(tiny(tmp_path), resume=str(tmp_path / "run"))
     run(freed, tmp_path / "run")
     assert outcome(tmp_path / "run") == outcome(straight)
+
+
+def test_an_evaluation_before_training_is_no_outcome_of_a_run_that_ended_early(
+    tmp_path: Path,
+) -> None:
+    in_iteration(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Preempted):
+        run(tiny(tmp_path, evaluation={"every": 0}), tmp_path / "run")
+    left = summary(tmp_path / "run")
+    assert 0 < left["steps"] < 6
+    assert (list(left["eval"]), left["objective"]) == (["first"], None)
+    (found,) = read_runs([str(tmp_path / "run")])
+    assert math.isnan(outcomes(found)["objective"])
+    assert math.isnan(outcomes(found)["eval/kl"])
 
 
 # ---- Rewards

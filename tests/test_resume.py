@@ -16,6 +16,7 @@ from ppo_lab import checkpoint, typed
 from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import run
 from ppo_lab.resume import (
+    _already_done,
     check_new,
     differences,
     is_finished,
@@ -297,6 +298,37 @@ def test_a_command_that_resumes_repeats_the_runs_own_overrides_before_its_own(
     assert resumed_command(["ppo.steps=9"]) == ["ppo.steps=9"]
     assert resumed_command(["resume="]) == ["resume="]
     assert resume_command(folder) == "python -m ppo_lab resume=run"  # from where the user is
+
+
+def test_a_configuration_of_one_s_own_is_found_again(
+    again: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, folder = again
+    monkeypatch.chdir(tmp_path)
+    (folder / ".hydra/overrides.yaml").write_text("[experiment=mine]")
+    sources = "[{path: /main, provider: main}, {path: /own conf, provider: command-line}]"
+    (folder / ".hydra/hydra.yaml").write_text(
+        f"hydra: {{runtime: {{cwd: {folder}, config_sources: {sources}}}, "
+        "job: {config_name: other}}"
+    )
+    words = resumed_command(["--cfg=job", f"resume={folder}", "ppo.steps=9"])
+    assert words[:5] == [
+        *("--cfg=job", "--config-name=other", "--config-dir=/own conf"),
+        *("experiment=mine", "ppo.steps=9"),
+    ]
+    given = ["--config-dir=/new", "--config-name=config", f"resume={folder}"]
+    assert resumed_command(given)[:3] == [*given[:2], "experiment=mine"]
+
+
+def test_a_run_whose_learning_rate_came_to_its_end_is_not_said_to_go_on(
+    finished: Path,
+) -> None:
+    config = tiny(finished)
+    folder = finished / "run"
+    for schedule, said in (("constant", "ppo.steps=N above 6 goes on"), ("linear", "to its end")):
+        config = replace(config, ppo=replace(config.ppo, lr_schedule=schedule))
+        (line,) = _already_done(config, folder)
+        assert said in line
 
 
 def test_a_sweep_cannot_resume_one_run(again: tuple[Any, Path]) -> None:

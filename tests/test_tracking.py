@@ -277,6 +277,25 @@ def test_what_did_not_arrive_in_time_is_left_to_be_sent(server, logged_out, monk
     assert not list((logged_out / "wandb").glob("*/*.synced"))
 
 
+@pytest.mark.parametrize(("stated", "found"), [("", "from-env"), ("mine", "mine")])
+def test_the_project_is_the_environment_s_where_none_is_named(
+    server, logged_out, monkeypatch, stated, found
+):
+    monkeypatch.setenv("WANDB_PROJECT", "from-env")
+    assert TrackingSection().project == ""
+    train(logged_out, range(1, 3), **({"project": stated} if stated else {}))
+    assert only_run(server)["project"] == found
+
+
+def test_a_new_run_takes_no_other_run_s_id(server, logged_out, tmp_path):
+    train(logged_out, range(1, 4), id="mine")
+    said, _, _ = train(tmp_path / "other", range(1, 6), id="mine")
+    assert said[0].startswith("W&B: offline")
+    assert arrived(only_run(server)) == [1, 2, 3]
+    train(logged_out, range(4, 6), id="mine", resume_step=3)
+    assert arrived(only_run(server)) == [1, 2, 3, 4, 5]
+
+
 def test_inside_a_sweep_the_agent_names_the_run_and_the_group_is_the_sweeps(
     server, logged_out, monkeypatch
 ):
