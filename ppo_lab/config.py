@@ -510,11 +510,11 @@ class TrackingSection:
         "auto = online for whoever is logged in, else offline",
         choices=("auto", "online", "offline"),
     )
-    project: str = knob("ppo_lab", "W&B project")
+    project: str = knob("", "W&B project; empty = WANDB_PROJECT, or else ppo_lab")
     entity: str = knob("", "W&B user or team; empty = your default")
     group: str = knob("", "group of runs; empty = none, or the sweep's")
     name: str = knob("", "name of the run; empty = `name`")
-    id: str = knob("", "id of the run, to continue one; empty = a new one")
+    id: str = knob("", "id of the run, which no other has; empty = a new one")
     tags: list[str] = field(default_factory=list, metadata={"help": "tags of the run"})
     notes: str = knob("", "notes of the run")
     samples_every: int = knob(10, "iterations between samples of training; 0 = none", at_least=0)

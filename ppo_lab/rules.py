@@ -31,6 +31,7 @@ from ppo_lab.config import (
     ModelReward,
     PPOSection,
     RewardSection,
+    TrackingSection,
     VLLMGeneration,
     WeightedReward,
     bounds_of,
@@ -449,12 +450,26 @@ def data_rules(config: Config) -> Problems:
 
 
 def tracking_rules(config: Config) -> Problems:
-    """A mirror whose package is not installed."""
+    """A mirror whose package is not installed, and names that W&B would refuse."""
+    if config.tracking.type == "wandb":
+        yield from _wandb_names(config.tracking)
     if config.tracking.type == "tensorboard" and find_spec("tensorboard") is None:
         yield (
             "tracking=tensorboard: needs the package tensorboard; "
             "pip install 'ppo_lab[tensorboard]'"
         )
+
+
+def _wandb_names(tracking: TrackingSection) -> Problems:
+    for key, most, reserved in (("project", 128, "/\\#?%:"), ("id", 128, ":;,#?/'")):
+        name = getattr(tracking, key)
+        found = " ".join(sorted(set(name) & set(reserved)))
+        if found or len(name) > most:
+            wrong = f"may not hold {found}" if found else f"may have at most {most} characters"
+            yield f"tracking.{key}={name}: W&B's name of it {wrong}"
+    for tag in tracking.tags:
+        if not 1 <= len(tag) <= 64:
+            yield f"tracking.tags: {tag!r} has {len(tag)} characters; W&B takes 1 to 64"
 
 
 def metric_rules(config: Config) -> Problems:

@@ -288,6 +288,10 @@ RULES = [
     (["objective=eval/gold", "data=imdb"], "objective=eval/gold: must be one of"),
     (["checkpoint.best_metric=kl"], "checkpoint.best_metric=kl: must be one of"),
     (["tracking=none", "tracking.project=x"], "tracking.project: has no effect"),
+    (["tracking=wandb", "tracking.project='my/runs?'"], "W&B's name of it may not hold / ?"),
+    (["tracking=wandb", f"tracking.project={'x' * 129}"], "may have at most 128 characters"),
+    (["tracking=wandb", "tracking.id='a:b'"], "W&B's name of it may not hold :"),
+    (["tracking=wandb", f"tracking.tags=[{'x' * 65}]"], "has 65 characters; W&B takes 1 to 64"),
     (["checkpoint.keep=3", "checkpoint.every=0"], "checkpoint.keep: has no effect"),
 ]
 
