@@ -43,6 +43,7 @@ from ppo_lab.compare.page import CURVE_BYTES, as_json, page, payload, points_a_c
 from ppo_lab.compare.runs import Run, read_run, read_runs
 from ppo_lab.compare.statistics import pareto_front, rank_correlation, t_interval, thinned
 from ppo_lab.compare.terminal import show
+from ppo_lab.compare.wandb_runs import _config
 
 SMALL = {"betas": (0.0, 0.1), "epsilons": (0.1, 0.4), "seeds": (0, 1), "steps": 20}
 
@@ -487,3 +488,14 @@ def test_a_browser_draws_every_plot_and_reports_no_error(sweep: Path, tmp_path: 
         ), name
     assert "<title>ppo_lab" in shown.stdout
     assert "hacked</title>" not in shown.stdout
+
+
+def test_what_a_sweep_handed_out_as_text_does_not_hide_the_run_s_own_number() -> None:
+    own = {"ppo": {"init_kl_coef": 0.2}, "model_cfg": {"path": "x"}}
+    handed_out = {"ppo.init_kl_coef": "2e-1", "model": "tiny"}
+    for config in ({**own, **handed_out}, {**handed_out, **own}):
+        assert _config(config) == {"ppo.init_kl_coef": 0.2, "model.path": "x"}
+
+
+def test_a_trial_that_was_refused_has_no_config_to_differ_in() -> None:
+    assert _config({"ppo.init_kl_coef": -1, "seed": 0}) == {}

@@ -47,12 +47,19 @@ def _fetched(remote: Any) -> Run:
 
 
 def _config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys; groups that a sweep's own values displaced come back under their names."""
+    """Dotted keys; groups that a sweep's own values displaced come back under their names.
+
+    What a sweep handed out may be a text, as 2e-1 is in YAML: the run's own number goes before it.
+    Of a trial that was refused nothing else is there, and it counts as a run without a config.
+    """
     own = {key: value for key, value in config.items() if key not in ALIASES}
     displaced = {
         key.removesuffix("_cfg"): own.pop(key) for key in list(own) if key.endswith("_cfg")
     }
-    return flat({**own, **displaced})
+    if not any(isinstance(value, Mapping) for value in (*own.values(), *displaced.values())):
+        return {}
+    handed_out = {key: value for key, value in own.items() if "." in key}
+    return flat({**handed_out, **{k: v for k, v in own.items() if "." not in k}, **displaced})
 
 
 def _summary(summary: Mapping[str, Any]) -> dict[str, Any]:
