@@ -72,6 +72,8 @@ def command_problems(argv: list[str], *, check: Check, config_name: str = "confi
     """
     arguments = _arguments(argv)
     shows_only = arguments.help or arguments.cfg or arguments.info or arguments.hydra_help
+    if arguments.multirun and (arguments.cfg or arguments.info):
+        return ["-m: --cfg and --info show what one run is made of; leave -m out"]
     if shows_only or arguments.shell_completion or arguments.config_path:
         return []
     with a_hydra(arguments.config_dir) as composer:

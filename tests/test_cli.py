@@ -189,6 +189,12 @@ def test_a_sweep_without_runs_is_refused(word):
     assert refused("-m", word) == ["-m: the sweep has no runs; one of its keys has no values"]
 
 
+@pytest.mark.parametrize("flag", ["--cfg=job", "--info"])
+def test_what_shows_one_run_is_no_sweep(flag):
+    assert refused("-m", "seed=0,1", flag)[0].startswith("-m: --cfg and --info show what one run")
+    assert refused("seed=0", flag) == []
+
+
 def test_runs_of_a_sweep_share_no_id():
     (line,) = refused("-m", "seed=0,1", "tracking=wandb", "tracking.id=mine")
     assert line.startswith("tracking.id=mine: is one run's, and not of all runs of a sweep")
