@@ -260,9 +260,11 @@ def explained_variance(
     returns: Float[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
 ) -> Float[Tensor, ""]:
-    """The share of the returns' variance that the values explain; 0 when the returns do not vary.
+    """The share of the returns' variance that the values explain; 0 when the returns vary by no more
+    than rounding.
 
     1 - Var(R - V) / Var(R)
     """
-    var = masked_var(returns, mask)
-    return torch.where(var > 0, 1.0 - masked_var(returns - values, mask) / var, 0.0)
+    var, largest = masked_var(returns, mask), returns.masked_fill(~mask, 0.0).abs().max()
+    rounding = 8 * torch.finfo(returns.dtype).eps * largest
+    return torch.where(var > rounding**2, 1.0 - masked_var(returns - values, mask) / var, 0.0)

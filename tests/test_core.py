@@ -481,6 +481,8 @@ def test_explained_variance_is_one_zero_and_negative_as_the_values_deserve() -> 
 def test_explained_variance_of_constant_returns_is_zero() -> None:
     constant = floats([2, 2])
     assert core.explained_variance(floats([1, 5]), constant, mask_of("xx")).item() == 0.0
+    rounded = floats([1.5, 1.5 + 2e-7, 1.5 - 2e-7]).float()  # as sums of the same come out
+    assert core.explained_variance(floats([1, 5, 2]).float(), rounded, mask_of("xxx")) == 0.0
     small = core.explained_variance(floats([0, 0]), floats([1e-9, -1e-9]), mask_of("xx"))
     assert small.item() == 0.0
 
