@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as token_models
 from transformers import (
     AutoModelForSequenceClassification,
@@ -521,6 +521,39 @@ def test_eos_is_appended_as_in_training_unless_told_otherwise(assets: Path) -> N
     with torch.no_grad():
         torch.testing.assert_close(scores["auto"], model(torch.tensor([ids])).logits[0])
     assert scores["auto"] == scores["always"] != scores["never"]
+
+
+ENDED = "{% for m in messages %}|{{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2"])
+@pytest.mark.parametrize("pad", [256, 257])  # EOS, and a token of its own
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_decoder_s_head_reads_what_transformers_reads(kind: str, pad: int, chat: bool) -> None:
+    model, tokenizer = tiny_classifier(kind, pad=pad).eval(), byte_tokenizer(pad=pad == 257)
+    tokenizer.chat_template = ENDED if chat else None
+    prompt: Any = [{"role": "user", "content": "ab"}] if chat else "ab"
+    answers = ["c", " d e", "fgh"]
+    ids = [
+        tokenizer(f"|ab<s>|{a}<s>" if chat else f"ab{a}<s>", add_special_tokens=False).input_ids
+        for a in answers
+    ]
+    with torch.no_grad():
+        wanted = [model(torch.tensor([row])).logits.item() for row in ids]
+    scorer = Classifier(model, tokenizer)
+    torch.testing.assert_close(scorer([prompt] * 3, answers), torch.tensor(wanted))
+    ended = Classifier(model, tokenizer, append_eos="always")([prompt] * 3, answers)
+    assert torch.equal(ended, scorer([prompt] * 3, answers)) == (pad == 257)
+
+
+def test_a_tokenizer_that_ends_texts_with_the_token_that_pads_is_read_before_it() -> None:
+    model, tokenizer = tiny_classifier("llama", pad=256), byte_tokenizer(pad=False)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <s>", special_tokens=[("<s>", 256)]
+    )
+    with torch.no_grad():
+        wanted = model(torch.tensor([tokenizer("abc").input_ids])).logits[0]
+    torch.testing.assert_close(Classifier(model, tokenizer)(["ab"], ["c"]), wanted)
 
 
 def test_an_encoder_gets_no_eos_of_ours() -> None:

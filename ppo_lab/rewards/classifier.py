@@ -88,7 +88,10 @@ class Classifier:
     `chat_template`: `auto` uses the tokenizer's template where the prompt is a chat and there is a
     template. `append_eos`: `auto` appends the end-of-sequence token to plain texts of decoders, the
     form in which TRL's RewardTrainer shows them in training; not to a chat template's text, nor for
-    an encoder, nor where the tokenizer closes its texts itself.
+    an encoder, nor where the tokenizer closes its texts itself. Whatever ends a text, a decoder's
+    head reads the last token that does not pad, as transformers' does: where EOS pads too, as with
+    tokenizers that have no padding of their own, the one before it, unless `append_eos` is
+    `always`.
     """
 
     # Whether one process scores all samples; whether all make as many passes, over one model.
@@ -127,6 +130,8 @@ class Classifier:
         self._trunk = Trunk(model) if _is_decoder(model) else None
         self.append_eos = _appends_eos(model, tokenizer, append_eos)
         self._eos_in_chats = append_eos == "always"
+        read = self._trunk is not None and append_eos != "always"
+        self._unread = model.config.get_text_config().pad_token_id if read else None
         self._pads_left = self._trunk is None and batch_size > 1 and self._wants_padding_left()
 
     @torch.no_grad()
@@ -148,6 +153,8 @@ class Classifier:
         eos = self.tokenizer.eos_token_id
         ends = self._eos_in_chats if chat else self.append_eos
         ids = [*ids, eos] if ends and (len(ids) < 2 or ids[-1] != eos) else ids
+        while len(ids) > 1 and ids[-1] == self._unread:
+            ids = ids[:-1]
         return self._shortened(ids, keep_first=not chat) or [self.pad_token_id]
 
     def _as_chat(self, prompt: Any) -> bool:
