@@ -74,6 +74,9 @@ def load_policy(config: Config, tokenizer: Any, device: str) -> AutoModelForCaus
     dtype = torch.float32 if config.model.dtype == "auto" and not config.lora.r else None
     model = load_causal_lm(config.model, device=device, dtype=dtype, seed=config.seed)
     check_vocabulary(tokenizer, model)
+    if config.model.eos_token and model.generation_config:  # saved with the model
+        (end,) = eos_ids(tokenizer, model, eos_token=config.model.eos_token)
+        model.generation_config.eos_token_id = end
     if config.lora.r:
         model = wrap_lora(model, config.lora)
     head = config.critic if isinstance(config.critic, HeadCritic) else HeadCritic()
@@ -138,13 +141,7 @@ def sampling(
     """
     ends = eos_ids(tokenizer, policy.trunk.model, eos_token=eos_token)
     if section.stop_token:
-        ids = tokenizer.encode(section.stop_token, add_special_tokens=False)
-        if len(ids) != 1:
-            raise ConfigError(
-                f"generation.stop_token={section.stop_token!r}: must be one token of this "
-                f"tokenizer, and is {len(ids)}; use generation.stop_strings for longer texts"
-            )
-        ends = tuple(ids)
+        ends = (_one_token(section.stop_token, tokenizer),)
     return Sampling(
         max_new_tokens=section.max_new_tokens,
         eos_ids=ends,
@@ -155,6 +152,34 @@ def sampling(
         top_p=section.top_p,
         stop_strings=tuple(section.stop_strings),
         batch_size=section.batch_size,
+    )
+
+
+def _one_token(text: str, tokenizer: Any) -> int:
+    """The id of the token that says this, or has this name in the vocabulary.
+
+    Tokenizers of SentencePiece's kin put a space before a text, so that what is one token after a
+    word may be two at the beginning.
+    """
+
+    def ids_of(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    alone, before, after = ids_of(text), ids_of("a"), ids_of(f"a{text}")
+    if len(alone) == 1 and alone[0] != tokenizer.unk_token_id:
+        return alone[0]
+    named = tokenizer.get_vocab().get(text)
+    # The name of a byte looks like a letter that is written with other bytes.
+    if named is not None and (text.isascii() or text.strip("▁") in tokenizer.decode([named])):
+        return named
+    rest = after[len(before) :] if after[: len(before)] == before else []
+    if len(rest) == 1 and rest[0] != tokenizer.unk_token_id:
+        return rest[0]
+    unknown = tokenizer.unk_token_id in alone
+    is_what = "does not have it" if unknown else f"takes {len(alone)} for it"
+    raise ConfigError(
+        f"generation.stop_token={text!r}: must be one token of this tokenizer, which {is_what}; "
+        "use generation.stop_strings for other texts"
     )
 
 

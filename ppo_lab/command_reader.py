@@ -181,7 +181,7 @@ class CommandReader:
             o for o in overrides if o not in chosen and not o.key_or_group.startswith(unknown)
         ]
         found += [line for o in settings for line in self._setting_problems(config, o)]
-        stated = frozenset(o.key_or_group for o in settings)
+        stated = frozenset(o.get_key_element().lstrip("+~") for o in [*chosen, *settings])
         return found + _composed_problems(config, self.check, stated)
 
     def _final_problems(self, runs: list[list[Override]], multirun: bool) -> list[str]:
@@ -227,9 +227,13 @@ class CommandReader:
             yield f"{override.input_line}: no such option; must be one of {listed}{near}"
 
     def _removal_problems(self, override: Override) -> Iterator[str]:
-        """A group is never empty: its schema's defaults would stand where an option was."""
+        """A group is never empty: its schema's defaults would stand where an option was. So would
+        what a sum of rewards says of a part.
+        """
         group = override.key_or_group
-        if override.package is None and group != "experiment" and not group.startswith("hydra/"):
+        if group == "reward" and override.package is not None:
+            yield f"{override.input_line}: a part is taken out by its key: ~{override.package}"
+        elif override.package is None and group != "experiment" and not group.startswith("hydra/"):
             options = self.options(group)
             off = f"{group}=none" if "none" in options else "one of " + ", ".join(options)
             yield f"{override.input_line}: a group cannot be left out; choose {off}"
@@ -245,6 +249,9 @@ class CommandReader:
         elif override.is_delete():
             if not is_open:
                 yield f"{text}: a key cannot be removed; give it its off value"
+            elif exists:
+                with open_dict(parent):
+                    parent.pop(key.rpartition(".")[2])
         elif override.is_add() and exists and not isinstance(override.value(), (dict, list)):
             yield f"{text}: the key is there already; leave out the +"
         else:

@@ -458,11 +458,17 @@ class DataSection:
     max_prompt_tokens: int = knob(512, "longest prompt; see long_prompts", at_least=1)
     long_prompts: str = knob(
         "drop",
-        "longer prompts are left out, or cut to their beginning",
+        "longer prompts are left out, or cut to their beginning; rows that are chats are left out",
         choices=("drop", "truncate"),
     )
     chat: bool = knob(
         False, "put plain prompts, as a user's message, through the tokenizer's chat template"
+    )
+    template_kwargs: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "variables of the chat template, such as {enable_thinking: false}; {} = none"
+        },
     )
 
 
@@ -482,7 +488,9 @@ class FileData(DataSection):
     )
     limit: int = knob(0, "rows read, from the first; 0 = all", at_least=0)
     cut_min_tokens: int = knob(
-        0, "cut each prompt to a random length of at least this many tokens; 0 = whole", at_least=0
+        0,
+        "cut each prompt's text to a random length of at least this many tokens; 0 = whole",
+        at_least=0,
     )
     cut_max_tokens: int = knob(0, "and of at most this many; 0 = whole", at_least=0)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ import numpy as np
 
 from ppo_lab.config import DataSection, EmbeddedData, FileData, HubData
 from ppo_lab.errors import ConfigError
-from ppo_lab.prompt_tokens import PromptEncoder
+from ppo_lab.prompt_tokens import PromptEncoder, described, is_chat
 from ppo_lab.tables import (
     Columns,
     column_names,
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 # one stream of random numbers for each purpose, so that none depends on what another has drawn
 _ORDER, _SPLIT, _CUT = 0, 1, 2
 
+_CHAT = re.compile(r'\s*\[\s*\{\s*"')
 _RESERVED = ("prompts", "completions", "completion_ids")
 
 
@@ -129,6 +132,7 @@ def load_prompts(
         longest=min(bounds, default=0),
         truncate=section.long_prompts == "truncate",
         chat=section.chat,
+        template_kwargs=section.template_kwargs,
     )
     if isinstance(section, EmbeddedData):
         from ppo_lab import embedded
@@ -202,7 +206,7 @@ def _read(section: FileData) -> Columns:
             limit=section.limit,
         )
     file = find_file(section.path)
-    return read_file(file, text_columns=(section.prompt_column,))
+    return read_file(file, text_columns=(section.prompt_column, section.messages_column))
 
 
 def _limited(columns: Columns, limit: int) -> Columns:
@@ -221,17 +225,34 @@ def _take_prompts(columns: Columns, section: FileData) -> list[Any]:
             log.warning(
                 "data: the column %r is left out; rewards get their own under that name", name
             )
-    return [_without_answer(p) for p in prompts] if section.messages_column else prompts
+    prompts = [_as_chat(prompt) for prompt in prompts]
+    if not section.messages_column:
+        return prompts
+    for row, prompt in enumerate(prompts, 1):
+        if not is_chat(prompt):
+            raise ConfigError(
+                f"data.messages_column={section.messages_column}: row {row} is "
+                f"{described(prompt)}; it must be a list of messages with role and content, or "
+                "one as JSON."
+            )
+    return [_without_answer(prompt) for prompt in prompts]
 
 
-def _without_answer(messages: Any) -> Any:
+def _as_chat(prompt: Any) -> Any:
+    """The chat that a text holds as JSON, as tables without lists keep it; all else as it is."""
+    if not isinstance(prompt, str) or not _CHAT.match(prompt):
+        return prompt
+    try:
+        found = json.loads(prompt)
+    except json.JSONDecodeError:
+        return prompt
+    return found if is_chat(found) else prompt
+
+
+def _without_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A conversation up to what the assistant is to answer."""
-    if not isinstance(messages, list):
-        return messages
     end = len(messages)
-    while (
-        end and isinstance(messages[end - 1], dict) and messages[end - 1].get("role") == "assistant"
-    ):
+    while end and messages[end - 1]["role"] == "assistant":
         end -= 1
     return messages[:end]
 

@@ -53,6 +53,12 @@ EVALUATED = (
 )
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+TEMPLATE_ARGUMENTS = {
+    *("add_generation_prompt", "continue_final_message", "conversation", "max_length", "messages"),
+    *("padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize"),
+    *("tokenizer_kwargs", "truncation"),
+}
+"""What `apply_chat_template` is told by us, or does not read where it gives texts."""
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -69,7 +75,7 @@ def problems(config: Config, stated: Collection[str] = ()) -> list[str]:
     for rule in RULES:
         lines = (line for line in rule(config) if not any(value in line for value in refused))
         found += [line for line in lines if line not in found]
-    return found + list(dead_settings(config, stated))
+    return [*found, *unnamed_rewards(config, stated), *dead_settings(config, stated)]
 
 
 def _is_copied(line: str, illegal: Collection[str], stated: Collection[str]) -> bool:
@@ -400,6 +406,32 @@ def reward_rules(config: Config) -> Problems:
         yield from reward_problems(config.reward)
 
 
+def unnamed_rewards(config: Config, stated: Collection[str]) -> Problems:
+    """The help desk's reward model where the command chose other prompts and did not name it.
+
+    A preset may mean it, and a run that goes on has begun with it.
+    """
+    own_prompts = isinstance(config.data, FileData) and "data" in stated
+    if not own_prompts or config.resume or "resume" in stated:
+        return
+    reward = config.reward
+    if isinstance(reward, EmbeddedReward) and not any(
+        matches(key.partition("@")[0], ("reward", "reward.")) for key in stated
+    ):
+        yield (
+            "reward: none named, and the default is the help desk's reward model; name one, such "
+            "as reward=function, reward=model or reward=vader, or reward=embedded to mean it"
+        )
+    part = "reward.parts.embedded"
+    parts = reward.parts if isinstance(reward, WeightedReward) else {}
+    is_left_in = isinstance(parts.get("embedded"), EmbeddedReward)
+    if is_left_in and not any(matches(k, (part, f"{part}.", f"reward@{part}")) for k in stated):
+        yield (
+            f"{part}: part of reward=weighted by default, and the help desk's reward model; "
+            f"~{part} takes it out, {part}.weight=1 means it"
+        )
+
+
 def critic_rules(config: Config) -> Problems:
     """A critic that could not be made of the reward, or that leaves the policy no iteration."""
     critic, reward = config.critic, config.reward
@@ -446,6 +478,8 @@ def data_rules(config: Config) -> Problems:
             f"data.cut_min_tokens={data.cut_min_tokens}: must be at most "
             f"data.cut_max_tokens={data.cut_max_tokens}"
         )
+    for name in sorted(TEMPLATE_ARGUMENTS.intersection(data.template_kwargs)):
+        yield f"data.template_kwargs.{name}: is no variable of a template; leave it out"
     yield from data_problems(data)
 
 
@@ -570,6 +604,11 @@ DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         ("data.prompt_column",),
         lambda c: isinstance(c.data, FileData) and bool(c.data.messages_column),
         "since data.messages_column is read",
+    ),
+    (
+        ("data.template_kwargs", "data.template_kwargs."),
+        lambda c: isinstance(c.data, EmbeddedData) and not c.data.chat,
+        "since no prompt is a chat; add data.chat=true",
     ),
     (
         ("reward.retry_wait",),

@@ -8,8 +8,9 @@ import contextlib
 import csv
 import difflib
 import json
+import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ def read_file(file: Path, *, text_columns: tuple[str, ...] = ()) -> Columns:
     """Every column of a file, one value a row; a value that a row does not have is None.
 
     JSON is read as it stands: Arrow, underneath `datasets`, would make dates of strings that look
-    like them. The values of `text_columns` of a CSV file stay texts, even where they look like
-    numbers or like "null".
+    like them. A column of a CSV file becomes numbers or truth values where all its cells are
+    written as Python writes these, so that nothing is lost; else its cells are texts as they stand
+    in the file (007, 0.50, null), as those of `text_columns` always are.
 
     Raises:
         ConfigError: the content is broken; the message names the row.
@@ -56,15 +58,8 @@ def read_file(file: Path, *, text_columns: tuple[str, ...] = ()) -> Columns:
     if suffix in (".jsonl", ".ndjson", ".json"):
         return _columns(list(_json_rows(file)))
     if suffix == ".parquet":
-        return _by_datasets(file, "from_parquet")
-    texts = dict.fromkeys(text_columns, str)
-    separator = "\t" if suffix == ".tsv" else ","
-    table = _by_datasets(
-        file, "from_csv", sep=separator, converters=texts, keep_default_na=False, na_values=[""]
-    )
-    if any(name.startswith("__index_level_") for name in table):
-        raise ConfigError(f"data.path={file}: rows have more fields than the header names.")
-    return table
+        return _parquet_columns(file)
+    return _csv_columns(file, text_columns)
 
 
 def column_names(file: Path) -> list[str]:
@@ -184,14 +179,57 @@ def _columns(rows: list[dict[str, Any]]) -> Columns:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _by_datasets(file: Path, reader: str, **options: Any) -> Columns:
-    """A file through `datasets`, its cache in a folder that is gone afterwards."""
+def _csv_columns(file: Path, text_columns: Sequence[str]) -> Columns:
+    """The columns of a CSV or TSV file; an empty cell is None, and in `text_columns` empty."""
+    import pandas
+
+    separator = "\t" if file.suffix.lower() == ".tsv" else ","
+    try:
+        table = pandas.read_csv(file, sep=separator, dtype=str, na_filter=False)
+    except (OSError, ValueError) as error:
+        raise _broken(file, error) from error
+    if not isinstance(table.index, pandas.RangeIndex):  # made of fields that have no name
+        raise ConfigError(f"data.path={file}: rows have more fields than the header names.")
+    read = {str(name): table[name].tolist() for name in table}
+    return {
+        name: cells if name in text_columns else _typed([cell or None for cell in cells])
+        for name, cells in read.items()
+    }
+
+
+def _typed(cells: list[str | None]) -> list[Any]:
+    """Cells as whole numbers, numbers or truth values, if each is written as Python writes one."""
+    for kind in (_number, _truth):
+        if all(cell is None or _written_as(kind, cell) for cell in cells):
+            return [None if cell is None else kind(cell) for cell in cells]
+    return list(cells)
+
+
+def _written_as(kind: Callable[[str], Any], cell: str) -> bool:
+    try:
+        value = kind(cell)
+        return repr(value) == cell and math.isfinite(value)
+    except (ValueError, OverflowError):
+        return False
+
+
+def _number(cell: str) -> int | float:
+    """Whole where it is written so, beside others that are not."""
+    return int(cell) if cell.lstrip("-").isdigit() else float(cell)
+
+
+def _truth(cell: str) -> bool:
+    return {"True": True, "False": False}.get(cell, False)
+
+
+def _parquet_columns(file: Path) -> Columns:
+    """A Parquet file through `datasets`, its cache in a folder that is gone afterwards."""
     import datasets
 
     with tempfile.TemporaryDirectory(prefix="ppo_lab-") as cache, _no_progress_bars():
         try:
-            read = getattr(datasets.Dataset, reader)
-            return read(str(file), cache_dir=cache, keep_in_memory=True, **options).to_dict()
+            read = datasets.Dataset.from_parquet
+            return read(str(file), cache_dir=cache, keep_in_memory=True).to_dict()
         except (datasets.exceptions.DatasetGenerationError, OSError) as error:
             raise _broken(file, error.__cause__ or error) from error
         except ValueError as error:

@@ -409,12 +409,15 @@ class PPOTrainer(ScriptAttributes):
 
     def responses(self, prompts: Prompts, tokens: Tokens) -> list[str]:
         """The responses as rewards are shown them: as what they add to their prompts' texts, and of
-        a chat as texts of their own.
+        a chat as texts of their own, what the prompt holds of the answer before them.
         """
-        rows = zip(prompts.texts, prompts.ids, tokens.response_lists(), strict=True)
+        prefills = prompts.prefills or [""] * len(prompts)
+        rows = zip(prompts.texts, prefills, prompts.ids, tokens.response_lists(), strict=True)
         return [
-            continuation(self.tokenizer, query, ids) if isinstance(text, str) else self.decode(ids)
-            for text, query, ids in rows
+            prefill + continuation(self.tokenizer, query, ids)
+            if prefill or isinstance(text, str)
+            else self.decode(ids)
+            for text, prefill, query, ids in rows
         ]
 
     def state_dict(self) -> dict[str, Any]:

@@ -30,13 +30,15 @@ class Prompts:
 
     `ids` are token ids without padding; `texts` is what a reward is shown; `columns` holds every
     other column of the data set, one value a prompt, and reaches the reward under its own name;
-    `indices` are the prompts' places in their data set.
+    `indices` are the prompts' places in their data set; `prefills`, where there are any, what the
+    ids hold of each answer already: a reward is shown it as the beginning of the response.
     """
 
     ids: list[list[int]]
     texts: list[Any]
     columns: dict[str, list[Any]] = field(default_factory=dict)
     indices: list[int] = field(default_factory=list)
+    prefills: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,6 +51,7 @@ class Prompts:
             texts=[self.texts[i] for i in picked] if self.texts else [],
             columns={name: [column[i] for i in picked] for name, column in self.columns.items()},
             indices=[self.indices[i] for i in picked] if self.indices else [],
+            prefills=[self.prefills[i] for i in picked] if self.prefills else [],
         )
 
 

@@ -279,6 +279,28 @@ RULES = [
     (["data.min_prompt_tokens=9", "data.max_prompt_tokens=8"], "at most data.max_prompt_tokens=8"),
     (["data.held_out=1.5"], "a share below 1, or a whole number"),
     (["data=imdb", "data.cut_min_tokens=9"], "at most data.cut_max_tokens=8"),
+    (["data=imdb", "data.path="], "reward: none named, and the default is the help desk's"),
+    (["data=file", "experiment=smoke"], "name one, such as reward=function"),
+    (
+        ["data=imdb", "reward=weighted"],
+        "~reward.parts.embedded takes it out, reward.parts.embedded.weight=1 means it",
+    ),
+    (
+        ["reward=weighted", "~reward@reward.parts.embedded"],
+        "a part is taken out by its key: ~reward.parts.embedded",
+    ),
+    (
+        ["reward=weighted", "~reward.parts.embedded", "~reward.parts.length"],
+        "reward.parts",
+    ),
+    (
+        ["+data.template_kwargs.enable_thinking=false"],
+        "data.template_kwargs.enable_thinking: has no effect, since no prompt is a chat",
+    ),
+    (
+        ["data.chat=true", "+data.template_kwargs={tokenize: true}"],
+        "data.template_kwargs.tokenize: is no variable of a template",
+    ),
     (
         ["data=imdb", "data.messages_column=a", "data.prompt_column=b"],
         "prompt_column: has no effect",
@@ -330,7 +352,7 @@ def test_a_setting_without_effect_may_come_with_a_preset():
 def test_a_file_without_the_prompt_column_is_refused_with_the_columns_it_has(tmp_path):
     file = tmp_path / "questions.jsonl"
     file.write_text('{"promt": "Hello?"}\n')
-    (line,) = refused("data=file", f"data.path={file}")
+    (line,) = refused("data=file", f"data.path={file}", "reward=length")
     assert "data.prompt_column=prompt" in line
     assert "promt" in line.replace("prompt", "")
 
@@ -339,6 +361,49 @@ def test_a_misspelt_path_is_answered_with_what_lies_beside_it(tmp_path):
     (tmp_path / "stories").mkdir()
     (line,) = refused("model=local", f"model.path={tmp_path}/storys")
     assert line.endswith("did you mean stories?")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["reward=embedded"],
+        ["reward=length"],
+        ["reward.weight=-1"],
+        ["reward=weighted", "~reward.parts.embedded"],
+        ["reward=weighted", "reward.parts.embedded.weight=0.5"],
+        ["reward=weighted", "reward@reward.parts.embedded=vader"],
+        ["reward=weighted", "reward@reward.parts.embedded=embedded"],
+        ["experiment=sentiment_gpt2"],
+    ],
+    ids=" ".join,
+)
+def test_other_prompts_with_a_reward_that_is_named_may_run(overrides):
+    assert refused("data=imdb", *overrides) == []
+
+
+def test_the_help_desks_reward_is_only_asked_for_where_a_command_chose_other_prompts(tmp_path):
+    config = composed("data=imdb")
+    assert problems(config, ["data.limit"]) == [], "the prompts came with a preset"
+    assert len(problems(config, ["data", "data.limit"])) == 1
+    assert problems(config, ["data", "resume"]) == [], "a sweep that goes on"
+    other = composed("data=imdb", "reward=weighted", "reward@reward.parts.embedded=vader")
+    assert problems(other, ["data"]) == [], "a preset put another reward in its place"
+    going_on = problems(dataclasses.replace(config, resume=str(tmp_path)), ["data"])
+    assert not [line for line in going_on if line.startswith("reward")]
+
+
+def test_every_run_of_a_sweep_is_asked_for_its_reward():
+    reader_of = reader()
+    sweep = ["data=imdb", "reward=embedded,length", "ppo.init_kl_coef=0.1,0.2"]
+    assert reader_of.problems(sweep, multirun=True) == []
+    unnamed = reader_of.problems([sweep[0], sweep[2]], multirun=True)
+    assert [line.partition(":")[0] for line in unnamed] == ["reward"]
+
+
+def test_a_template_is_given_variables_where_prompts_are_chats():
+    assert refused("data.chat=true", "+data.template_kwargs.enable_thinking=false") == []
+    config = composed("data.chat=true", "+data.template_kwargs={enable_thinking: false}")
+    assert config.data.template_kwargs == {"enable_thinking": False}
 
 
 def test_a_reward_of_no_type_is_refused():

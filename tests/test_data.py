@@ -328,6 +328,41 @@ def test_a_byte_order_mark_and_blank_lines_are_passed_over(tmp_path: Path, token
     assert load_prompts(FileData(path=str(path), held_out=0), tokenizer).train.texts == ["a", "b"]
 
 
+def csv_columns(folder: Path, text: str, **settings: Any) -> dict[str, list[Any]]:
+    """The columns beside the prompts of a CSV file that says this."""
+    path = folder / "p.csv"
+    path.write_text(text)
+    section = FileData(path=str(path), held_out=0, **settings)
+    return load_prompts(section, byte_tokenizer()).train.columns
+
+
+def test_a_csv_files_cells_reach_the_reward_as_they_stand(tmp_path: Path) -> None:
+    rows = ["007,0.50,3,1.5,True,NA,,5,1_0", "12,1e3,,0.1,False,nan,,2.5,2"]
+    header = "prompt,code,price,number,real,truth,word,nothing,mixed,odd"
+    content = "\n".join([header, *(f"q{i},{row}" for i, row in enumerate(rows))])
+    assert csv_columns(tmp_path, content) == {
+        "code": ["007", "12"],
+        "price": ["0.50", "1e3"],
+        "number": [3, None],
+        "real": [1.5, 0.1],
+        "truth": [True, False],
+        "word": ["NA", "nan"],
+        "nothing": [None, None],
+        "mixed": [5, 2.5],
+        "odd": ["1_0", "2"],
+    }
+    long = "prompt,answer\n" + "".join(f"q{i},{i}\n" for i in range(11000)) + "q,x+1\n"
+    answers = csv_columns(tmp_path, long)["answer"]
+    assert (answers[7], answers[-1]) == ("7", "x+1")
+
+
+def test_numbers_of_a_csv_file_are_python_numbers_of_any_size(tmp_path: Path) -> None:
+    big = 10**30
+    columns = csv_columns(tmp_path, f"prompt,n,x\na,{big},{'9' * 5000}\nb,-1,1\n")
+    assert columns["n"] == [big, -1]
+    assert columns["x"] == ["9" * 5000, "1"]
+
+
 # ---- chats
 
 
@@ -351,6 +386,89 @@ def test_the_last_answer_of_a_conversation_is_left_to_the_policy(tmp_path: Path)
     )
     train = load_prompts(section, byte_tokenizer(template=TEMPLATE)).train
     assert train.texts == [chat[:1]]
+
+
+def test_an_answer_that_a_prompt_begins_is_gone_on_with(tmp_path: Path) -> None:
+    template = TEMPLATE.replace("{% if", "</s>{% if", 1)
+    tokenizer = byte_tokenizer(wrap=True, template=template)
+    begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well, "}]
+    section = FileData(path=jsonl(tmp_path, [{"prompt": begun}, {"prompt": begun[:1]}]), held_out=0)
+    train = load_prompts(section, tokenizer).train
+    written = [tokenizer.decode(ids) for ids in train.ids]
+    assert written == ["[user]hi[assistant]Well, ", "[user]hi</s>[assistant]"]
+    assert train.texts == [begun[:1], begun[:1]], "a reward is shown the answer as a whole"
+    assert train.prefills == train[[0, 1]].prefills == ["Well, ", ""]
+    assert train[[1]].prefills == [""]
+
+
+def test_what_a_template_trims_of_a_begun_answer_is_not_shown_either() -> None:
+    trimming = byte_tokenizer(template=TEMPLATE.replace("m.content", "m.content | trim"))
+    begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " Well, "}]
+    prompts = PromptEncoder(trimming).encode([begun], {})
+    assert trimming.decode(prompts.ids[0]) == "[user]hi[assistant]Well,"
+    assert prompts.prefills == ["Well,"]
+
+
+def test_a_chat_that_its_template_refuses_is_named_with_its_row() -> None:
+    refusing = byte_tokenizer(
+        template="{% if messages[0].role == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
+    )
+    chats = [[{"role": role, "content": "hi"}] for role in ("user", "system")]
+    with pytest.raises(ConfigError, match=r"refuses the chat of row 2: System role not supported$"):
+        PromptEncoder(refusing).encode(chats, {})
+    adding = byte_tokenizer(template="{{ messages[0].content + 'x' }}")
+    listed = [[{"role": "user", "content": ["hi"]}]]
+    with pytest.raises(ConfigError, match=r"refuses the chat of row 1: .*list"):
+        PromptEncoder(adding).encode(listed, {})
+
+
+def test_a_template_is_given_its_variables(tmp_path: Path) -> None:
+    thinking = byte_tokenizer(template=TEMPLATE + "{% if not thinks %}[quiet]{% endif %}")
+    section = FileData(path=jsonl(tmp_path, [{"prompt": "hi"}]), chat=True, held_out=0)
+    section.template_kwargs = {"thinks": True}
+    assert thinking.decode(load_prompts(section, thinking).train.ids[0]) == "[user]hi[assistant]"
+    section.template_kwargs = {"thinks": False}
+    assert thinking.decode(load_prompts(section, thinking).train.ids[0]).endswith("[quiet]")
+    section.chat = False
+    with pytest.raises(ConfigError, match=r"data.template_kwargs: has no effect, .*data.chat=true"):
+        load_prompts(section, thinking)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
+@pytest.mark.parametrize("column", ["prompt", "messages"])
+def test_chats_may_be_kept_as_json(suffix: str, column: str, tmp_path: Path) -> None:
+    import pandas
+
+    chat = [{"role": "user", "content": "hi"}]
+    kept = [*chat, {"role": "assistant", "content": "hello"}] if column == "messages" else chat
+    table = pandas.DataFrame({column: [json.dumps(kept, indent=1), json.dumps(chat)]})
+    path = tmp_path / f"p.{suffix}"
+    {
+        "csv": lambda: table.to_csv(path, index=False),
+        "parquet": lambda: table.to_parquet(path),
+        "jsonl": lambda: table.to_json(path, orient="records", lines=True),
+    }[suffix]()
+    chosen = {"messages_column": column} if column == "messages" else {}
+    section = FileData(path=str(path), held_out=0, **chosen)
+    assert load_prompts(section, byte_tokenizer(template=TEMPLATE)).train.texts == [chat, chat]
+
+
+def test_json_that_is_no_chat_stays_a_text(tmp_path: Path, tokenizer: Any) -> None:
+    texts = ['[{"role": "user", "content"', '[{"a": 1}]', "[{'role': 'user'}]", "[1]"]
+    section = FileData(path=jsonl(tmp_path, [{"prompt": t} for t in texts]), held_out=0)
+    assert load_prompts(section, tokenizer).train.texts == texts
+
+
+@pytest.mark.parametrize("wrong", ["hello", "[{'role': 'user'}]", '[{"a": 1}]', [], None, ""])
+def test_a_column_of_chats_holds_nothing_else(wrong: Any, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    section = FileData(
+        path=jsonl(tmp_path, [{"chats": chat}, {"chats": wrong}]), messages_column="chats"
+    )
+    match = r"data.messages_column=chats: row 2 is .*; it must be a list of messages"
+    with pytest.raises(ConfigError, match=match):
+        load_prompts(section, byte_tokenizer(template=TEMPLATE))
 
 
 def test_plain_prompts_can_be_made_a_users_messages(tmp_path: Path) -> None:
@@ -385,6 +503,42 @@ def test_only_the_prefix_of_the_tokenizer_is_kept() -> None:
     assert prompts.ids[1] == [256, 257]  # an EOS that the text itself holds stays
 
 
+def test_a_text_that_begins_with_the_prefix_gets_no_second_one() -> None:
+    tokenizer = byte_tokenizer(wrap=True, template="{{ bos_token }}" + TEMPLATE)
+    chat = [{"role": "user", "content": "hi"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    beforehand, by_us = (PromptEncoder(tokenizer).encode([p], {}) for p in (text, chat))
+    assert beforehand.ids == by_us.ids
+    assert beforehand.ids[0].count(256) == 1
+    assert beforehand.texts == [text]
+    cut = PromptEncoder(tokenizer).encode([text, "abcdef"], {}, cuts=[3, 3])
+    assert cut.texts == ["<s>[us", "abc"]
+    assert [len(ids) for ids in cut.ids] == [4, 4]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_empty_prompts_are_dropped_and_counted(
+    chat: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Wherever the tokenizer or the template adds tokens to nothing, too."""
+    tokenizer = byte_tokenizer(wrap=True, template=TEMPLATE)
+    rows = [{"prompt": text} for text in ("a", "", " \n", "b")]
+    section = FileData(path=jsonl(tmp_path, rows), chat=chat, held_out=0)
+    train = load_prompts(section, tokenizer).train
+    assert train.indices == [0, 3]
+    assert "2 of 4 prompts dropped: 2 empty" in caplog.text
+
+
+def test_chats_whose_last_message_is_empty_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    encoder = PromptEncoder(byte_tokenizer(template=TEMPLATE))
+    contents = ["a", "", [{"type": "text", "text": " "}], None, [{"type": "image"}]]
+    chats = [[{"role": "user", "content": content}] for content in contents]
+    assert encoder.encode(chats, {}).indices == [0, 4]
+    assert "3 of 5 prompts dropped: 3 empty" in caplog.text
+    with pytest.raises(ConfigError, match="all 3 prompts are empty"):
+        encoder.encode(chats[1:4], {})
+
+
 def test_prompts_out_of_bounds_are_dropped_and_counted(
     tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -407,6 +561,39 @@ def test_long_prompts_can_be_truncated_to_their_beginning(tmp_path: Path) -> Non
     )
     train = load_prompts(section, byte_tokenizer(wrap=True)).train
     assert (train.texts, len(train.ids[0])) == (["abc"], 4)
+
+
+def test_a_text_is_cut_before_it_becomes_a_users_message(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    around = len("[user][assistant]")
+    path = jsonl(tmp_path, [{"prompt": "abcdefgh"}, {"prompt": "ab"}, {"prompt": "aé" * 8}])
+    section = FileData(path=path, chat=True, held_out=0, max_prompt_tokens=around + 5)
+    section.long_prompts = "truncate"
+    train = load_prompts(section, tokenizer).train
+    assert [tokenizer.decode(ids) for ids in train.ids] == [
+        f"[user]{text}[assistant]" for text in ("abcde", "ab", "aéa")
+    ]
+    assert [chat[0]["content"] for chat in train.texts] == ["abcde", "ab", "aéa"]
+    section.cut_min_tokens, section.cut_max_tokens = 3, 3
+    train = load_prompts(section, tokenizer).train
+    assert [chat[0]["content"] for chat in train.texts] == ["abc", "ab", "aé"]
+    assert not caplog.text
+    section.max_prompt_tokens = around
+    with pytest.raises(ConfigError, match=r"none of 3 prompts is left: 3 longer than"):
+        load_prompts(section, tokenizer)
+
+
+def test_rows_that_are_chats_are_dropped_where_too_long_and_never_cut(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    chats = [[{"role": "user", "content": text}] for text in ("ab", "abcdefgh")]
+    section = FileData(path=jsonl(tmp_path, [{"prompt": c} for c in chats]), held_out=0)
+    section.long_prompts, section.max_prompt_tokens = "truncate", 20
+    assert load_prompts(section, tokenizer).train.indices == [0]
+    section.cut_max_tokens = 3
+    with pytest.raises(ConfigError, match=r"data.cut_max_tokens: the prompt of row 1 is a chat"):
+        load_prompts(section, tokenizer)
 
 
 def test_openings_are_cut_to_random_lengths_by_seed(assets: Path, tokenizer: Any) -> None:

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
+from peft import AutoPeftModelForCausalLM, PeftModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ppo_lab.config import LoraSection, ModelSection
+from ppo_lab.assembly import load_policy, sampling
+from ppo_lab.config import Config, GenerationSection, HeadCritic, LoraSection, ModelSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.models import sources
 from ppo_lab.models.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
@@ -93,6 +94,24 @@ def bare_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel({"yes": 0, "no": 1, "!": 2}, unk_token="no"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """Words hold the space before them, and a text gets one put before it; no bytes but a line's
+    end, and an unknown token.
+    """
+    words = ["<unk>", "<s>", "▁", "▁the", "▁cat", "s", ".", "▁a"]
+    vocabulary = [(word, -float(i)) for i, word in enumerate(words)]
+    backend = Tokenizer(models.Unigram([*vocabulary, ("<0x0A>", -20.0)], 0, byte_fallback=False))
+    backend.normalizer = normalizers.Replace("\n", "<0x0A>")
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", unk_token="<unk>", pad_token="<s>"
+    )
+
+
+def tiny_policy() -> AutoModelForCausalLMWithValueHead:
+    return AutoModelForCausalLMWithValueHead(tiny_model())
 
 
 def test_a_folder_gives_its_own_weights_in_evaluation_mode(folder):
@@ -362,6 +381,63 @@ def test_an_adapter_folder_gives_its_base_and_trains_its_adapter(folder, tmp_pat
     assert wrap_lora(loaded, LoraSection(r=4, alpha=8.0)) is loaded
     with pytest.raises(ConfigError, match=r"lora.r=16: .* has 4; set lora.r=4"):
         wrap_lora(loaded, LoraSection(r=16, alpha=8.0))
+
+
+def test_an_adapter_is_loaded_from_any_folder_whatever_names_its_base(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    fresh = wrap_lora(load_causal_lm(section("model"), device="cpu"), LoraSection(r=4))
+    fresh.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    base = json.loads(file.read_text())
+    assert base["base_model_name_or_path"] == str(folder)
+    file.write_text(json.dumps(base | {"base_model_name_or_path": "model"}))
+    load_causal_lm(section("adapter"), device="cpu").save_pretrained(tmp_path / "again")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name in ("adapter", "again"):
+        file.write_text(json.dumps(base))
+        loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / name)
+        torch.testing.assert_close(loaded(IDS).logits, fresh(IDS).logits)
+
+
+def test_a_saved_model_ends_its_texts_where_the_run_did(folder, tmp_path):
+    config = Config(
+        model=section(folder, eos_token="a"), lora=LoraSection(r=0), critic=HeadCritic()
+    )
+    tokenizer = load_tokenizer(config.model)
+    policy = load_policy(config, tokenizer, "cpu")
+    policy.save_pretrained(tmp_path / "saved")
+    found = sampling(config.generation, policy, tokenizer, eos_token="a").eos_ids
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert (again.generation_config.eos_token_id,) == found
+    assert found != (2,)
+
+
+@pytest.mark.parametrize(
+    ("token", "name"),
+    [(".", "."), ("▁cat", "▁cat"), ("\n", "<0x0A>"), (" the", "▁the"), ("<s>", "<s>")],
+)
+def test_a_stop_token_is_one_of_the_vocabulary_or_what_one_says(token, name):
+    made = sentencepiece_tokenizer()
+    found = sampling(GenerationSection(stop_token=token), tiny_policy(), made)
+    assert found.eos_ids == (made.vocab[name],)
+
+
+def test_the_name_of_a_byte_is_not_the_letter_it_looks_like(folder):
+    made = load_tokenizer(section(folder))
+    assert "é" in made.get_vocab()
+    with pytest.raises(ConfigError, match="takes 2 for it"):
+        sampling(GenerationSection(stop_token="é"), tiny_policy(), made)
+
+
+@pytest.mark.parametrize(
+    ("token", "why"), [("the cat", "takes 2 for it"), ("€", "does not have it")]
+)
+def test_a_stop_token_that_is_not_one_token_is_refused(token, why):
+    with pytest.raises(ConfigError, match=f"stop_token='{token}': must be one token .*{why}"):
+        sampling(GenerationSection(stop_token=token), tiny_policy(), sentencepiece_tokenizer())
 
 
 def test_the_base_of_an_adapter_may_lie_beside_it(folder, tmp_path):

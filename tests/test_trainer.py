@@ -200,6 +200,17 @@ def test_ends_of_sampled_responses_come_from_sampling() -> None:
     assert torch.equal(shaped.scores, torch.where(held, 0.0, -1.0))
 
 
+def test_an_answer_that_its_prompt_begins_is_shown_to_rewards_as_a_whole() -> None:
+    chat = [{"role": "user", "content": "?"}]
+    prompts = Prompts(QUERIES, [chat, chat, "?", "?"], prefills=["Well,", "", "", ""])
+    assert trainer().responses(prompts, ragged()) == [
+        "Well, w20 w21 w22",
+        "w23 w24",
+        " w25 w26 w27 w28 w29",
+        " w30 w31",
+    ]
+
+
 def test_the_score_is_on_the_last_token_whether_or_not_it_is_an_end() -> None:
     """N-12: with lambda 0 the advantage of the last token holds it whole, of no other."""
     made = trainer(lam=0.0, whiten_advantages=False)

@@ -380,6 +380,8 @@ def _pretrained_model(
         )
     model, report = loaded
     _require_weights(report, type(model).__name__, section)
+    if source.is_folder:  # adapters keep the name of their base, and are loaded from anywhere
+        model.name_or_path = model.config._name_or_path = str(Path(source.path).absolute())
     return model
 
 
@@ -402,9 +404,11 @@ def _adapted_model(
 
     base = _pretrained_model(_base_of(section, source), device, dtype)
     with _reading(f"model.path={section.path}", "adapter"):
-        return PeftModel.from_pretrained(
+        adapted = PeftModel.from_pretrained(
             base, source.path, is_trainable=True, **source.loading_arguments
         )
+    adapted.peft_config[adapted.active_adapter].base_model_name_or_path = base.name_or_path
+    return adapted
 
 
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
