@@ -91,7 +91,8 @@ class Evaluator:
         self, prompts: Prompts, tokens: Tokens
     ) -> tuple[list[str], Scores, list[float] | None]:
         texts = self.trainer.responses(prompts, tokens)
-        scores = self.trainer.reward(prompts=prompts.texts, completions=texts, **prompts.columns)
+        columns = self.trainer.columns(prompts, tokens)
+        scores = self.trainer.reward(prompts=prompts.texts, completions=texts, **columns)
         return texts, scores, None if self.gold is None else self.gold(prompts.texts, texts)
 
     def _reference_answers(self) -> tuple[list[str], Scores, list[float] | None]:

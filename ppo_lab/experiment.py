@@ -252,6 +252,7 @@ def build(
             seed=config.seed,
         )
         reward = build_reward(config.reward, device=device, processes=processes)
+        reward.check_columns(prompts.train.columns)
         policy = load_policy(config, tokenizer, device)
         start = identity(prompts.train, policy)
     trainer = make_trainer(config, policy, tokenizer, reward, device, processes)

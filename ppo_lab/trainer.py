@@ -189,7 +189,9 @@ class PPOTrainer(ScriptAttributes):
         assert self.reward is not None, "iteration() and train() need a reward; step() takes scores"
         with self.clock("score"):
             responses = self.responses(prompts, tokens)
-            return self.reward(prompts=prompts.texts, completions=responses, **prompts.columns)
+            return self.reward(
+                prompts=prompts.texts, completions=responses, **self.columns(prompts, tokens)
+            )
 
     @torch.no_grad()
     def collect(self, tokens: Tokens, seen: Forward | None = None) -> Rollout:
@@ -419,6 +421,14 @@ class PPOTrainer(ScriptAttributes):
             else self.decode(ids)
             for text, prefill, query, ids in rows
         ]
+
+    def columns(self, prompts: Prompts, tokens: Tokens) -> dict[str, list[Any]]:
+        """What a reward is shown beside the texts: the data's columns, and the responses' ids if it
+        reads them.
+        """
+        reads_ids = getattr(self.reward, "reads_ids", False)
+        ids = {"completion_ids": tokens.response_lists()} if reads_ids else {}
+        return {**ids, **prompts.columns}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes while training but the prompt stream; all else follows from the

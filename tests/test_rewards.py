@@ -202,6 +202,32 @@ def test_a_function_is_called_as_trl_calls_it(functions: ModuleType) -> None:
     }
 
 
+def test_a_function_may_change_what_it_is_shown(functions: ModuleType) -> None:
+    def grow(prompts: list[Any], tags: list[list[str]]) -> list[float]:
+        prompts[0].append({"role": "assistant", "content": "x"})
+        tags[0].append("x")
+        return [float(len(prompts[0]) + len(tags[0]))]
+
+    scorer, chat, tags = function_reward(functions, grow), [dict(CHAT[0])], ["a"]
+    for _ in range(2):
+        assert scorer([chat], ["yo"], tags=[tags]).total.tolist() == [4.0]
+    assert (len(chat), tags) == (1, ["a"])
+
+
+def test_a_column_may_have_any_name(functions: ModuleType) -> None:
+    scorer = function_reward(functions, lambda completions, **columns: columns["self"])
+    assert scorer(["p"], ["a"], self=[2.0]).total.tolist() == [2.0]
+
+
+def test_what_a_function_lacks_is_said_before_anything_is_scored(functions: ModuleType) -> None:
+    scorer = function_reward(functions, lambda completions, completion_ids, answer: [1.0])
+    assert scorer.reads_ids
+    scorer.check_columns(["answer"])
+    with pytest.raises(RewardError, match="needs the argument 'answer'"):
+        scorer.check_columns(["label"])
+    assert not function_reward(functions, lambda completions: [1.0]).reads_ids
+
+
 def test_trls_own_reward_functions_work_as_they_are() -> None:
     section = FunctionReward(target="trl.rewards:think_format_reward")
     reward = build_reward(section, device="cpu")
@@ -229,6 +255,12 @@ def test_a_needed_argument_that_is_no_column_is_named(functions: ModuleType) -> 
         RewardError, match=r"needs the argument 'answer'.*completions, label, prompts"
     ):
         scorer(["p"], ["a"], label=[1])
+
+
+def test_none_in_an_array_is_one_in_a_list(functions: ModuleType) -> None:
+    answer = np.array([1.0, None], dtype=object)
+    scorer = function_reward(functions, lambda completions: answer, none_score=-1.0)
+    assert scorer(["p", "q"], ["a", "b"]).total.tolist() == [1.0, -1.0]
 
 
 def test_none_means_not_applicable(functions: ModuleType) -> None:
@@ -636,6 +668,14 @@ def test_only_the_completion_is_read_on_request() -> None:
 def test_empty_texts_have_a_score() -> None:
     scorer = Classifier(tiny_classifier("llama"), byte_tokenizer(), append_eos="never")
     assert scorer(["", "a"], ["", "b"]).isfinite().all()
+
+
+def test_texts_beyond_learned_positions_are_refused() -> None:
+    model = tiny_classifier("bert")  # 64 positions
+    with pytest.raises(RewardError, match=r"has positions for 64 tokens; use at most 64, or 0"):
+        Classifier(model, byte_tokenizer(), max_length=65)
+    Classifier(model, byte_tokenizer(), max_length=64)
+    Classifier(tiny_classifier("llama"), byte_tokenizer(), max_length=10**5)
 
 
 def test_a_tokenizer_of_another_model_is_refused(assets: Path) -> None:

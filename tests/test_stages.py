@@ -59,6 +59,30 @@ def test_compared_chats_become_text_as_rewards_read_them(tmp_path: Path) -> None
     ]
 
 
+def test_answers_that_are_whole_conversations_lose_their_prompt(tmp_path: Path) -> None:
+    """As in UltraFeedback."""
+    other = [CHAT[0], {"role": "assistant", "content": "No."}]
+    for prompt in ("Hi?", CHAT[:1]):
+        row = {"prompt": prompt, "chosen": CHAT, "rejected": other}
+        section = PairDataSection(path=write(tmp_path, [row]))
+        (found,) = read_rows(section, chats=True, seed=0)
+        assert found == {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": other[1:]}
+    strange = [{"role": "user", "content": "Ho?"}, *CHAT[1:]]
+    row = {"prompt": "Hi?", "chosen": CHAT, "rejected": strange}
+    section = PairDataSection(path=write(tmp_path, [row]))
+    with pytest.raises(ConfigError, match="row 1: the rejected answer does not go on from its"):
+        read_rows(section, chats=True, seed=0)
+
+
+def test_texts_and_chats_are_not_mixed(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}] * 2
+    rows.append({"prompt": CHAT[:1], "completion": "b"})
+    section = SFTDataSection(path=write(tmp_path, rows))
+    with pytest.raises(ConfigError, match="row 3 is a chat, and those before it are not"):
+        read_rows(section, chats=True, seed=0)
+    assert len(read_rows(section, chats=False, seed=0)) == 3
+
+
 def test_a_row_without_text_is_named(tmp_path: Path) -> None:
     section = SFTDataSection(path=write(tmp_path, [{"text": "a"}, {"text": None}]))
     with pytest.raises(ConfigError, match="row 2 of column text"):

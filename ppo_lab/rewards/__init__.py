@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ppo_lab.rewards.checks import kind, problems
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ppo_lab.rewards.scoring import RewardError as RewardError
     from ppo_lab.rewards.scoring import Scorer
     from ppo_lab.types import Scores
@@ -32,8 +34,14 @@ class Reward(Protocol):
 
     name: str
 
-    def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> Scores:
+    def __call__(
+        self, /, prompts: list[Any], completions: list[str], **columns: list[Any]
+    ) -> Scores:
         """The scores of these completions."""
+        ...
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Refuse a function that needs a column which the data do not have."""
         ...
 
 

@@ -16,6 +16,9 @@ from ppo_lab.rewards.conversation import as_chat, is_chat, joined
 from ppo_lab.rewards.loading import load_classifier, load_reward_tokenizer
 from ppo_lab.rewards.scoring import RewardError, Scorer
 
+# What transformers calls the table that positions are looked up in, where there is one.
+LEARNED_POSITIONS = ("position_embeddings", "wpe", "embed_positions")
+
 
 def model_scorer(section: Any, *, device: str, processes: Alone | None = None) -> Scorer:
     """The classifier that `reward=model` names: a copy for each process, one on a GPU of its own
@@ -121,6 +124,7 @@ class Classifier:
         self.batch_size = batch_size
         self.max_length = max_length or longest_text(model, tokenizer)
         _refuse_unsteady(model, max_length)
+        _refuse_positions(model, tokenizer, max_length)
         _refuse_foreign_tokenizer(model, tokenizer)
         if chat_template == "always" and not tokenizer.chat_template:
             raise RewardError(
@@ -135,7 +139,7 @@ class Classifier:
         self._pads_left = self._trunk is None and batch_size > 1 and self._wants_padding_left()
 
     @torch.no_grad()
-    def __call__(self, prompts: list[Any], completions: list[str], **columns: Any) -> Tensor:
+    def __call__(self, /, prompts: list[Any], completions: list[str], **columns: Any) -> Tensor:
         """The scores, shape (batch,), on the CPU."""
         ids = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
@@ -312,6 +316,20 @@ def _refuse_unsteady(model: Any, max_length: int) -> None:
         raise RewardError(
             f"reward.max_length={max_length}: the reward model's rotary embedding turns texts of a "
             f"batch alike up to {steady} tokens alone; use at most {steady}."
+        )
+
+
+def _refuse_positions(model: Any, tokenizer: Any, max_length: int) -> None:
+    """Texts for which the reward model has no positions."""
+    longest = longest_text(model, tokenizer)
+    learned = any(
+        isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in LEARNED_POSITIONS
+        for name, module in model.named_modules()
+    )
+    if learned and longest and max_length > longest:
+        raise RewardError(
+            f"reward.max_length={max_length}: the reward model has positions for {longest} tokens; "
+            f"use at most {longest}, or 0."
         )
 
 

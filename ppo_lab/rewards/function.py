@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,7 +77,7 @@ class FunctionScorer:
         self.retry_wait = retry_wait
         self._warned = False
 
-    def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> Any:
+    def __call__(self, /, prompts: list[Any], completions: list[str], **columns: list[Any]) -> Any:
         """What the function returns, None replaced; not yet checked for number and kind.
 
         Raises:
@@ -84,7 +85,7 @@ class FunctionScorer:
         """
         shown = [answer(c) if is_chat(p) else c for p, c in zip(prompts, completions, strict=True)]
         arguments = {"prompts": prompts, "completions": shown, **columns}
-        self._refuse_missing(arguments)
+        self.check_columns(arguments)
         try:
             scores = self._attempts(arguments)
         except TimeoutError as error:
@@ -93,6 +94,8 @@ class FunctionScorer:
             where = self._culprit(arguments, prompts, completions)
             reason = f"{type(error).__name__}: {error}"
             raise RewardError(f"reward function {self.name} raised on {where}: {reason}") from error
+        if str(getattr(scores, "dtype", "")) == "object":  # an array that holds None
+            scores = list(scores)
         if isinstance(scores, (list, tuple)):
             self._warn_of_none_alone(scores)
             return [self.none_score if score is None else score for score in scores]
@@ -122,7 +125,8 @@ class FunctionScorer:
         return Retrying(stop=stop, wait=wait, reraise=True)(self._once, arguments)
 
     def _once(self, arguments: dict[str, Any]) -> Any:
-        accepted = {**self._accepted(arguments), **self.kwargs}
+        # Copies: what a function changes of a chat would stay in the prompts.
+        accepted = {**copy.deepcopy(self._accepted(arguments)), **self.kwargs}
 
         def call() -> Any:
             with torch.no_grad(), exits_as_errors():
@@ -138,9 +142,18 @@ class FunctionScorer:
         names = {p.name for p in parameters}
         return {name: value for name, value in arguments.items() if name in names}
 
-    def _refuse_missing(self, arguments: dict[str, Any]) -> None:
-        """Say which argument of the function the data set cannot give."""
-        given = {**arguments, **self.kwargs}
+    @property
+    def reads_ids(self) -> bool:
+        """Whether the function takes `completion_ids`, as those of TRL may."""
+        return "completion_ids" in self._accepted({"completion_ids": []})
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Nothing, where these arguments and `kwargs` are all that the function needs.
+
+        Raises:
+            RewardError: naming the argument that the data set cannot give.
+        """
+        given = {*columns, *self.kwargs}
         variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         for parameter in _parameters(self.function):
             needed = parameter.default is parameter.empty and parameter.kind not in variadic

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,9 @@ class WeightedSum:
         self._parts = parts
         self._processes = processes or Alone()
 
-    def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> Scores:
+    def __call__(
+        self, /, prompts: list[Any], completions: list[str], **columns: list[Any]
+    ) -> Scores:
         """The checked scores of these completions.
 
         Raises:
@@ -56,6 +58,22 @@ class WeightedSum:
             raw[name] = self._scores(name, scorer, prompts, completions, columns)
             total += weight * raw[name].double()
         return Scores(total=(self.weight * total).float(), parts=raw)
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether a part takes `completion_ids`, the responses' token ids."""
+        return any(getattr(scorer, "reads_ids", False) for _, scorer in self._parts.values())
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Nothing, where every part can be called with these columns of the data.
+
+        Raises:
+            RewardError: a function needs another one.
+        """
+        given = ("prompts", "completions", "completion_ids", *columns)
+        for _, scorer in self._parts.values():
+            if hasattr(scorer, "check_columns"):
+                scorer.check_columns(given)
 
     def _scores(
         self,

@@ -69,6 +69,13 @@ def read_rows(section: SFTDataSection | PairDataSection, *, chats: bool, seed: i
     ]
     if not rows:
         raise ConfigError(f"data.path={section.path}: the file has no rows.")
+    kinds = [any(map(is_chat, row.values())) for row in rows]
+    if chats and any(kinds) and not all(kinds):
+        raise ConfigError(
+            f"data.path={section.path}: row {kinds.index(not kinds[0]) + 1} is "
+            f"{'a text' if kinds[0] else 'a chat'}, and those before it are not; make all of them "
+            "chats, or texts."
+        )
     order = np.random.default_rng((seed, 0)).permutation(len(rows))[: section.limit or None]
     chosen = [rows[i] for i in order.tolist()]
     return chosen if chats else [_as_plain(row) for row in chosen]
@@ -108,7 +115,7 @@ def _row(table: Columns, wanted: dict[str, str], number: int, path: str) -> Row:
                 "must be a text, or a list of messages with role and content."
             )
     if any(is_chat(value) for value in row.values()):
-        return _as_chats(row)
+        return _as_chats(row, f"data.path={path}: row {number + 1}")
     return row
 
 
@@ -124,15 +131,31 @@ def _is_chat(value: Any) -> bool:
     )
 
 
-def _as_chats(row: Row) -> Row:
-    """Every text of the row as a message: the prompt's is the user's, any other the assistant's."""
+def _as_chats(row: Row, where: str) -> Row:
+    """Every text of the row as a message: the prompt's is the user's, any other the assistant's.
+
+    Answers that are whole conversations lose the prompt that they begin with.
+
+    Raises:
+        ConfigError: what is left of an answer does not begin with the assistant.
+    """
     roles = {"prompt": "user"}
-    return {
+    chats = {
         name: _bare(value)
         if is_chat(value)
         else [{**answer(value)[0], "role": roles.get(name, "assistant")}]
         for name, value in row.items()
     }
+    prompt = chats.get("prompt", [])
+    for name in chats.keys() - {"prompt"} if prompt else ():
+        begun = chats[name][: len(prompt)] == prompt
+        chats[name] = chats[name][len(prompt) :] if begun else chats[name]
+        if not chats[name] or chats[name][0]["role"] != "assistant":
+            raise ConfigError(
+                f"{where}: the {name} answer does not go on from its prompt with an assistant's "
+                "message"
+            )
+    return chats
 
 
 def _bare(messages: list[Row]) -> list[Row]:
