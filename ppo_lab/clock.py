@@ -20,12 +20,14 @@ class Clock:
     """Seconds by phase since the last reading.
 
     `peak_flops()` is what the device computes in a second at most, 0 where nobody knows; it is
-    asked once, at the first reading.
+    asked once, at the first reading, and with `again=True` where that proves too low.
     """
 
-    def __init__(self, device: torch.device, peak_flops: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(
+        self, device: torch.device, peak_flops: Callable[..., float] | None = None
+    ) -> None:
         self.device = device
-        self._peak_flops: Callable[[], float] = peak_flops
+        self._peak_flops = peak_flops or _unknown
         self._peak: float | None = None
         self._spans: list[tuple[str, Any, Any]] = []
 
@@ -72,10 +74,21 @@ class Clock:
         return peak_resident_bytes() / 2**30
 
     def _utilisation(self, flops: float, seconds: float) -> dict[str, float]:
-        """`mfu`; nothing where the device's peak rate is not known."""
+        """`mfu`; nothing where the device's peak rate is not known. A rate above it shows that it
+        was measured beside other work.
+        """
         if self._peak is None:
             self._peak = self._peak_flops()
-        return {"mfu": flops / seconds / self._peak} if self._peak and flops and seconds else {}
+        if not (self._peak and flops and seconds):
+            return {}
+        rate = flops / seconds
+        if rate > self._peak:
+            self._peak = max(self._peak_flops(again=True), rate)
+        return {"mfu": rate / self._peak}
+
+
+def _unknown(**_: bool) -> float:
+    return 0.0
 
 
 def _seconds(start: Any, end: Any) -> float:

@@ -260,8 +260,8 @@ def explained_variance(
     returns: Float[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
 ) -> Float[Tensor, ""]:
-    """The share of the returns' variance that the values explain; 0 when the returns vary by no more
-    than rounding.
+    """The share of the returns' variance that the values explain; 0 when the returns vary by
+    rounding alone.
 
     1 - Var(R - V) / Var(R)
     """

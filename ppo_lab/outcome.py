@@ -33,6 +33,7 @@ def summarise(lab: Any) -> dict[str, Any]:
         "objective": None,
         "wall_s": time.time() - lab.started,
         "peak_memory_gb": lab.trainer.clock.peak_memory_gb(),
+        "layers": lab.trainer.policy.trunk.road,
         "seed": lab.config.seed,
         "versions": versions(),
         "git_commit": git_commit(),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ppo_lab.memory import forget_peak
 from ppo_lab.record import Say
 
 FOLDER = "profile"
@@ -72,6 +73,7 @@ def _keep(profiler: Any, place: Path, say: Say) -> None:
     except (OSError, RuntimeError) as error:
         say(f"profile: {place} could not be written ({error}); the run goes on")
     say(table(profiler))
+    forget_peak()  # the trace takes more than the run
 
 
 def _export(profiler: Any, place: Path) -> None:

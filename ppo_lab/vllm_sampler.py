@@ -155,7 +155,7 @@ def generation_kwargs(sampling: Sampling) -> dict[str, Any]:
     }
     return {
         "stop_token_ids": list(sampling.eos_ids),
-        "ignore_eos": not sampling.eos_ids,
+        "ignore_eos": True,  # the model's own: all that ends a response is named
         "min_tokens": sampling.min_new_tokens,
         **(stops if sampling.stop_strings else {}),
     }

@@ -285,6 +285,16 @@ def test_what_is_not_read_goes_transformers_way() -> None:
         assert Trunk(model)._fast is None
 
 
+def test_another_decoder_of_a_known_name_is_not_taken_for_it() -> None:
+    """As code that comes with a model may bring one."""
+    model = tiny_model("llama")
+    assert Trunk(model).road == "ours"
+    kind = type(model.model)
+    model.model.__class__ = type(kind.__name__, (kind,), {"__module__": "modeling_mine"})
+    assert Trunk(model)._fast is None
+    assert Trunk(model).road == "transformers'"
+
+
 @pytest.mark.parametrize("name", ["mistral, within its window", "gemma3", "olmo3"])
 def test_more_positions_than_a_window_holds_go_transformers_way(name: str) -> None:
     trunk = Trunk(tiny_model(name))  # windows of 16

@@ -92,12 +92,15 @@ def test_the_last_token_may_complete_a_stop_string() -> None:
         assert made.sampler._has_ended(row[:token], stopping) is True
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("exactly", [True, False])
-def test_weights_that_are_merged_to_be_sent_stay_the_references(exactly: bool) -> None:
-    """PEFT's own way back leaves others in half precision."""
+def test_weights_that_are_merged_to_be_sent_stay_the_references(
+    exactly: bool, dtype: torch.dtype
+) -> None:
+    """PEFT's own way back leaves others."""
     made = policy("llama", lora=True)
     train_adapter(made)
-    model = made.pretrained_model.to(torch.bfloat16)
+    model = made.pretrained_model.to(dtype)
     base = {n: p.clone() for n, p in model.named_parameters() if "lora" not in n}
     addresses = [p.data_ptr() for p in model.parameters()]
     for _ in range(5):
@@ -132,7 +135,7 @@ def test_log_probs_too_far_apart_stop_the_run() -> None:
 def test_ends_of_a_response_are_said_in_the_engines_words() -> None:
     assert generation_kwargs(WHOLE) == {
         "stop_token_ids": [EOS],
-        "ignore_eos": False,
+        "ignore_eos": True,  # the model's own, where another is named
         "min_tokens": 0,
     }
     stopping = Sampling(4, (), PAD, stop_strings=("END",))

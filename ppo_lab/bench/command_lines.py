@@ -24,6 +24,7 @@ OPTIONS = {
     "fast road": "",
     "cache_trunk": "",
     "gradient_checkpointing": "",
+    "micro_batch_tokens": "",
     "torch_compile": "",
     "cuda_graphs": "a GPU",
     "adam=8bit": "bitsandbytes",

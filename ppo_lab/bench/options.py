@@ -38,6 +38,7 @@ class Option:
 def options(shape: Shape) -> dict[str, Option]:
     """Everything that can be measured, on this shape."""
     layers = shape.n_layer
+    half = shape.mini_batch * (shape.longest_prompt + shape.new_tokens) // 2
     upper = {"lora": {**shape.spec("fp32", threads=1, seed=0)["lora"]}}
     upper["lora"]["layers_to_transform"] = list(range(layers - max(1, layers // 4), layers))
     return {
@@ -53,6 +54,10 @@ def options(shape: Shape) -> dict[str, Option]:
             "ppo.gradient_checkpointing=true",
             {"ppo": {"gradient_checkpointing": True}},
             {"road": "transformers"},
+        ),
+        "micro_batch_tokens": Option(
+            "ppo.micro_batch_tokens, half of a mini-batch a pass",
+            {"ppo": {"micro_batch_tokens": half}},
         ),
         "torch_compile": Option(
             "model.torch_compile=true, once it is compiled", {"compiled": True}

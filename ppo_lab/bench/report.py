@@ -19,6 +19,7 @@ from ppo_lab.bench.floor import Floor, Rates
 from ppo_lab.bench.runs import OURS, PHASES, Result, medians, pairwise
 from ppo_lab.bench.shapes import Shape
 from ppo_lab.outcome import git_commit, versions
+from ppo_lab.plan.machine import processor
 
 
 def record(
@@ -136,7 +137,7 @@ def machine(threads: int) -> dict[str, Any]:
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "threads": threads,
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else [],
         "gpu": gpu,
@@ -144,16 +145,6 @@ def machine(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:  # noqa: PTH123
-            return next(
-                line.split(":")[1].strip() for line in lines if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _best(results: list[Result], trainer: str) -> str:

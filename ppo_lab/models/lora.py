@@ -86,8 +86,8 @@ def wrap_lora(model: PreTrainedModel | PeftModel, section: LoraSection) -> PeftM
 def unmerged_exactly(model: nn.Module) -> Iterator[None]:
     """Weights that adapters are merged into and taken out of again inside are what they were.
 
-    PEFT subtracts what it added, which in half precision leaves other numbers; and the weights are
-    the reference's too.
+    PEFT subtracts what it added, which leaves other numbers; and the weights are the reference's
+    too.
     """
     layers: list[Any] = [m.base_layer for m in model.modules() if hasattr(m, "base_layer")]
     held = [(layer, layer.weight, _copied(layer.weight)) for layer in layers]
@@ -101,9 +101,10 @@ def unmerged_exactly(model: nn.Module) -> Iterator[None]:
 
 
 def _copied(weight: Tensor) -> Tensor | None:
-    """A copy of weights in which what is added and subtracted leaves a trace."""
-    half = weight.dtype in (torch.bfloat16, torch.float16)
-    return weight.detach().clone() if half else None
+    """A copy of weights in which what is added and subtracted leaves a trace; quantized ones are
+    made anew.
+    """
+    return weight.detach().clone() if weight.is_floating_point() else None
 
 
 def _top_layers(section: LoraSection, model: PreTrainedModel) -> list[int] | None:

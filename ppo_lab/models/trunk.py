@@ -60,6 +60,15 @@ class Trunk:
         return {**self.__dict__, "_recorder": None, "_kept": None}
 
     @property
+    def road(self) -> str:
+        """Which layers passes go through, in words."""
+        fast = self._fast_here()
+        if fast is None:
+            return "transformers'"
+        window = fast.anatomy.window
+        return f"ours, and transformers' over {window} tokens" if window else "ours"
+
+    @property
     def hidden_size(self) -> int:
         """The width of the hidden states."""
         return self.model.get_output_embeddings().weight.shape[1]

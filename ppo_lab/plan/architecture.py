@@ -8,6 +8,7 @@ import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -170,8 +171,9 @@ def _experts(model: Any, text: PreTrainedConfig) -> tuple[int, int]:
     """
     names = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk")
     taken = next((n for name in names if (n := getattr(text, name, None))), 0)
+    taken = fmean(taken) if isinstance(taken, (list, tuple)) else taken  # one for each layer
     stacked = [
-        (taken * p[0].numel(), p.requires_grad)
+        (round(taken * p[0].numel()), p.requires_grad)
         for module in model.modules()
         for p in module.parameters(recurse=False)
         if taken and p.dim() == 3 and not isinstance(module, nn.Conv1d)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -34,16 +34,17 @@ class Rates:
     bytes: float
 
 
-@functools.cache
-def peak_flops(device: str, dtype: torch.dtype) -> float:
+def peak_flops(device: str, dtype: torch.dtype, *, again: bool = False) -> float:
     """What a device computes in a second at most, in this precision: of a known GPU what is
-    published, of a CPU what it reaches in a large product, measured once; else 0.
+    published, of a CPU what it reaches in a large product, measured once, and once more if asked
+    for `again`, since other work may have slowed it; else 0.
     """
     kind = torch.device(device)
     if kind.type == "cuda":
         known = named(torch.cuda.get_device_name(kind))
         return known.flops(str(dtype).removeprefix("torch.")) if known else 0.0
-    return _kept(f"best-{computed_in(dtype)}", lambda: product_rate(computed_in(dtype), device))
+    computed = computed_in(dtype)
+    return _kept(f"best-{computed}", lambda: product_rate(computed, device), again=again)
 
 
 def product_rate(dtype: torch.dtype, device: str) -> float:
@@ -62,13 +63,25 @@ def product_rate(dtype: torch.dtype, device: str) -> float:
     return 2 * len(a) * width * width / seconds_of(lambda: multiply(a, b), tries=5)
 
 
-def _kept(name: str, measure: Callable[[], float]) -> float:
-    """A number that is measured once on this machine, for so many threads, and kept."""
-    processor = f"{platform.processor() or platform.machine()}-{torch.get_num_threads()}"
-    place = cache_folder() / "plan" / f"{name}-{processor}-torch{torch.__version__}.json"
+def processor() -> str:
+    """What the processor calls itself."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def _kept(name: str, measure: Callable[[], float], *, again: bool) -> float:
+    """The largest number that was measured on processors of this kind, for so many threads."""
+    kind = f"{processor()}-{torch.backends.cpu.get_cpu_capability()}-{torch.get_num_threads()}"
+    kind = "".join(c if c.isalnum() else "-" for c in kind)
+    place = cache_folder() / "plan" / f"{name}-{kind}-torch{torch.__version__}.json"
+    found = 0.0
     with suppress(OSError, ValueError):
-        return float(json.loads(place.read_text()))
-    found = measure()
+        found = float(json.loads(place.read_text()))
+    if found and not again:
+        return found
+    found = max(found, measure())
     with suppress(OSError):
         write_atomically(place, json.dumps(found))
     return found

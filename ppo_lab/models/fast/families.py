@@ -23,8 +23,11 @@ ROTARY = ("default", "linear", "llama3", "yarn")
 
 
 def read(decoder: Any) -> Anatomy | None:
-    """The anatomy of a decoder; None where it has parts that are not understood."""
-    reader = READERS.get(type(decoder).__name__)
+    """The anatomy of a decoder; None where it has parts that are not understood, or is another's of
+    the same name, as code that comes with a model may be.
+    """
+    is_known = type(decoder).__module__.startswith("transformers.models.")
+    reader = READERS.get(type(decoder).__name__) if is_known else None
     anatomy = reader(decoder) if reader else None
     if anatomy is None or not all(_is_understood(layer) for layer in anatomy.layers):
         return None
