@@ -91,6 +91,20 @@ def test_the_record_holds_every_ratio_and_shows_as_tables() -> None:
     assert "4.00" in console.export_text()
 
 
+def test_a_machine_that_was_busy_is_said() -> None:
+    floors = {"fp32": (Rates(1.0, 1.0), Floor(0.1, 0.1, 0.1))}
+    results = [result("trl112 fp32", 0, 9, 8), result("ppo_lab fp32", 0, 1, 2)]
+    kept = report.record(WORK, results, [], floors, threads=1, seed=0)
+    for share, said in ((1.0, False), (0.34, True)):
+        theirs = kept["results"][0]
+        theirs["cpu"] = {phase: share * seconds for phase, seconds in theirs["wall"].items()}
+        kept["results"][1]["cpu"] = dict(kept["results"][1]["wall"])
+        console = Console(record=True, width=200)
+        report.show(kept, console)
+        shown = console.export_text()
+        assert ("the machine was busy: trl112 fp32 had 34% in round 1" in shown) is said
+
+
 def test_rounds_that_are_over_are_kept_when_a_later_one_breaks_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,10 @@ from ppo_lab.bench.shapes import Shape
 from ppo_lab.outcome import git_commit, versions
 from ppo_lab.plan.machine import processor
 
+# The least share of its threads' time that a process had on a machine of its own: 0.90 to 1.00 in
+# the recorded results but one.
+UNDISTURBED = 0.85
+
 
 def record(
     shape: Shape,
@@ -73,6 +77,12 @@ def show(kept: dict[str, Any], console: Console) -> None:
     console.print(table)
     if kept["ratios"]:
         console.print(_ratios(kept["ratios"]))
+    if disturbed := _disturbed(kept):
+        console.print(
+            f"the machine was busy: {', '.join(disturbed)} of the processors. Threads that wait "
+            "for each other lose more than that: measure again",
+            style="bold red",
+        )
     for precision, least in kept["floor"].items():
         rates = kept["rates"][precision]
         console.print(
@@ -82,6 +92,19 @@ def show(kept: dict[str, Any], console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _disturbed(kept: dict[str, Any]) -> list[str]:
+    """Processes on a CPU that got too little of it, each with the share that it had."""
+    if kept["machine"].get("gpu"):
+        return []
+    found = []
+    for result in kept["results"]:
+        wall, cpu = (sum(result[kind].values()) for kind in ("wall", "cpu"))
+        share = cpu / (wall * kept["machine"]["threads"])
+        if share < UNDISTURBED:
+            found.append(f"{result['contestant']} had {share:.0%} in round {result['round'] + 1}")
+    return found
 
 
 def show_gates(gates: Iterable[Gate], console: Console) -> None:
