@@ -386,6 +386,8 @@ def test_a_wrong_return_of_a_function_names_the_reward(functions: ModuleType) ->
         ("math:squirt", r"math has no 'squirt'\. Did you mean 'sqrt'"),
         ("math:pi", "it is float, not a function"),
         ("asyncio:sleep", "async function"),
+        ("collections:Counter", "it is a class; name an instance of it"),
+        ("./rewards/my.py:f", r"name the module without its path: my:f, in the folder of it"),
     ],
 )
 def test_a_target_that_is_no_function_is_refused_before_anything_runs(
@@ -651,6 +653,13 @@ def test_chats_are_scored_through_the_reward_models_own_template() -> None:
     torch.testing.assert_close(Classifier(model, tokenizer)([CHAT], ["yo"]), expected)
     always = Classifier(model, tokenizer, chat_template="always")
     torch.testing.assert_close(always(["hi"], ["yo"]), expected)
+
+
+def test_a_template_that_refuses_a_chat_is_an_error_with_the_chat() -> None:
+    refusing = "{{ raise_exception('System role not supported') }}"
+    scorer = Classifier(tiny_classifier("llama"), byte_tokenizer(template=refusing))
+    with pytest.raises(RewardError, match=r"refuses .*'hi'.*: System role not supported; reward"):
+        scorer([CHAT], ["yo"])
 
 
 def test_a_reward_model_without_template_reads_a_chat_as_plain_text() -> None:

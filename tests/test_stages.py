@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import transformers
+from tiny_models import tokenizer
 
 from ppo_lab.config import LoraSection, ModelSection
 from ppo_lab.errors import ConfigError
@@ -20,7 +21,7 @@ from ppo_lab.stages.config import (
     SFTConfig,
     SFTDataSection,
 )
-from ppo_lab.stages.examples import data_problems, read_rows, split_rows
+from ppo_lab.stages.examples import check_template, data_problems, read_rows, split_rows
 from ppo_lab.stages.jobs import problems, run_reward_model, run_sft
 
 CHAT = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
@@ -81,6 +82,21 @@ def test_texts_and_chats_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="row 3 is a chat, and those before it are not"):
         read_rows(section, chats=True, seed=0)
     assert len(read_rows(section, chats=False, seed=0)) == 3
+
+
+def test_a_template_that_refuses_a_chat_is_named_with_it() -> None:
+    words = tokenizer()
+    words.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    check_template([{"messages": CHAT}, {"text": "a"}], words)
+    pair = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": "No."}
+    check_template([pair], words)
+    system = [{"role": "system", "content": "Be kind."}, *CHAT]
+    with pytest.raises(ConfigError, match=r"refuses the chat .*Be kind.*: System role not"):
+        check_template([{"messages": system}], words)
 
 
 def test_a_row_without_text_is_named(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from ppo_lab.local_model import POSITIONS
 from ppo_lab.models.fitness import steady_context
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.processes.alone import Alone
+from ppo_lab.record import brief
 from ppo_lab.rewards.conversation import as_chat, is_chat, joined
 from ppo_lab.rewards.loading import load_classifier, load_reward_tokenizer
 from ppo_lab.rewards.scoring import RewardError, Scorer
@@ -172,7 +174,13 @@ class Classifier:
         messages = as_chat(prompt, completion)
         if self.text == "completion":
             messages = messages[-1:]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise RewardError(
+                f"reward.path: the reward model's chat template refuses {str(messages)[:60]!r}: "
+                f"{brief(error)}; reward.chat_template=never reads plain text"
+            ) from error
 
     def _plain_text(self, prompt: Any, completion: str) -> str:
         """What is read of a sample without a chat template."""

@@ -26,6 +26,9 @@ def find_target(target: str) -> Callable[..., Any]:
     module_name, colon, path = target.partition(":")
     if not (module_name and colon and path):
         raise TargetError("name a function as package.module:callable.")
+    if "/" in module_name or module_name.endswith(".py"):
+        own = Path(module_name).stem
+        raise TargetError(f"name the module without its path: {own}:{path}, in the folder of it.")
     found: Any = _imported(module_name)
     for name in path.split("."):
         if not hasattr(found, name):
@@ -33,9 +36,11 @@ def find_target(target: str) -> Callable[..., Any]:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise TargetError(f"{module_name} has no {path!r}.{hint}")
         found = getattr(found, name)
+    if inspect.isclass(found):
+        raise TargetError("it is a class; name an instance of it.")
     if not callable(found):
         raise TargetError(f"it is {type(found).__name__}, not a function.")
-    if inspect.iscoroutinefunction(found):
+    if inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(type(found).__call__):
         raise TargetError("it is an async function; wrap it in one that returns its result.")
     return found
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ppo_lab.errors import ConfigError
+from ppo_lab.record import brief
 from ppo_lab.rewards.conversation import answer, as_text, is_chat
 from ppo_lab.stages.config import PairDataSection, SFTDataSection
 from ppo_lab.tables import Columns, column_names, find_file, read_file, require_column
@@ -79,6 +80,29 @@ def read_rows(section: SFTDataSection | PairDataSection, *, chats: bool, seed: i
     order = np.random.default_rng((seed, 0)).permutation(len(rows))[: section.limit or None]
     chosen = [rows[i] for i in order.tolist()]
     return chosen if chats else [_as_plain(row) for row in chosen]
+
+
+def check_template(rows: Sequence[Row], tokenizer: Any) -> None:
+    """Nothing, where the tokenizer's template takes every chat of these rows.
+
+    Raises:
+        ConfigError: naming one that it refuses, and why.
+    """
+    from jinja2 import TemplateError
+
+    for row in rows:
+        prompt = row.get("prompt", [])
+        for name, value in row.items():
+            if not is_chat(value):
+                continue
+            chat = value if name in ("prompt", "messages") else [*prompt, *value]
+            try:
+                tokenizer.apply_chat_template(chat, tokenize=False)
+            except (TemplateError, TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"data: the tokenizer's chat template refuses the chat {str(chat)[:60]!r}: "
+                    f"{brief(error)}"
+                ) from error
 
 
 def split_rows(rows: list[Row], held_out: float) -> tuple[list[Row], list[Row]]:
