@@ -202,7 +202,7 @@ def check_alone(processes: Any) -> None:
         )
 
 
-def unshared(model: Any, ref_model: Any, layers: int | None) -> None:
+def share_layers(model: Any, ref_model: Any, layers: int | None) -> None:
     """Freeze what `num_shared_layers` says that policy and reference share.
 
     Raises:

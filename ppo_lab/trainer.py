@@ -107,7 +107,7 @@ class PPOTrainer(ScriptAttributes):
     ) -> None:
         classic.check_constructor(config, model, ref_model, tokenizer, critic)
         scripts.check_alone(processes)
-        scripts.unshared(model, ref_model, num_shared_layers)
+        scripts.share_layers(model, ref_model, num_shared_layers)
         self.config = config or PPOConfig()
         self.tokenizer, self.reward, self.dataset = tokenizer, reward, dataset
         self.processes = processes or Alone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,22 @@ def test_what_became_of_the_model_after_the_value_head_is_what_is_trained(change
     with torch.no_grad():
         logits, _, _ = made.model(ids)
         torch.testing.assert_close(logits, made.model.pretrained_model(ids).logits)
+
+
+def test_a_policy_can_be_saved_as_torch_saves_and_copied(tmp_path: Path) -> None:
+    model = policy(lora=True)
+    torch.save(model, tmp_path / "policy.pt")
+    ids = torch.tensor([[5, 6, 7]])
+    for other in (
+        torch.load(tmp_path / "policy.pt", weights_only=False),
+        copy.deepcopy(model),
+    ):
+        torch.testing.assert_close(other(ids)[0], model(ids)[0])
+        before = weights(other)
+        step(trainer(other))
+        assert any(
+            not x.equal(before[name]) for name, x in weights(other).items() if "lora" in name
+        )
 
 
 def test_a_model_that_is_as_it_was_keeps_its_trunk() -> None:

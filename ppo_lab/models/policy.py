@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,7 +35,6 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         self.pretrained_model: Any = pretrained_model
         self.trunk = Trunk(pretrained_model)
         self.trunk.check()
-        self._parts = _parts_of(pretrained_model)
         head = ValueHead(self.trunk.hidden_size, init=v_head_init, std=v_head_init_std)
         self.v_head = head.to(self.trunk.head.weight.device)
 
@@ -52,8 +50,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         Raises:
             ValueError: nothing that can be trained.
         """
-        now = _parts_of(self.pretrained_model)
-        if len(now) == len(self._parts) and all(map(_is_same, self._parts, now)):
+        if self.trunk.is_of(self.pretrained_model):
             return
         check_causal(self.pretrained_model)
         disable_dropout(self.pretrained_model)
@@ -61,7 +58,6 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         self.trunk.fast_layers = before.fast_layers
         self.trunk.records_graphs = before.records_graphs
         self.trunk.check()
-        self._parts = now
 
     @classmethod
     def from_pretrained(
@@ -231,14 +227,6 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         enable_checkpointing(self.pretrained_model)
         if self.is_peft_model:
             self.pretrained_model.enable_input_require_grads()
-
-
-def _parts_of(model: nn.Module) -> list[weakref.ref[nn.Module]]:
-    return [weakref.ref(module) for module in model.modules()]
-
-
-def _is_same(one: weakref.ref[nn.Module], other: weakref.ref[nn.Module]) -> bool:
-    return one() is not None and one() is other()
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,8 @@ class Trunk:
     """The decoder of a causal language model, LoRA layers in it included, and its head."""
 
     def __init__(self, model: Any) -> None:
-        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.model: Any = _base_of(model)
+        self._parts = [weakref.ref(module) for module in self.model.modules()]
         self.decoder: Any = _decoder_of(self.model)
         parameters = inspect.signature(self.decoder.forward).parameters
         self._takes_positions = "position_ids" in parameters
@@ -56,8 +58,16 @@ class Trunk:
         self._fast = self._proved()
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what is recorded on a device, which a copy makes anew."""
-        return {**self.__dict__, "_recorder": None, "_kept": None}
+        """All but what is recorded on a device, which a copy makes anew, and the parts, which are
+        others there.
+        """
+        return {**self.__dict__, "_recorder": None, "_kept": None, "_parts": []}
+
+    def is_of(self, model: Any) -> bool:
+        """Whether this was made of a model as it is now, and no module of it was put in later."""
+        now = list(_base_of(model).modules())
+        seen = [part() for part in self._parts]
+        return len(seen) == len(now) and all(a is b for a, b in zip(seen, now, strict=True))
 
     @property
     def road(self) -> str:
@@ -382,6 +392,11 @@ class Trunk:
     def _proof(self) -> Proof:
         words = self.decoder.get_input_embeddings().weight
         return Proof(self._by_transformers, self.decoder.parameters(), words)
+
+
+def _base_of(model: Any) -> Any:
+    """The model that an adapter is in, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _decoder_of(model: Any) -> Any:
