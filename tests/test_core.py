@@ -481,10 +481,18 @@ def test_explained_variance_is_one_zero_and_negative_as_the_values_deserve() -> 
 def test_explained_variance_of_constant_returns_is_zero() -> None:
     constant = floats([2, 2])
     assert core.explained_variance(floats([1, 5]), constant, mask_of("xx")).item() == 0.0
-    rounded = floats([1.5, 1.5 + 2e-7, 1.5 - 2e-7]).float()  # as sums of the same come out
-    assert core.explained_variance(floats([1, 5, 2]).float(), rounded, mask_of("xxx")) == 0.0
     small = core.explained_variance(floats([0, 0]), floats([1e-9, -1e-9]), mask_of("xx"))
     assert small.item() == 0.0
+
+
+def test_returns_that_vary_by_rounding_alone_are_constant() -> None:
+    """As sums of the same numbers come out: within eight times the precision of the largest."""
+    eps, mask = torch.finfo(torch.float64).eps, mask_of("xx.")
+    for size in (1e-3, 1.0, 1e4):
+        within = floats([-size * (1 + 5 * eps), -size * (1 - 5 * eps), 9.0 * size])
+        beyond = floats([-size * (1 + 6 * eps), -size * (1 - 6 * eps), 9.0 * size])
+        assert core.explained_variance(floats([5, 1, 0]), within, mask).item() == 0.0
+        assert core.explained_variance(beyond, beyond, mask).item() == 1.0
 
 
 # --- what must not matter

@@ -89,14 +89,16 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_signal_ends_the_iteration_leaves_a_checkpoint_and_the_run_goes_on_exactly(
     straight: Path, tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    # A shell's jobs in the background ignore SIGINT, and what they start does too.
+    # A shell's jobs in the background ignore SIGINT, nohup's SIGHUP, and what they start does too.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     in_iteration(4, lambda: os.kill(os.getpid(), number))
     try:
         with pytest.raises(Preempted) as stopped:
             run(tiny(tmp_path), tmp_path / "run")
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGHUP, hangup)
     assert stopped.value.code == EXIT_CODE == 75
     assert "once more stops at once" in capfd.readouterr().err
     assert summary(tmp_path / "run")["status"] == "preempted"

@@ -25,8 +25,9 @@ HARMLESS = {
     "value_loss: unclipped = (target - new) ** 2": TURNED,
     "value_loss: clipped = "
     "(target - new.clamp(old - cliprange_value, old + cliprange_value)) ** 2": TURNED,
-    "explained_variance: "
-    "return torch.where(var > 0, 1.0 - masked_var(values - returns, mask) / var, 0.0)": TURNED,
+    "explained_variance: rounding = -8 * torch.finfo(returns.dtype).eps * largest": TURNED,
+    "explained_variance: return torch.where("
+    "var > rounding ** 2, 1.0 - masked_var(values - returns, mask) / var, 0.0)": TURNED,
 }
 
 # The mistakes that trainers in the field have made, each as a change of the text of core.py.
