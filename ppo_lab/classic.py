@@ -90,8 +90,8 @@ def as_policy(model: Any) -> AutoModelForCausalLMWithValueHead:
     policy = model
     if not isinstance(model, AutoModelForCausalLMWithValueHead):
         policy = AutoModelForCausalLMWithValueHead(model)
-    policy.look_again()  # adapters that came after the value head brought
-    disable_dropout(policy)  # dropout of their own
+    policy.look_again()
+    disable_dropout(policy)  # adapters that came after the value head brought their own
     if not any(p.requires_grad for p in policy.pretrained_model.parameters()):
         raise ValueError(
             "model: none of its weights is trainable (requires_grad); load a saved adapter with "

@@ -126,7 +126,7 @@ class Classifier:
         self.batch_size = batch_size
         self.max_length = max_length or longest_text(model, tokenizer)
         _refuse_unsteady(model, max_length)
-        _refuse_positions(model, tokenizer, max_length)
+        _refuse_positions(model, max_length)
         _refuse_foreign_tokenizer(model, tokenizer)
         if chat_template == "always" and not tokenizer.chat_template:
             raise RewardError(
@@ -279,13 +279,17 @@ def label_index(config: Any, label: str, *, key: str = "reward.label") -> int:
 
 def longest_text(model: Any, tokenizer: Any) -> int:
     """The longest text that model and tokenizer take, tokens; 0 where neither states a limit."""
+    limits = [_positions(model), tokenizer.model_max_length, steady_context(model.config) or 0]
+    return min((limit for limit in limits if 0 < limit < 10**9), default=0)
+
+
+def _positions(model: Any) -> int:
+    """How many positions the configuration speaks of; 0 where of none."""
     config = model.config.get_text_config()
     # RoBERTa's kin count positions from padding_idx + 1 within the same table
     skipped = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
     positions = next((bound for name in POSITIONS if (bound := getattr(config, name, None))), 0)
-    limits = [positions - (0 if skipped is None else skipped + 1), tokenizer.model_max_length]
-    limits.append(steady_context(model.config) or 0)
-    return min((limit for limit in limits if 0 < limit < 10**9), default=0)
+    return max(positions - (0 if skipped is None else skipped + 1), 0)
 
 
 def _is_decoder(model: Any) -> bool:
@@ -327,9 +331,9 @@ def _refuse_unsteady(model: Any, max_length: int) -> None:
         )
 
 
-def _refuse_positions(model: Any, tokenizer: Any, max_length: int) -> None:
+def _refuse_positions(model: Any, max_length: int) -> None:
     """Texts for which the reward model has no positions."""
-    longest = longest_text(model, tokenizer)
+    longest = _positions(model)
     learned = any(
         isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in LEARNED_POSITIONS
         for name, module in model.named_modules()
