@@ -112,7 +112,7 @@ def as_critic(critic: Any, policy: AutoModelForCausalLMWithValueHead) -> Any:
         return policy
     made = critic if isinstance(critic, Critic) else Critic(critic)
     models = (made.model, policy.trunk.model)
-    theirs, ours = (model.get_input_embeddings().num_embeddings for model in models)
+    theirs, ours = (len(model.get_input_embeddings().weight) for model in models)
     if theirs < ours:
         raise ConfigError(
             f"critic: its embedding has {theirs} rows and the policy's {ours}, each of which the "

@@ -309,6 +309,12 @@ def test_the_trainer_shares_layers_by_itself_too() -> None:
         trainer(policy(), policy(), num_shared_layers=1)
 
 
+def test_an_adapter_that_acts_in_peft_s_forward_alone_is_refused() -> None:
+    adapted = get_peft_model(causal_lm("llama"), lora_config("llama", alora_invocation_tokens=[5]))
+    with pytest.raises(ValueError, match="alora_invocation_tokens"):
+        trainer(adapted)
+
+
 def test_the_reference_can_be_asked_for() -> None:
     assert trainer().ref_model.generate(torch.tensor([[5]]), max_new_tokens=2).shape[0] == 1
     assert trainer(policy(lora=True)).ref_model is None  # the policy with its adapter off

@@ -377,6 +377,11 @@ def check_causal(model: Any) -> None:
             "log-probs are made from its own weight; leave the head out of target_modules"
         )
     adapter = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "alora_invocation_tokens", None):
+        raise ValueError(
+            "model: alora_invocation_tokens: such an adapter acts inside of PEFT's own forward "
+            "alone, and would not be trained; leave it out"
+        )
     if adapter is not None and adapter.is_prompt_learning:
         raise ValueError(
             f"model: {adapter.peft_type.value} learns a prompt, and only adapters inside of the "

@@ -125,7 +125,8 @@ def _frozen(model: Any) -> Any:
 def _switches_whole(model: Any) -> bool:
     """Whether all that the adapter trains can be switched off and cloned: LoRA without biases."""
     adapter = model.active_peft_config
-    return adapter.peft_type == "LORA" and adapter.bias == "none"
+    plain = not getattr(adapter, "layer_replication", None)  # a second adapter repeats them again
+    return adapter.peft_type == "LORA" and adapter.bias == "none" and plain
 
 
 def _is_trained(model: Any) -> bool:
