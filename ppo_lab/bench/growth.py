@@ -2,7 +2,8 @@
 
 Time: one PPO iteration at growing batches and growing responses, each in a process of its own; the
 exponent is the slope of log seconds over log size (1 = linear). Memory: the most that the loss of a
-fixed number of tokens takes on top of head and hidden states, at growing vocabularies.
+fixed number of tokens takes on top of head and hidden states, at growing vocabularies, under each
+kind of head, and with entropies.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ppo_lab.record import write_atomically
 
 FACTORS = (1, 2, 4, 8)
 VOCABULARIES = (2**14, 2**15, 2**16, 2**17, 2**18)
+KINDS = ("frozen", "trained", "soft-capped", "entropies")
 # Tokens and width of the loss whose memory is taken.
 TOKENS, WIDTH = 256, 128
 
@@ -40,7 +42,7 @@ def main(asked: argparse.Namespace) -> int:
         "response": lambda shape, factor: replace(shape, new_tokens=factor * shape.new_tokens),
     }
     kept: dict[str, Any] = {**origin(asked.threads), "shape": asked.shape, "time": {}}
-    kept["loss_memory_mb"] = {str(v): loss_memory(v) for v in VOCABULARIES}
+    kept["loss_memory_mb"] = {k: {str(v): loss_memory(v, k) for v in VOCABULARIES} for k in KINDS}
     for name, grow in grown.items():
         kept["time"][name] = times(asked, grow)
         if asked.json:  # after each, so that what is broken off loses none of it
@@ -67,17 +69,21 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
-def loss_memory(vocabulary: int) -> float:
-    """MB that log-probs of TOKENS tokens and their gradient hold at once, head and states aside."""
+def loss_memory(vocabulary: int, kind: str = "frozen") -> float:
+    """MB that log-probs of TOKENS tokens and their gradient hold at once; head, states and the
+    head's own gradient aside.
+    """
     hidden = torch.randn(TOKENS, WIDTH, requires_grad=True)
-    head = Head(torch.randn(vocabulary, WIDTH) * 0.02)
+    weight = (torch.randn(vocabulary, WIDTH) * 0.02).requires_grad_(kind == "trained")
+    head = Head(weight, softcap=30.0 if kind == "soft-capped" else 0.0)
     targets = torch.randint(0, vocabulary, (TOKENS,))
 
     def work() -> None:
-        logprobs, _ = token_logprobs(hidden, head, targets, temperature=1.0)
-        logprobs.sum().backward()
+        found = token_logprobs(hidden, head, targets, temperature=1.0, entropy=kind == "entropies")
+        torch.cat([x for x in found if x is not None]).sum().backward()
 
-    return peak_bytes(work) / 1e6
+    own = weight.nbytes if weight.requires_grad else 0
+    return (peak_bytes(work) - own) / 1e6
 
 
 def show(kept: dict[str, Any], console: Console) -> None:
@@ -90,9 +96,10 @@ def show(kept: dict[str, Any], console: Console) -> None:
         table.add_row(name, *row, f"{found['exponent']:.2f}")
     console.print(table)
     memory = Table(title=f"MB that the loss of {TOKENS} tokens holds at once, by vocabulary")
-    for column in ("", *kept["loss_memory_mb"]):
+    for column in ("", *map(str, VOCABULARIES)):
         memory.add_column(column, justify="right")
-    memory.add_row("here", *(f"{mb:.1f}" for mb in kept["loss_memory_mb"].values()))
-    logits = (4e-6 * TOKENS * int(vocabulary) for vocabulary in kept["loss_memory_mb"])
+    for kind, found in kept["loss_memory_mb"].items():
+        memory.add_row(kind, *(f"{mb:.1f}" for mb in found.values()))
+    logits = (4e-6 * TOKENS * vocabulary for vocabulary in VOCABULARIES)
     memory.add_row("logits alone", *(f"{mb:.1f}" for mb in logits))
     console.print(memory)
