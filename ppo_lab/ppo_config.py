@@ -131,7 +131,7 @@ class PPOConfig(PPOSection):
         if self.push_to_hub_if_best_kwargs:
             found.append(
                 "push_to_hub_if_best_kwargs: nothing is pushed while training; "
-                "save_pretrained(folder, push_to_hub=True) does at the end"
+                "PPOTrainer.push_to_hub(repo_id) does at the end"
             )
         return found
 

@@ -21,6 +21,8 @@ from tiny_models import (
     QUERIES,
     RESPONSES,
     VOCABULARY,
+    causal_lm,
+    lora_config,
     policy,
     ragged,
     step,
@@ -33,7 +35,7 @@ from tiny_runs import fuses, kill, outcome, tiny
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
-from ppo_lab import experiment
+from ppo_lab import AutoModelForCausalLMWithValueHead, experiment
 from ppo_lab.assembly import load_critic
 from ppo_lab.config import ConfigError, FunctionReward, ModelCritic, ModelReward, ModelSection
 from ppo_lab.memory import GIB, check_fits
@@ -369,6 +371,15 @@ def test_an_optimizer_without_the_critic_is_refused() -> None:
     alone = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="no parameter of the critic"):
         trainer(model, critic=classifier(), optimizer=alone)
+
+
+def test_a_policy_whose_embedding_is_adapted_may_have_a_critic() -> None:
+    """PEFT's wrapper of an embedding has no num_embeddings."""
+    peft_config = lora_config("llama", trainable_token_indices=[5, 6])
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(
+        causal_lm("llama"), peft_config=peft_config
+    )
+    assert step(trainer(model, critic=classifier()))["objective/kl"] == pytest.approx(0, abs=1e-5)
 
 
 def test_a_critic_of_fewer_tokens_is_refused() -> None:

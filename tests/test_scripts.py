@@ -22,6 +22,7 @@ from tiny_models import (
     step,
     tensors,
     tokenizer,
+    train_adapter,
     trainer,
     weights,
 )
@@ -313,6 +314,20 @@ def test_an_adapter_that_acts_in_peft_s_forward_alone_is_refused() -> None:
     adapted = get_peft_model(causal_lm("llama"), lora_config("llama", alora_invocation_tokens=[5]))
     with pytest.raises(ValueError, match="alora_invocation_tokens"):
         trainer(adapted)
+
+
+def test_layers_that_an_adapter_repeats_are_not_repeated_again() -> None:
+    twice = lora_config("llama", layer_replication=[[0, 2], [0, 2]])
+    adapted = get_peft_model(causal_lm("llama"), twice)
+    model = AutoModelForCausalLMWithValueHead(adapted)
+    train_adapter(model)  # the reference of a fresh one is the adapter off
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        before = adapted(ids).logits
+        made = trainer(model)
+        torch.testing.assert_close(adapted(ids).logits, before)
+        torch.testing.assert_close(made.model(ids)[0], before)
+    assert step(made)["objective/kl"] == pytest.approx(0.0, abs=1e-5)
 
 
 def test_the_reference_can_be_asked_for() -> None:

@@ -39,6 +39,7 @@ def make_trainer(spec: dict[str, Any]) -> PPOTrainer:
             batch_size=len(spec["prompts"]),
             mini_batch_size=spec["mini_batch_size"],
             ppo_epochs=spec["ppo_epochs"],
+            max_grad_norm=1.0,  # as a run has it
             seed=spec["seed"],
             **spec.get("ppo", {}),
         ),
