@@ -52,7 +52,7 @@ from ppo_lab.processes.alone import Alone, joined
 from ppo_lab.processes.launch import shared
 from ppo_lab.record import to_stderr, write_summary
 from ppo_lab.resume import check_new, differences, record_again, resume_command, run_folder
-from ppo_lab.rewards import build_reward
+from ppo_lab.rewards import build_reward, check_columns
 from ppo_lab.rewards.scoring import RewardError
 from ppo_lab.run_lock import alone_in
 from ppo_lab.run_state import RECORD, read_summary
@@ -251,8 +251,9 @@ def build(
             max_prompt_tokens=longest_prompt(config),
             seed=config.seed,
         )
+        check_columns(config.reward, prompts.train.columns)
         reward = build_reward(config.reward, device=device, processes=processes)
-        reward.check_columns(prompts.train.columns)
+        reward.check_prompts([*prompts.train.texts, *prompts.held_out.texts])
         policy = load_policy(config, tokenizer, device)
         start = identity(prompts.train, policy)
     trainer = make_trainer(config, policy, tokenizer, reward, device, processes)

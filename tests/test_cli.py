@@ -287,7 +287,7 @@ def test_a_misspelt_flag_is_answered_with_the_right_one(tmp_path):
 
 
 def test_a_function_takes_keyword_arguments_of_any_name():
-    function = ["reward=function", "reward.target=math:sin"]
+    function = ["reward=function", "reward.target=tiny_runs:variety"]
     assert reader().problems([*function, "+reward.kwargs={x: 1}", "+reward.kwargs.y=[1,2]"]) == []
     (line,) = reader().problems([*function, "reward.kwargs.x=1"])
     assert line.endswith("a new entry needs a +: +reward.kwargs.x=1")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_runs import tiny
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as token_models
 from transformers import (
@@ -39,7 +40,8 @@ from ppo_lab.config import (
     WeightedReward,
 )
 from ppo_lab.errors import ConfigError
-from ppo_lab.rewards import RewardError, build_reward, problems
+from ppo_lab.experiment import build
+from ppo_lab.rewards import RewardError, build_reward, check_columns, problems
 from ppo_lab.rewards.classifier import Classifier
 from ppo_lab.rewards.conversation import joined
 from ppo_lab.rewards.function import FunctionScorer, within
@@ -203,14 +205,15 @@ def test_a_function_is_called_as_trl_calls_it(functions: ModuleType) -> None:
 
 
 def test_a_function_may_change_what_it_is_shown(functions: ModuleType) -> None:
-    def grow(prompts: list[Any], tags: list[list[str]]) -> list[float]:
+    def grow(prompts: list[Any], tags: list[list[str]], words: list[str]) -> list[float]:
         prompts[0].append({"role": "assistant", "content": "x"})
         tags[0].append("x")
-        return [float(len(prompts[0]) + len(tags[0]))]
+        words.append("x")
+        return [float(len(prompts[0]) + len(tags[0]) + len(words))]
 
-    scorer, chat, tags = function_reward(functions, grow), [dict(CHAT[0])], ["a"]
+    scorer, chat, tags = function_reward(functions, grow, kwargs={"words": []}), [*CHAT], ["a"]
     for _ in range(2):
-        assert scorer([chat], ["yo"], tags=[tags]).total.tolist() == [4.0]
+        assert scorer([chat], ["yo"], tags=[tags]).total.tolist() == [5.0]
     assert (len(chat), tags) == (1, ["a"])
 
 
@@ -220,12 +223,80 @@ def test_a_column_may_have_any_name(functions: ModuleType) -> None:
 
 
 def test_what_a_function_lacks_is_said_before_anything_is_scored(functions: ModuleType) -> None:
-    scorer = function_reward(functions, lambda completions, completion_ids, answer: [1.0])
-    assert scorer.reads_ids
-    scorer.check_columns(["answer"])
-    with pytest.raises(RewardError, match="needs the argument 'answer'"):
-        scorer.check_columns(["label"])
+    functions.reward = lambda completions, completion_ids, answer: [1.0]
+    one = FunctionReward(target="rewards_of_the_test:reward")
+    # A reward model of the mixture is not even looked for.
+    mixed = WeightedReward(parts={"model": ModelReward(path="nobody/nothing"), "own": one})
+    for section in (one, mixed):
+        check_columns(section, ["answer"])
+        with pytest.raises(RewardError, match="needs the argument 'answer'"):
+            check_columns(section, ["label"])
+
+
+def test_only_functions_that_take_the_ids_ask_for_them(functions: ModuleType) -> None:
+    assert function_reward(functions, lambda completions, completion_ids: [1.0]).reads_ids
+    assert function_reward(functions, lambda **columns: [1.0]).reads_ids
     assert not function_reward(functions, lambda completions: [1.0]).reads_ids
+
+
+class Asynchronous:
+    async def __call__(self, completions: list[str]) -> list[float]:
+        return [1.0]
+
+
+@pytest.mark.parametrize(
+    ("reward", "kwargs", "message"),
+    [
+        (lambda prompts, completions, /: [1.0], {}, "takes 'prompts' by position alone"),
+        (lambda prompts, size=1: [1.0], {"sise": 2}, r"no argument 'sise', .*mean 'size'\?"),
+        (Asynchronous(), {}, "is an async function"),
+    ],
+)
+def test_a_function_that_its_arguments_do_not_fit_is_refused_before_anything_runs(
+    functions: ModuleType, reward: Any, kwargs: dict[str, Any], message: str
+) -> None:
+    functions.reward = reward
+    section = FunctionReward(target="rewards_of_the_test:reward", kwargs=kwargs)
+    (problem,) = problems(section)
+    assert re.search(rf"^reward\.target=rewards_of_the_test:reward: it .*{message}", problem)
+    with pytest.raises(RewardError, match=message):
+        build_reward(section, device="cpu")
+
+
+def test_arguments_that_have_a_default_by_position_alone_are_left_alone(
+    functions: ModuleType,
+) -> None:
+    def reward(size: float = 2.0, /, *, completions: list[str], bonus: float) -> list[float]:
+        return [size + bonus for _ in completions]
+
+    scorer = function_reward(functions, reward, kwargs={"bonus": 1.0})
+    assert scorer(["p"], ["a"], size=[9.0]).total.tolist() == [3.0]
+
+
+def test_a_run_asks_for_columns_before_it_loads_a_model(
+    functions: ModuleType, tmp_path: Path
+) -> None:
+    functions.reward = lambda completions, answer: [1.0]
+    own = FunctionReward(target="rewards_of_the_test:reward")
+    parts = {"model": ModelReward(path="nobody/nothing"), "own": own}
+    config = tiny(tmp_path, reward=WeightedReward(parts=parts))
+    with pytest.raises(RewardError, match="needs the argument 'answer'"):
+        build(config, tmp_path)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"max_completion_len": 9, "soft_punish_cache": 3}])
+def test_what_makes_a_reward_function_is_none_itself(kwargs: dict[str, Any]) -> None:
+    section = FunctionReward(target="trl.rewards:get_soft_overlong_punishment", kwargs=kwargs)
+    message = r"takes max_completion_len, .*, nothing of a sample .*in a module of your own"
+    with pytest.raises(RewardError, match=message):
+        check_columns(section, ["answer"])
+
+
+def test_a_function_in_place_of_scores_is_to_be_named_itself() -> None:
+    with pytest.raises(RewardError, match=r"returned builtin_function.*in a module of your own"):
+        checked_scores("r", len, ["p"], ["a"])
+    with pytest.raises(RewardError, match=r"one number a sample\.$"):
+        checked_scores("r", 1.0, ["p"], ["a"])
 
 
 def test_trls_own_reward_functions_work_as_they_are() -> None:
@@ -387,7 +458,10 @@ def test_a_wrong_return_of_a_function_names_the_reward(functions: ModuleType) ->
         ("math:pi", "it is float, not a function"),
         ("asyncio:sleep", "async function"),
         ("collections:Counter", "it is a class; name an instance of it"),
-        ("./rewards/my.py:f", r"name the module without its path: my:f, in the folder of it"),
+        ("./rewards/my.py:f", r"without a path, my:f, and start in the folder it lies in"),
+        ("rewards\\my.py:f", r"without a path, my:f, and"),
+        ("my.py:f", r"without a path, my:f, and"),
+        ("..rewards.my:f", r"without a path, rewards\.my:f, and"),
     ],
 )
 def test_a_target_that_is_no_function_is_refused_before_anything_runs(
@@ -662,6 +736,37 @@ def test_a_template_that_refuses_a_chat_is_an_error_with_the_chat() -> None:
         scorer([CHAT], ["yo"])
 
 
+def test_a_template_is_tried_on_all_orders_of_roles_before_anything_is_scored(
+    tmp_path: Path,
+) -> None:
+    gemma = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}{{ m['content'] }}"
+        "{% endfor %}"
+    )
+    tiny_classifier("llama").save_pretrained(tmp_path)
+    byte_tokenizer(template=gemma).save_pretrained(tmp_path)
+    prompts = ["a text", CHAT, CHAT, [{"role": "system", "content": "Be kind."}, *CHAT]]
+    for choice in ("auto", "never"):
+        section = ModelReward(path=str(tmp_path), chat_template=choice)
+        reward = build_reward(WeightedReward(parts={"model": section}), device="cpu")
+        reward.check_prompts(prompts[:3])
+        if choice == "auto":
+            with pytest.raises(RewardError, match=r"refuses .*Be kind.*: System role not"):
+                reward.check_prompts(prompts)
+        else:
+            reward.check_prompts(prompts)
+
+
+def test_a_run_tries_a_reward_model_s_template_before_it_samples(tmp_path: Path) -> None:
+    refusing = byte_tokenizer(template="{{ raise_exception('no texts of one message') }}")
+    tiny_classifier("llama").save_pretrained(tmp_path / "reward")
+    refusing.save_pretrained(tmp_path / "reward")
+    section = ModelReward(path=str(tmp_path / "reward"), chat_template="always")
+    with pytest.raises(RewardError, match=r"refuses .*: no texts of one message"):
+        build(tiny(tmp_path, reward=section), tmp_path)
+
+
 def test_a_reward_model_without_template_reads_a_chat_as_plain_text() -> None:
     scorer = Classifier(tiny_classifier("llama"), byte_tokenizer())
     torch.testing.assert_close(scorer([CHAT], ["yo"]), scorer(["hi\n"], ["yo"]))
@@ -685,6 +790,12 @@ def test_texts_beyond_learned_positions_are_refused() -> None:
         Classifier(model, byte_tokenizer(), max_length=65)
     Classifier(model, byte_tokenizer(), max_length=64)
     Classifier(tiny_classifier("llama"), byte_tokenizer(), max_length=10**5)
+    with pytest.raises(RewardError, match=r"reward\.max_length=65: .*use at most 64"):
+        Classifier(tiny_classifier("mpt"), byte_tokenizer(), max_length=65)
+    shorter = byte_tokenizer()
+    shorter.model_max_length = 32  # cuts where nothing is asked, and is no bound of the model's
+    assert Classifier(model, shorter).max_length == 32
+    assert Classifier(model, shorter, max_length=64)(["x" * 80], ["y"]).isfinite().all()
 
 
 def test_a_tokenizer_of_another_model_is_refused(assets: Path) -> None:

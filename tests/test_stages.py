@@ -21,7 +21,7 @@ from ppo_lab.stages.config import (
     SFTConfig,
     SFTDataSection,
 )
-from ppo_lab.stages.examples import check_template, data_problems, read_rows, split_rows
+from ppo_lab.stages.examples import chat_template, data_problems, read_rows, split_rows
 from ppo_lab.stages.jobs import problems, run_reward_model, run_sft
 
 CHAT = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
@@ -43,19 +43,19 @@ def test_the_format_follows_from_the_columns(tmp_path: Path) -> None:
     ):
         path = write(tmp_path, [row])
         wanted = row if "completion" not in row else {k: row[k] for k in ("prompt", "completion")}
-        assert read_rows(SFTDataSection(path=path), chats=True, seed=0) == [wanted]
+        assert read_rows(SFTDataSection(path=path), render=str, seed=0) == [wanted]
 
 
 def test_a_chat_stays_a_chat_or_becomes_lines_of_text(tmp_path: Path) -> None:
     section = SFTDataSection(path=write(tmp_path, [{"messages": CHAT}]))
-    assert read_rows(section, chats=True, seed=0) == [{"messages": CHAT}]
-    assert read_rows(section, chats=False, seed=0) == [{"text": "Hi?\nYes."}]
+    assert read_rows(section, render=str, seed=0) == [{"messages": CHAT}]
+    assert read_rows(section, render=None, seed=0) == [{"text": "Hi?\nYes."}]
 
 
 def test_compared_chats_become_text_as_rewards_read_them(tmp_path: Path) -> None:
     row = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": "No."}
     section = PairDataSection(path=write(tmp_path, [row]))
-    assert read_rows(section, chats=False, seed=0) == [
+    assert read_rows(section, render=None, seed=0) == [
         {"prompt": "Hi?\n", "chosen": "Yes.", "rejected": "No."}
     ]
 
@@ -66,13 +66,17 @@ def test_answers_that_are_whole_conversations_lose_their_prompt(tmp_path: Path) 
     for prompt in ("Hi?", CHAT[:1]):
         row = {"prompt": prompt, "chosen": CHAT, "rejected": other}
         section = PairDataSection(path=write(tmp_path, [row]))
-        (found,) = read_rows(section, chats=True, seed=0)
+        (found,) = read_rows(section, render=str, seed=0)
         assert found == {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": other[1:]}
     strange = [{"role": "user", "content": "Ho?"}, *CHAT[1:]]
-    row = {"prompt": "Hi?", "chosen": CHAT, "rejected": strange}
-    section = PairDataSection(path=write(tmp_path, [row]))
-    with pytest.raises(ConfigError, match="row 1: the rejected answer does not go on from its"):
-        read_rows(section, chats=True, seed=0)
+    for answer, problem in (
+        (strange, "does not go on from its prompt"),
+        (CHAT[:1], "does not go on from its prompt"),
+    ):
+        row = {"prompt": "Hi?", "chosen": CHAT, "rejected": answer}
+        section = PairDataSection(path=write(tmp_path, [row]))
+        with pytest.raises(ConfigError, match=f"row 1: the rejected answer {problem}"):
+            read_rows(section, render=str, seed=0)
 
 
 def test_texts_and_chats_are_not_mixed(tmp_path: Path) -> None:
@@ -80,29 +84,46 @@ def test_texts_and_chats_are_not_mixed(tmp_path: Path) -> None:
     rows.append({"prompt": CHAT[:1], "completion": "b"})
     section = SFTDataSection(path=write(tmp_path, rows))
     with pytest.raises(ConfigError, match="row 3 is a chat, and those before it are not"):
-        read_rows(section, chats=True, seed=0)
-    assert len(read_rows(section, chats=False, seed=0)) == 3
+        read_rows(section, render=str, seed=0)
+    assert len(read_rows(section, render=None, seed=0)) == 3
 
 
-def test_a_template_that_refuses_a_chat_is_named_with_it() -> None:
+def test_a_row_whose_chat_a_template_refuses_is_named(tmp_path: Path) -> None:
     words = tokenizer()
     words.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'system' %}"
         "{{ raise_exception('System role not supported') }}{% endif %}"
         "{{ m['content'] }}{% endfor %}"
     )
-    check_template([{"messages": CHAT}, {"text": "a"}], words)
-    pair = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": "No."}
-    check_template([pair], words)
+    render = chat_template(words)
     system = [{"role": "system", "content": "Be kind."}, *CHAT]
-    with pytest.raises(ConfigError, match=r"refuses the chat .*Be kind.*: System role not"):
-        check_template([{"messages": system}], words)
+    pair = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": "No."}
+    for rows, kind, part in (
+        ([{"messages": CHAT}] * 3 + [{"messages": system}], SFTDataSection, "messages"),
+        ([pair] * 3 + [{**pair, "prompt": system[:2]}], PairDataSection, "prompt"),
+    ):
+        section = kind(path=write(tmp_path, rows))
+        with pytest.raises(ConfigError, match=rf"row 4: .*refuses its {part}: System role not"):
+            read_rows(section, render=render, seed=0)
+        assert len(read_rows(section, render=None, seed=0)) == 4
+        write(tmp_path, rows[:3])
+        assert len(read_rows(section, render=render, seed=0)) == 3
+
+
+def test_answers_are_rendered_behind_their_prompt(tmp_path: Path) -> None:
+    words, row = tokenizer(), {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": "No."}
+    words.chat_template = (
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+    )
+    section = PairDataSection(path=write(tmp_path, [row]))
+    assert len(read_rows(section, render=chat_template(words), seed=0)) == 1
+    assert chat_template(tokenizer()) is None
 
 
 def test_a_row_without_text_is_named(tmp_path: Path) -> None:
     section = SFTDataSection(path=write(tmp_path, [{"text": "a"}, {"text": None}]))
     with pytest.raises(ConfigError, match="row 2 of column text"):
-        read_rows(section, chats=True, seed=0)
+        read_rows(section, render=str, seed=0)
 
 
 def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path) -> None:

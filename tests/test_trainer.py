@@ -30,8 +30,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ppo_lab.clock import Clock
+from ppo_lab.config import LengthReward
 from ppo_lab.core import KL_PENALTIES
+from ppo_lab.evaluation import Evaluator
 from ppo_lab.metrics import METRICS, known_metrics
+from ppo_lab.rewards.function import FunctionScorer
+from ppo_lab.rewards.lexical import length_scorer
+from ppo_lab.rewards.scoring import WeightedSum
 from ppo_lab.rollout import Sampling
 from ppo_lab.scaling import RunningMoments, scale_scores
 from ppo_lab.types import Prompts, Scores, brought_together, packed, tensors_of, unpacked
@@ -209,6 +214,26 @@ def test_an_answer_that_its_prompt_begins_is_shown_to_rewards_as_a_whole() -> No
         " w25 w26 w27 w28 w29",
         " w30 w31",
     ]
+
+
+def test_functions_are_shown_the_ids_of_responses_in_training_and_in_evaluations() -> None:
+    seen: list[tuple[list[str], list[list[int]]]] = []
+
+    def long(completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+        seen.append((completions, completion_ids))
+        return [float(len(row)) for row in completion_ids]
+
+    words = length_scorer(LengthReward(), device="cpu")
+    parts = {"long": (1.0, FunctionScorer(long, name="long")), "words": (1.0, words)}
+    made = running(reward=WeightedSum("mix", parts=parts))
+    made.iteration(PROMPTS)
+    assert made.latest is not None
+    assert seen[0][1] == made.latest[1].response_lists()
+    found = Evaluator(made, PROMPTS[:4], sampling=SAMPLING, seed=0, kept=2)()
+    assert found.metrics["reward/long"] == found.metrics["response_length"]
+    assert [len(texts) for texts, _ in seen] == [16, 4, 2]
+    for texts, ids in seen:
+        assert [made.decode(row).split() for row in ids] == [text.split() for text in texts]
 
 
 def test_the_score_is_on_the_last_token_whether_or_not_it_is_an_end() -> None:

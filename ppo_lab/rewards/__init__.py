@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ppo_lab.rewards.checks import kind, problems
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Sequence
 
     from ppo_lab.rewards.scoring import RewardError as RewardError
     from ppo_lab.rewards.scoring import Scorer
     from ppo_lab.types import Scores
 
-__all__ = ["Reward", "RewardError", "build_reward", "problems"]
+__all__ = ["Reward", "RewardError", "build_reward", "check_columns", "problems"]
 
 
 class Reward(Protocol):
@@ -40,9 +40,26 @@ class Reward(Protocol):
         """The scores of these completions."""
         ...
 
-    def check_columns(self, columns: Iterable[str]) -> None:
-        """Refuse a function that needs a column which the data do not have."""
+    def check_prompts(self, prompts: Sequence[Any]) -> None:
+        """Refuse prompts that a reward model cannot read."""
         ...
+
+
+def check_columns(section: Any, columns: Collection[str]) -> None:
+    """Nothing, where every function of a reward can be called with these columns of the data; no
+    reward model is loaded.
+
+    Raises:
+        RewardError: a function needs another one.
+    """
+    from ppo_lab.rewards.function import function_scorer
+
+    if kind(section) == "weighted":
+        for part in section.parts.values():
+            check_columns(part, columns)
+    elif kind(section) == "function":
+        given = ("prompts", "completions", "completion_ids", *columns)
+        function_scorer(section, device="cpu").check_columns(given)
 
 
 def build_reward(section: Any, *, device: str, processes: Any = None) -> Reward:

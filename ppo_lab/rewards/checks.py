@@ -59,7 +59,7 @@ def _function(section: Any, key: str) -> list[str]:
     if not section.target:
         return [f"{key}.target: name the function, as package.module:callable."]
     try:
-        find_target(section.target)
+        find_target(section.target, list(section.kwargs))
     except TargetError as error:
         return [f"{key}.target={section.target}: {error}"]
     return []

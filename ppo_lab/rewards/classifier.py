@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ppo_lab.rewards.loading import load_classifier, load_reward_tokenizer
 from ppo_lab.rewards.scoring import RewardError, Scorer
 
 # What transformers calls the table that positions are looked up in, where there is one.
-LEARNED_POSITIONS = ("position_embeddings", "wpe", "embed_positions")
+LEARNED_POSITIONS = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
 
 
 def model_scorer(section: Any, *, device: str, processes: Alone | None = None) -> Scorer:
@@ -150,6 +150,17 @@ class Classifier:
             rows = order[start : start + self.batch_size]
             scores[rows] = self.call(self._forward, [ids[i] for i in rows])
         return scores
+
+    def check_prompts(self, prompts: Sequence[Any]) -> None:
+        """Nothing, where the chat template takes prompts like these, one of each order of roles.
+
+        Raises:
+            RewardError: it refuses one.
+        """
+        chats = [prompt for prompt in prompts if self._as_chat(prompt)]
+        orders = {tuple(m.get("role") for m in as_chat(prompt, "")): prompt for prompt in chats}
+        for prompt in orders.values():
+            self._chat_text(prompt, "a")
 
     def _encode(self, prompt: Any, completion: str) -> list[int]:
         """The token ids that stand for one sample."""
@@ -338,7 +349,8 @@ def _refuse_positions(model: Any, max_length: int) -> None:
         isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in LEARNED_POSITIONS
         for name, module in model.named_modules()
     )
-    if learned and longest and max_length > longest:
+    bounded = learned or hasattr(model.config, "max_seq_len")  # to which MPT builds its ALiBi
+    if bounded and longest and max_length > longest:
         raise RewardError(
             f"reward.max_length={max_length}: the reward model has positions for {longest} tokens; "
             f"use at most {longest}, or 0."

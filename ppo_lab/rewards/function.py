@@ -13,21 +13,21 @@ from typing import Any
 import torch
 
 from ppo_lab.rewards.conversation import answer, is_chat
-from ppo_lab.rewards.scoring import RewardError, Scorer, describe
-from ppo_lab.rewards.targets import TargetError, find_target
+from ppo_lab.rewards.scoring import RewardError, describe
+from ppo_lab.rewards.targets import TargetError, find_target, keywords, parameters
 
 log = logging.getLogger(__name__)
 
 
-def function_scorer(section: Any, *, device: str) -> Scorer:
+def function_scorer(section: Any, *, device: str) -> FunctionScorer:
     """The function at `target`, with the section's keyword arguments, time limit and further
     attempts.
 
     Raises:
-        RewardError: there is no such function.
+        RewardError: there is no such function, or it cannot be called with these arguments.
     """
     try:
-        function = find_target(section.target)
+        function = find_target(section.target, list(section.kwargs))
     except TargetError as error:
         raise RewardError(f"reward.target={section.target}: {error}") from error
     return FunctionScorer(
@@ -126,7 +126,7 @@ class FunctionScorer:
 
     def _once(self, arguments: dict[str, Any]) -> Any:
         # Copies: what a function changes of a chat would stay in the prompts.
-        accepted = {**copy.deepcopy(self._accepted(arguments)), **self.kwargs}
+        accepted = copy.deepcopy({**self._accepted(arguments), **self.kwargs})
 
         def call() -> Any:
             with torch.no_grad(), exits_as_errors():
@@ -136,10 +136,9 @@ class FunctionScorer:
 
     def _accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments that the function takes."""
-        parameters = _parameters(self.function)
-        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        names = keywords(self.function)
+        if names is None:
             return arguments
-        names = {p.name for p in parameters}
         return {name: value for name, value in arguments.items() if name in names}
 
     @property
@@ -151,11 +150,20 @@ class FunctionScorer:
         """Nothing, where these arguments and `kwargs` are all that the function needs.
 
         Raises:
-            RewardError: naming the argument that the data set cannot give.
+            RewardError: naming the argument that the data set cannot give, or it takes none that
+                differs from sample to sample.
         """
-        given = {*columns, *self.kwargs}
+        shown = set(columns) - set(self.kwargs)
+        if not self._accepted(dict.fromkeys(shown)):
+            taken = ", ".join(keywords(self.function) or ["no argument"])
+            raise RewardError(
+                f"reward function {self.name} takes {taken}, nothing of a sample (there are: "
+                f"{', '.join(sorted(shown))}); name its arguments so, or, if it makes a reward "
+                "function, call it in a module of your own and name what it returns."
+            )
+        given = shown | set(self.kwargs)
         variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        for parameter in _parameters(self.function):
+        for parameter in parameters(self.function):
             needed = parameter.default is parameter.empty and parameter.kind not in variadic
             if needed and parameter.name not in given:
                 raise RewardError(
@@ -221,11 +229,3 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
     if "result" not in outcome:
         raise TimeoutError(f"no answer within {seconds:g} s (reward.timeout); it was given up.")
     return outcome["result"]
-
-
-def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The parameters of a callable; those of one without a readable signature: any keyword."""
-    try:
-        return list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
-        return [inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,16 +64,15 @@ class WeightedSum:
         """Whether a part takes `completion_ids`, the responses' token ids."""
         return any(getattr(scorer, "reads_ids", False) for _, scorer in self._parts.values())
 
-    def check_columns(self, columns: Iterable[str]) -> None:
-        """Nothing, where every part can be called with these columns of the data.
+    def check_prompts(self, prompts: Sequence[Any]) -> None:
+        """Nothing, where every part can read prompts like these.
 
         Raises:
-            RewardError: a function needs another one.
+            RewardError: a reward model's chat template refuses one.
         """
-        given = ("prompts", "completions", "completion_ids", *columns)
         for _, scorer in self._parts.values():
-            if hasattr(scorer, "check_columns"):
-                scorer.check_columns(given)
+            if hasattr(scorer, "check_prompts"):
+                scorer.check_prompts(prompts)
 
     def _scores(
         self,
@@ -150,9 +149,10 @@ def _as_list(name: str, scores: Any) -> list[Any]:
         scores = scores.tolist()
     if isinstance(scores, (list, tuple)):
         return list(scores)
+    made = " What it returned can be called: name that, in a module of your own, as the function."
     raise RewardError(
         f"reward {name!r}: it returned {type(scores).__name__} ({_shortened(repr(scores))}); "
-        "it must return a list with one number a sample."
+        f"it must return a list with one number a sample.{made if callable(scores) else ''}"
     )
 
 

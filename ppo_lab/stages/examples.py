@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from ppo_lab.stages.config import PairDataSection, SFTDataSection
 from ppo_lab.tables import Columns, column_names, find_file, read_file, require_column
 
 Row = dict[str, Any]
+Render = Callable[[list[Row]], Any]
 
 
 def sft_columns(section: SFTDataSection, names: Sequence[str]) -> dict[str, str]:
@@ -52,14 +54,17 @@ def data_problems(section: SFTDataSection | PairDataSection) -> list[str]:
     return []
 
 
-def read_rows(section: SFTDataSection | PairDataSection, *, chats: bool, seed: int) -> list[Row]:
+def read_rows(
+    section: SFTDataSection | PairDataSection, *, render: Render | None, seed: int
+) -> list[Row]:
     """The rows of a file under TRL's names, in an order drawn by `seed`, `limit` of them at most.
 
-    Where the tokenizer has no chat template (`chats` False), a chat becomes text: its messages on
-    lines of their own.
+    `render` is the tokenizer's chat template. Where it has none, a chat becomes text: its messages
+    on lines of their own.
 
     Raises:
-        ConfigError: the file cannot be read, is empty, or a row holds neither texts nor chats.
+        ConfigError: the file cannot be read, is empty, or a row holds neither texts nor chats, or a
+            chat that the template refuses.
     """
     file = find_file(section.path)
     names = tuple(v for k, v in vars(section).items() if k.endswith("_column"))
@@ -71,38 +76,41 @@ def read_rows(section: SFTDataSection | PairDataSection, *, chats: bool, seed: i
     if not rows:
         raise ConfigError(f"data.path={section.path}: the file has no rows.")
     kinds = [any(map(is_chat, row.values())) for row in rows]
-    if chats and any(kinds) and not all(kinds):
+    if render and any(kinds) and not all(kinds):
         raise ConfigError(
             f"data.path={section.path}: row {kinds.index(not kinds[0]) + 1} is "
             f"{'a text' if kinds[0] else 'a chat'}, and those before it are not; make all of them "
             "chats, or texts."
         )
     order = np.random.default_rng((seed, 0)).permutation(len(rows))[: section.limit or None]
-    chosen = [rows[i] for i in order.tolist()]
-    return chosen if chats else [_as_plain(row) for row in chosen]
+    if render is None:
+        return [_as_plain(rows[i]) for i in order.tolist()]
+    for i in sorted(order.tolist()):
+        _check_template(rows[i], render, f"data.path={section.path}: row {i + 1}")
+    return [rows[i] for i in order.tolist()]
 
 
-def check_template(rows: Sequence[Row], tokenizer: Any) -> None:
-    """Nothing, where the tokenizer's template takes every chat of these rows.
+def chat_template(tokenizer: Any) -> Render | None:
+    """What makes a text of a chat; None where the tokenizer has no template."""
+    if not tokenizer.chat_template:
+        return None
+    return partial(tokenizer.apply_chat_template, tokenize=False)
 
-    Raises:
-        ConfigError: naming one that it refuses, and why.
-    """
+
+def _check_template(row: Row, render: Render, where: str) -> None:
+    """Refuse a row with a chat that the template does not take."""
     from jinja2 import TemplateError
 
-    for row in rows:
-        prompt = row.get("prompt", [])
-        for name, value in row.items():
-            if not is_chat(value):
-                continue
-            chat = value if name in ("prompt", "messages") else [*prompt, *value]
-            try:
-                tokenizer.apply_chat_template(chat, tokenize=False)
-            except (TemplateError, TypeError, ValueError) as error:
-                raise ConfigError(
-                    f"data: the tokenizer's chat template refuses the chat {str(chat)[:60]!r}: "
-                    f"{brief(error)}"
-                ) from error
+    prompt = row.get("prompt", [])
+    for name, value in row.items():
+        if not is_chat(value):
+            continue
+        try:
+            render(value if name in ("prompt", "messages") else [*prompt, *value])
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{where}: the tokenizer's chat template refuses its {name}: {brief(error)}"
+            ) from error
 
 
 def split_rows(rows: list[Row], held_out: float) -> tuple[list[Row], list[Row]]:

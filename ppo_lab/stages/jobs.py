@@ -17,7 +17,7 @@ from ppo_lab.on_disk import unwritable
 from ppo_lab.record import brief
 from ppo_lab.rules import device_problem, illegal_values, matches, model_folder
 from ppo_lab.stages.config import RewardModelConfig, SFTConfig, StageSection
-from ppo_lab.stages.examples import check_template, data_problems, read_rows, split_rows
+from ppo_lab.stages.examples import chat_template, data_problems, read_rows, split_rows
 from ppo_lab.typed import shell_override
 
 UNREAD_OF_MODEL = ("model.torch_compile", "model.fast_layers", "model.cuda_graphs")
@@ -146,8 +146,7 @@ class _Parts:
         self.dtype = chosen if config.lora.r else torch.float32
         self.model_section = _resolved(config.model)
         self.tokenizer = load_tokenizer(self.model_section)
-        rows = read_rows(config.data, chats=bool(self.tokenizer.chat_template), seed=config.seed)
-        check_template(rows, self.tokenizer)
+        rows = read_rows(config.data, render=chat_template(self.tokenizer), seed=config.seed)
         self.train, self.held_out = split_rows(rows, config.data.held_out)
         if self.tokenizer.eos_token is None:
             raise ConfigError(
