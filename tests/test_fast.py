@@ -42,8 +42,8 @@ from ppo_lab.models.fast.elementwise import ACTIVATIONS, LARGE, normed, rotated,
 from ppo_lab.models.fast.kernels import Kernels
 from ppo_lab.models.fast.places import LastColumns, Places
 from ppo_lab.models.fast.products import Linear, is_plain, product, wide_product
-from ppo_lab.models.fast.sweep import TILE, swept_logprobs
-from ppo_lab.models.logprobs import Head, from_logits, token_logprobs
+from ppo_lab.models.fast.sweep import TILE, Curve, swept_logprobs, swept_twice
+from ppo_lab.models.logprobs import Head, from_logits, token_logprobs, walks_twice
 from ppo_lab.models.lora import wrap_lora
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.models.reference import Reference
@@ -749,32 +749,116 @@ def test_a_turn_pairs_the_halves_and_is_undone_by_its_gradient() -> None:
     assert torch.autograd.gradcheck(lambda z: rotated(z, cos, sin, 2), (x,))
 
 
-@pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("scale", [1.0, 1.7])
-@pytest.mark.parametrize("biased", [False, True])
-def test_one_sweep_gives_log_softmax_and_its_gradient(scale: float, biased: bool) -> None:
+CURVES = (Curve(), Curve(scale=1.7, temperature=0.8), Curve(1.7, softcap=3.0, temperature=0.8))
+
+
+def head_of(vocabulary: int, *, biased: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     torch.manual_seed(0)
+    weight = (torch.randn(vocabulary, 24) * 0.3).requires_grad_()
+    return weight, torch.randn(vocabulary, requires_grad=True) if biased else None
+
+
+def plain_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, curve: Curve
+) -> torch.Tensor:
+    z = torch.nn.functional.linear(hidden, weight, bias) * curve.scale
+    z = curve.softcap * torch.tanh(z / curve.softcap) if curve.softcap else z
+    return z / curve.temperature
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_one_sweep_gives_log_softmax_and_its_gradient(curve: Curve, biased: bool) -> None:
     vocabulary = 2 * TILE + 17
-    weight, bias = torch.randn(vocabulary, 24) * 0.3, torch.randn(vocabulary) if biased else None
+    weight, bias = head_of(vocabulary, biased=biased)
     targets = torch.tensor([0, TILE, vocabulary - 1, 5, 5])
     hidden = torch.randn(5, 24, requires_grad=True)
-    ours = swept_logprobs(hidden, weight, bias, targets, scale=scale)
+    ours = swept_logprobs(hidden, weight, bias, targets, curve)
     assert ours is not None
     (mine,) = torch.autograd.grad((ours * torch.arange(5)).sum(), hidden)
-    logits = torch.nn.functional.linear(hidden, weight, bias) * scale
+    logits = plain_logits(hidden, weight, bias, curve)
     plain = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     (theirs,) = torch.autograd.grad((plain * torch.arange(5)).sum(), hidden)
     assert_close(ours, plain, atol=2e-5, rtol=1e-5)
     assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
 
 
-def test_a_sweep_that_overflows_gives_way_to_the_plain_road() -> None:
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("factors", [(1.0, None), (1.0, 0.3), (0.0, 1.0)])
+def test_two_sweeps_give_the_gradients_of_a_trained_head_and_of_entropies(
+    curve: Curve, biased: bool, factors: tuple[float, float | None]
+) -> None:
+    vocabulary = 2 * TILE + 17
+    weight, bias = head_of(vocabulary, biased=biased)
+    targets = torch.tensor([0, TILE, vocabulary - 1, 5, 5])
+    hidden = torch.randn(5, 24, requires_grad=True)
+    leaves = [x for x in (hidden, weight, bias) if x is not None]
+    of_logprob, of_entropy = factors
+    found = swept_twice(hidden, weight, bias, targets, curve, entropy=of_entropy is not None)
+    assert found is not None
+    logs = plain_logits(hidden, weight, bias, curve).log_softmax(-1)
+    plain = logs.gather(1, targets[:, None]).squeeze(1), -(logs.exp() * logs).sum(-1)
+    weights, losses = torch.arange(1.0, 6.0), []
+    for logprobs, entropies in (found, plain):
+        loss = (of_logprob * logprobs * weights).sum()
+        if of_entropy is not None:
+            loss = loss + (of_entropy * entropies * weights.flip(0)).sum()
+        losses.append(loss)
+    assert_close(found[0], plain[0], atol=2e-5, rtol=1e-5)
+    if of_entropy is None:
+        assert found[1] is None
+    else:
+        assert_close(found[1], plain[1], atol=2e-5, rtol=1e-5)
+    ours, theirs = (torch.autograd.grad(loss, leaves) for loss in losses)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert_close(mine, other, atol=3e-5, rtol=1e-4)
+
+
+def test_of_a_trained_head_only_what_is_trained_gets_a_gradient() -> None:
+    hidden, targets = torch.randn(3, 24), torch.tensor([1, 2, 3])
+    for frozen in (0, 1):
+        weight, bias = head_of(TILE + 3, biased=True)
+        assert bias is not None
+        (weight, bias)[frozen].requires_grad_(False)
+        found = swept_twice(hidden, weight, bias, targets, Curve())
+        assert found is not None
+        found[0].sum().backward()
+        assert [p.grad is None for p in (weight, bias)] == [frozen == 0, frozen == 1]
+
+
+def test_a_trained_half_precision_head_is_walked_as_its_products_are() -> None:
+    torch.manual_seed(0)
+    weight = (torch.randn(2**13, 32) * 0.2).bfloat16().requires_grad_()
+    hidden = torch.randn(600, 32).bfloat16().requires_grad_()
+    targets = torch.randint(2**13, (600,))
+    assert walks_twice(Head(weight), 600)
+    ours, _ = token_logprobs(hidden, Head(weight), targets, temperature=1.0)
+    mine = torch.autograd.grad(ours.sum(), (hidden, weight))
+    logits = torch.nn.functional.linear(hidden.double(), weight.double())
+    plain = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    theirs = torch.autograd.grad(plain.sum(), (hidden, weight))
+    assert_close(ours.double(), plain, atol=0.05, rtol=0.01)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert float((a.double() - b.double()).norm() / b.double().norm()) < 0.01
+
+
+def test_a_sweep_that_overflows_gives_way_to_the_plain_road(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weight = torch.zeros(2**16, 4)
     weight[7] = 100.0
     hidden, targets = torch.ones(2, 4), torch.tensor([3, 7])
     with torch.no_grad():
-        assert swept_logprobs(hidden, weight, None, targets, scale=1.0) is None
+        assert swept_logprobs(hidden, weight, None, targets, Curve()) is None
         logprobs, _ = token_logprobs(hidden, Head(weight), targets, temperature=1.0)
+    assert_close(logprobs, torch.tensor([-400.0, 0.0]))
+    monkeypatch.setattr("ppo_lab.models.logprobs.WALKED_TWICE", 1)
+    assert swept_twice(hidden, weight.requires_grad_(), None, targets, Curve()) is None
+    logprobs, _ = token_logprobs(hidden, Head(weight), targets, temperature=1.0)
     assert_close(logprobs, torch.tensor([-400.0, 0.0]))
 
 

@@ -185,10 +185,11 @@ def test_no_tensor_of_batch_time_vocabulary_is_made_when_scoring(
 
 
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bound", ["TILE", "WALKED_TWICE"])
 def test_the_tiled_head_agrees_with_plain_logits_gradients_included(
-    bias: bool, monkeypatch: pytest.MonkeyPatch
+    bound: str, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """M-01, N-35: TRL's kernel walks the vocabulary in tiles that do not divide it."""
+    """M-01, N-35: TRL's kernel and ours walk the vocabulary in tiles that do not divide it."""
     torch.manual_seed(0)
     vocabulary = 8192 + 77
     hidden = torch.randn(7, 16, requires_grad=True)
@@ -197,8 +198,8 @@ def test_the_tiled_head_agrees_with_plain_logits_gradients_included(
     targets = torch.randint(vocabulary, (7,))
     leaves = [x for x in (hidden, weight, offset) if x is not None]
     results = []
-    for tile in (2**25, 1):
-        monkeypatch.setattr(logprobs, "TILE", tile)
+    for entries in (2**25, 1):
+        monkeypatch.setattr(logprobs, bound, entries)
         logp, entropy = token_logprobs(
             hidden, Head(weight, offset), targets, temperature=0.7, entropy=True
         )

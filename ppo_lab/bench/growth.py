@@ -3,7 +3,7 @@
 Time: one PPO iteration at growing batches and growing responses, each in a process of its own; the
 exponent is the slope of log seconds over log size (1 = linear). Memory: the most that the loss of a
 fixed number of tokens takes on top of head and hidden states, at growing vocabularies, under each
-kind of head, and with entropies.
+kind of head, and with entropies; and what that costs in time beside logits that are kept.
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from ppo_lab.bench.report import origin
 from ppo_lab.bench.runs import ours_here, run
 from ppo_lab.bench.shapes import SHAPES, Shape
-from ppo_lab.models.logprobs import Head, token_logprobs
+from ppo_lab.models.logprobs import Head, from_logits, token_logprobs
+from ppo_lab.plan.machine import seconds_of
 from ppo_lab.plan.trace import peak_bytes
 from ppo_lab.record import write_atomically
 
 FACTORS = (1, 2, 4, 8)
 VOCABULARIES = (2**14, 2**15, 2**16, 2**17, 2**18)
 KINDS = ("frozen", "trained", "soft-capped", "entropies")
-# Tokens and width of the loss whose memory is taken.
+# Tokens and width of the loss whose memory is taken; vocabulary, width and pairs of the one that is
+# timed.
 TOKENS, WIDTH = 256, 128
+TIMED_VOCABULARY, TIMED_WIDTH, PAIRS = 2**16, 768, 5
 
 
 def main(asked: argparse.Namespace) -> int:
@@ -43,6 +47,7 @@ def main(asked: argparse.Namespace) -> int:
     }
     kept: dict[str, Any] = {**origin(asked.threads), "shape": asked.shape, "time": {}}
     kept["loss_memory_mb"] = {k: {str(v): loss_memory(v, k) for v in VOCABULARIES} for k in KINDS}
+    kept["loss_time"] = {kind: loss_time(kind) for kind in KINDS}
     for name, grow in grown.items():
         kept["time"][name] = times(asked, grow)
         if asked.json:  # after each, so that what is broken off loses none of it
@@ -73,17 +78,45 @@ def loss_memory(vocabulary: int, kind: str = "frozen") -> float:
     """MB that log-probs of TOKENS tokens and their gradient hold at once; head, states and the
     head's own gradient aside.
     """
-    hidden = torch.randn(TOKENS, WIDTH, requires_grad=True)
-    weight = (torch.randn(vocabulary, WIDTH) * 0.02).requires_grad_(kind == "trained")
-    head = Head(weight, softcap=30.0 if kind == "soft-capped" else 0.0)
-    targets = torch.randint(0, vocabulary, (TOKENS,))
-
-    def work() -> None:
-        found = token_logprobs(hidden, head, targets, temperature=1.0, entropy=kind == "entropies")
-        torch.cat([x for x in found if x is not None]).sum().backward()
-
-    own = weight.nbytes if weight.requires_grad else 0
+    head, hidden, targets = _loss_of(vocabulary, WIDTH, kind)
+    own = head.weight.nbytes if head.weight.requires_grad else 0
+    work = _work(token_logprobs, head, hidden, targets, entropy=kind == "entropies")
     return (peak_bytes(work) - own) / 1e6
+
+
+def loss_time(kind: str) -> float:
+    """Seconds of log-probs and their gradient, over those by logits that are kept: the median of
+    pairs in turn.
+    """
+    head, hidden, targets = _loss_of(TIMED_VOCABULARY, TIMED_WIDTH, kind)
+    roads = [
+        _work(road, head, hidden, targets, entropy=kind == "entropies")
+        for road in (token_logprobs, _by_kept_logits)
+    ]
+    pairs = [[seconds_of(road) for road in roads] for _ in range(PAIRS)]
+    return median(ours / plain for ours, plain in pairs)
+
+
+def _loss_of(vocabulary: int, width: int, kind: str) -> tuple[Head, Tensor, Tensor]:
+    hidden = torch.randn(TOKENS, width, requires_grad=True)
+    weight = (torch.randn(vocabulary, width) * 0.02).requires_grad_(kind == "trained")
+    head = Head(weight, softcap=30.0 if kind == "soft-capped" else 0.0)
+    return head, hidden, torch.randint(0, vocabulary, (TOKENS,))
+
+
+def _work(
+    road: Callable[..., Any], head: Head, hidden: Tensor, targets: Tensor, *, entropy: bool
+) -> Callable[[], None]:
+    def work() -> None:
+        found = road(hidden, head, targets, temperature=1.0, entropy=entropy)
+        torch.cat([x for x in found if x is not None]).sum().backward()
+        hidden.grad = head.weight.grad = None
+
+    return work
+
+
+def _by_kept_logits(hidden: Tensor, head: Head, targets: Tensor, **asked: Any) -> Any:
+    return from_logits(head.logits(hidden), targets, **asked)
 
 
 def show(kept: dict[str, Any], console: Console) -> None:
@@ -103,3 +136,7 @@ def show(kept: dict[str, Any], console: Console) -> None:
     logits = (4e-6 * TOKENS * vocabulary for vocabulary in VOCABULARIES)
     memory.add_row("logits alone", *(f"{mb:.1f}" for mb in logits))
     console.print(memory)
+    costs = ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in kept["loss_time"].items())
+    console.print(
+        f"time of that loss over logits that are kept, {TIMED_VOCABULARY} x {TIMED_WIDTH}: {costs}"
+    )

@@ -15,14 +15,17 @@ from ppo_lab.core import full_kl
 from ppo_lab.models.fast.gemm import computed_in
 from ppo_lab.models.fast.kernels import kernels_for
 from ppo_lab.models.fast.products import wide_product
-from ppo_lab.models.fast.sweep import swept_logprobs
+from ppo_lab.models.fast.sweep import Curve, swept_logprobs, swept_twice
 
-# Logits of at most this many (token, vocabulary) pairs are built at once: 128 MiB in float32, of
-# which the loss keeps two to three, and with entropies six.
+# Logits of at most this many (token, vocabulary) pairs are built at once, where no walk through the
+# vocabulary is to be had: 128 MiB in float32, of which the loss keeps two to three, and with
+# entropies six.
 TILE = 2**25
 
-# From here on the vocabulary is walked through once, where the head allows it.
+# From here on the vocabulary is walked through once, where the head allows it; twice, on a CPU, for
+# the gradients of more pairs than these.
 SWEPT_VOCABULARY = 2**12
+WALKED_TWICE = 2**21
 
 
 class Head(NamedTuple):
@@ -62,13 +65,10 @@ def token_logprobs(
     """log softmax(logits / temperature) of each target, and the distributions' entropies when asked
     for, in nats.
 
-    Memory does not grow with tokens x vocabulary: beyond TILE entries the vocabulary is walked
-    through in tiles.
+    Memory does not grow with tokens x vocabulary: a large one is walked through in tiles.
     """
-    if not entropy and len(head.weight) >= SWEPT_VOCABULARY and _may_sweep(head):
-        swept = _swept(hidden, head, targets, head.scale / temperature)
-        if swept is not None:
-            return swept, None
+    if (swept := _swept(hidden, head, targets, temperature, entropy=entropy)) is not None:
+        return swept
     if len(targets) * len(head.weight) <= TILE:
         return from_logits(head.logits(hidden), targets, temperature=temperature, entropy=entropy)
     if not torch.is_grad_enabled() and not hidden.is_cuda:
@@ -112,19 +112,37 @@ def from_logits(
     return logprobs, logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
 
 
-def _may_sweep(head: Head) -> bool:
-    """Whether the head is frozen and plain enough for one walk through the vocabulary."""
-    frozen = not (head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad))
-    return not head.softcap and (frozen or not torch.is_grad_enabled())
+def walks_twice(head: Head, tokens: int) -> bool:
+    """Whether gradients of log-probs of so many tokens are made in two walks on a CPU, if it takes
+    more than one: where the head is trained, or entropies are asked for.
+    """
+    return len(head.weight) >= SWEPT_VOCABULARY and tokens * len(head.weight) > WALKED_TWICE
 
 
-def _swept(hidden: Tensor, head: Head, targets: Tensor, scale: float) -> Tensor | None:
-    """Log-probabilities by that walk, where this device has it."""
-    if (kernels := kernels_for(head.weight.device)) is not None:
-        return kernels.sweep_rows(hidden, head.weight, head.bias, targets, scale)
-    if hidden.device.type != "cpu" or head.weight.dtype == torch.float16:
+def _swept(
+    hidden: Tensor, head: Head, targets: Tensor, temperature: float, *, entropy: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Log-probabilities and entropies by walks through the vocabulary; None where these would not
+    pay, or this device or head has none.
+    """
+    if len(head.weight) < SWEPT_VOCABULARY:
         return None
-    return swept_logprobs(hidden, head.weight, head.bias, targets, scale=scale)
+    frozen = not (head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad))
+    once = not entropy and (frozen or not torch.is_grad_enabled())
+    weight, bias = head.weight, head.bias
+    if once and not head.softcap and (kernels := kernels_for(weight.device)) is not None:
+        rate = head.scale / temperature
+        swept = kernels.sweep_rows(hidden, weight, bias, targets, rate)
+        return None if swept is None else (swept, None)
+    if hidden.device.type != "cpu" or weight.dtype == torch.float16:
+        return None
+    curve = Curve(head.scale, head.softcap, temperature)
+    if once:
+        swept = swept_logprobs(hidden, weight, bias, targets, curve)
+        return None if swept is None else (swept, None)
+    if walks_twice(head, len(targets)):
+        return swept_twice(hidden, weight, bias, targets, curve, entropy=entropy)
+    return None
 
 
 def _by_rows(

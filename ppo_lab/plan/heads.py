@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppo_lab.models import logprobs
 from ppo_lab.models.choice import LEVELS
 from ppo_lab.models.fast.draws import draw_from
-from ppo_lab.models.logprobs import Head, token_full_kl, token_logprobs
+from ppo_lab.models.fast.sweep import Curve, swept_twice
+from ppo_lab.models.logprobs import Head, token_full_kl, token_logprobs, walks_twice
 from ppo_lab.plan.machine import seconds_of
 from ppo_lab.plan.trace import tracked
 
@@ -58,11 +58,12 @@ def logprob_seconds(head: HeadShape, tokens: int, *, gradients: bool) -> float:
     weight.requires_grad_(gradients and head.trained)
     hidden.requires_grad_(gradients)
     targets = torch.arange(some) % columns
-    chunked = gradients and head.trained and tokens * head.vocabulary > logprobs.TILE
+    whole = Head(torch.empty(head.vocabulary, 0, device="meta"))
+    twice = gradients and head.trained and walks_twice(whole, tokens)
 
     def work() -> None:
         with torch.set_grad_enabled(gradients):
-            found = (_chunked if chunked else _any_road)(hidden, Head(weight), targets)
+            found = (_twice if twice else _any_road)(hidden, Head(weight), targets)
             if gradients:
                 found.backward(torch.ones_like(found))
                 weight.grad = hidden.grad = None
@@ -118,10 +119,10 @@ def _any_road(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     return token_logprobs(hidden, head, targets, temperature=1.0)[0]
 
 
-def _chunked(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    from ppo_lab.trl_parts import chunked_logprobs
-
-    return chunked_logprobs(hidden, head, targets, temperature=1.0)[0]
+def _twice(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    found = swept_twice(hidden, head.weight, None, targets, Curve())
+    assert found is not None  # by `_slice` no logit is large
+    return found[0]
 
 
 Road = Callable[[Tensor, Head, Tensor], Tensor]
