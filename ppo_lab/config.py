@@ -486,7 +486,11 @@ class FileData(DataSection):
     messages_column: str = knob(
         "", "column of chats to use instead, their last answer left out; empty = prompt_column"
     )
-    limit: int = knob(0, "rows read, from the first; 0 = all", at_least=0)
+    held_out_path: str = knob(
+        "",
+        "a file whose prompts judge the run, instead of some of `path`; empty = held_out of those",
+    )
+    limit: int = knob(0, "rows read of `path`, from the first; 0 = all", at_least=0)
     cut_min_tokens: int = knob(
         0,
         "cut each prompt's text to a random length of at least this many tokens; 0 = whole",
@@ -497,10 +501,15 @@ class FileData(DataSection):
 
 @dataclass
 class HubData(FileData):
-    """Prompts in a data set on the hub (`path` is its id)."""
+    """Prompts in a data set on the hub: `path` is its id, `held_out_path` that of another, of which
+    subset and revision are its own.
+    """
 
     subset: str = knob("", "configuration of the data set; empty = its only one")
     split: str = knob("train", "split to read")
+    held_out_split: str = knob(
+        "", "split whose prompts judge the run; empty = `split`, or held_out of its prompts"
+    )
     revision: str = knob("", "branch, tag or commit on the hub; empty = the newest")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from ppo_lab.evaluation import Evaluation
 from ppo_lab.record import Say, read_json_lines, to_stderr
 from ppo_lab.run_state import wandb_run_id
 from ppo_lab.types import Prompts, Sample
+
+if TYPE_CHECKING:
+    from ppo_lab.data import PromptSets
 
 SUMMARISED = (
     "kl",
@@ -211,21 +214,30 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(saved, device)
 
 
-def identity(prompts: Prompts, policy: Any) -> dict[str, str]:
+def identity(prompts: PromptSets, policy: Any) -> dict[str, str]:
     """Digests of what a run starts from and no checkpoint holds: its prompts, its first weights.
 
     To be taken before any training. Of each weight the first elements are looked at, adapters are
     left out.
     """
-    rows, weights = hashlib.sha256(), hashlib.sha256()
-    for ids in prompts.ids:
-        rows.update(np.asarray([len(ids), *ids], dtype=np.int64).tobytes())
+    weights = hashlib.sha256()
     for name, parameter in policy.trunk.model.named_parameters():
         if "lora_" not in name:
             first = parameter.detach().flatten()[:FINGERPRINTED].cpu().contiguous()
             weights.update(f"{name} {tuple(parameter.shape)}".encode())
             weights.update(first.view(torch.uint8).numpy().tobytes())
-    return {"prompts": rows.hexdigest(), "model's weights": weights.hexdigest()}
+    return {
+        "prompts": _digest(prompts.train),
+        "held-out prompts": _digest(prompts.held_out),
+        "model's weights": weights.hexdigest(),
+    }
+
+
+def _digest(prompts: Prompts) -> str:
+    rows = hashlib.sha256()
+    for ids in prompts.ids:
+        rows.update(np.asarray([len(ids), *ids], dtype=np.int64).tobytes())
+    return rows.hexdigest()
 
 
 def _evaluation(saved: dict[str, Any]) -> Evaluation:

@@ -6,8 +6,9 @@ import json
 import logging
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # one stream of random numbers for each purpose, so that none depends on what another has drawn
-_ORDER, _SPLIT, _CUT = 0, 1, 2
+_ORDER, _SPLIT, _CUT, _CUT_HELD_OUT = 0, 1, 2, 3
 
 _CHAT = re.compile(r'\s*\[\s*\{\s*"')
 _RESERVED = ("prompts", "completions", "completion_ids")
@@ -140,10 +141,43 @@ def load_prompts(
         train, kept = (embedded.prompts(split) for split in ("train", "held_out"))
         kept = kept[: _wanted(section.held_out, len(train) + len(kept))]
         return PromptSets(encoder.encode(train, {}), encoder.encode(kept, {}))
-    columns = _limited(_read(section), section.limit)
-    texts = _take_prompts(columns, section)
-    prompts = encoder.encode(texts, columns, cuts=_cuts(section, len(texts), seed))
-    return split_prompts(prompts, held_out=section.held_out, seed=seed)
+    prompts = _encoded(section, encoder, seed, _CUT)
+    if (judged := judged_by(section)) is None:
+        return split_prompts(prompts, held_out=section.held_out, seed=seed)
+    with _said_of_held_out(section):
+        held_out = _encoded(judged, encoder, seed, _CUT_HELD_OUT)
+    return keep_apart(prompts, held_out)
+
+
+def judged_by(section: FileData) -> FileData | None:
+    """Where the prompts are that judge the run, if not among those of `path`."""
+    other = section.held_out_path
+    if not isinstance(section, HubData):
+        return replace(section, path=other, limit=0) if other else None
+    if not other and section.held_out_split in ("", section.split):
+        return None
+    split = section.held_out_split or section.split
+    if other in ("", section.path):
+        return replace(section, split=split, limit=0)
+    return replace(section, path=other, split=split, subset="", revision="", limit=0)
+
+
+def keep_apart(prompts: Prompts, held_out: Prompts) -> PromptSets:
+    """Prompts to train on and others to judge by, each of these once; what repeats one of them is
+    left out of training, and told of.
+
+    Raises:
+        ConfigError: none is left to train on.
+    """
+    first_rows: dict[tuple[int, ...], int] = {}
+    for row, ids in enumerate(held_out.ids):
+        first_rows.setdefault(tuple(ids), row)
+    train = [row for row, ids in enumerate(prompts.ids) if tuple(ids) not in first_rows]
+    if not train:
+        raise ConfigError("data: every prompt is held out too; none is left to train on.")
+    if repeated := len(prompts) - len(train):
+        log.warning("data: %d prompts that are held out too are not trained on", repeated)
+    return PromptSets(prompts[train], held_out[list(first_rows.values())])
 
 
 def split_prompts(prompts: Prompts, *, held_out: float, seed: int) -> PromptSets:
@@ -188,12 +222,35 @@ def problems(section: DataSection, *, key: str = "data") -> list[str]:
         return [] if section.path else [f"{key}.path: name the data set on the hub, as owner/name."]
     if not isinstance(section, FileData):
         return []
+    found: list[str] = []
+    for part in (section, judged_by(section)):
+        try:
+            with _said_of_held_out(section if part is not section else None):
+                if part is not None:
+                    _refuse_unknown_column(column_names(find_file(part.path)), part)
+        except ConfigError as error:
+            found += error.problems
+    return found
+
+
+def _encoded(section: FileData, encoder: PromptEncoder, seed: int, cut: int) -> Prompts:
+    columns = _limited(_read(section), section.limit)
+    texts = _take_prompts(columns, section)
+    return encoder.encode(texts, columns, cuts=_cuts(section, len(texts), seed, cut))
+
+
+@contextmanager
+def _said_of_held_out(section: FileData | None) -> Iterator[None]:
+    """What is said of a data set, said of the one that holds the prompts held out."""
     try:
-        file = find_file(section.path)
-        _refuse_unknown_column(column_names(file), section)
+        yield
     except ConfigError as error:
-        return error.problems
-    return []
+        if section is None:
+            raise
+        name = "held_out_path" if section.held_out_path else "held_out_split"
+        told = [text.replace("data.path", f"data.{name}") for text in error.problems]
+        key = f"data.{name}={getattr(section, name)}: "
+        raise ConfigError([t if name in t else key + t for t in told]) from error
 
 
 def _read(section: FileData) -> Columns:
@@ -267,12 +324,12 @@ def _wanted(held_out: float, count: int) -> int:
     return int(held_out) if held_out >= 1 else math.ceil(held_out * count)
 
 
-def _cuts(section: FileData, count: int, seed: int) -> list[int]:
+def _cuts(section: FileData, count: int, seed: int, stream: int) -> list[int]:
     """How many first tokens of each prompt are kept; empty = all of them."""
     if not section.cut_max_tokens:
         return []
     low = section.cut_min_tokens or section.cut_max_tokens
-    return _generator(seed, _CUT).integers(low, section.cut_max_tokens + 1, size=count).tolist()
+    return _generator(seed, stream).integers(low, section.cut_max_tokens + 1, size=count).tolist()
 
 
 def _generator(*key: int) -> np.random.Generator:

@@ -251,11 +251,13 @@ def build(
             max_prompt_tokens=longest_prompt(config),
             seed=config.seed,
         )
-        check_columns(config.reward, prompts.train.columns)
+        sets = (prompts.train, prompts.held_out)
+        for part in sets:
+            check_columns(config.reward, part.columns)
         reward = build_reward(config.reward, device=device, processes=processes)
-        reward.check_prompts([*prompts.train.texts, *prompts.held_out.texts])
+        reward.check_prompts([text for part in sets for text in part.texts])
         policy = load_policy(config, tokenizer, device)
-        start = identity(prompts.train, policy)
+        start = identity(prompts, policy)
     trainer = make_trainer(config, policy, tokenizer, reward, device, processes)
     evaluator = Evaluator(
         trainer,

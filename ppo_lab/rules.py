@@ -36,6 +36,7 @@ from ppo_lab.config import (
     WeightedReward,
     bounds_of,
 )
+from ppo_lab.data import judged_by
 from ppo_lab.data import problems as data_problems
 from ppo_lab.processes import launch
 from ppo_lab.resume import MISSING_ONLY, differences
@@ -604,6 +605,11 @@ DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         ("data.prompt_column",),
         lambda c: isinstance(c.data, FileData) and bool(c.data.messages_column),
         "since data.messages_column is read",
+    ),
+    (
+        ("data.held_out",),
+        lambda c: isinstance(c.data, FileData) and judged_by(c.data) is not None,
+        "since the run is judged by all prompts of data.held_out_path or held_out_split",
     ),
     (
         ("data.template_kwargs", "data.template_kwargs."),

@@ -192,6 +192,10 @@ RULES = [
     (["ppo.adap_kl_ctrl=true", "ppo.init_kl_coef=0"], "would stay 0"),
     (["ppo.adap_kl_ctrl=true", "ppo.target=0"], "ppo.target=0.0: must be above 0"),
     (["ppo.target=6"], "ppo.target: has no effect"),
+    (
+        ["data=hub", "data.path=a/b", "data.held_out_split=test", "data.held_out=9"],
+        "data.held_out: has no effect",
+    ),
     (["ppo.horizon=100"], "ppo.horizon: has no effect"),
     (["ppo.target_kl=0.2"], "add ppo.early_stopping=true"),
     (["ppo.ratio_threshold=0.5"], "above 1, or 0"),

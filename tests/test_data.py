@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ppo_lab import data
 from ppo_lab.config import EmbeddedData, FileData, HubData
-from ppo_lab.data import PromptStream, load_prompts, split_prompts
+from ppo_lab.data import PromptStream, load_prompts, problems, split_prompts
 from ppo_lab.errors import ConfigError
 from ppo_lab.prompt_tokens import PromptEncoder, continuation, written_by
 from ppo_lab.rollout import Answers, Sampling, StopStrings
@@ -176,6 +176,82 @@ def test_one_prompt_repeated_is_too_few_whatever_is_held_out(held_out: float) ->
     with pytest.raises(ConfigError, match=r"one distinct prompt; needs two or more") as error:
         split_prompts(same, held_out=held_out, seed=0)
     assert "0 = none" not in str(error.value), "a run may not hold out none"
+
+
+def tables(folder: Path, train: list[Any], held_out: list[Any]) -> FileData:
+    """Prompts in one file, and those to judge by in another."""
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    return FileData(path=jsonl(folder, train), held_out_path=str(folder / "test.jsonl"))
+
+
+def test_prompts_of_a_file_of_their_own_judge_the_run_and_are_not_trained_on(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = [{"prompt": text, "n": n} for n, text in enumerate("abcab")]
+    section = tables(tmp_path, train, [{"prompt": text, "n": 9} for text in ("x", "b", "x")])
+    section.limit = 4
+    sets = load_prompts(section, tokenizer)
+    assert sets.train.texts == ["a", "c", "a"]
+    assert sets.held_out.texts == ["x", "b"], "each once, all of them, in their order"
+    assert sets.held_out.columns == {"n": [9, 9]}
+    assert "1 prompts that are held out too are not trained on" in caplog.text
+    with pytest.raises(ConfigError, match="every prompt is held out too"):
+        load_prompts(tables(tmp_path, train[:1], train), tokenizer)
+
+
+def test_bounds_and_cuts_hold_for_prompts_of_their_own_file(tmp_path: Path, tokenizer: Any) -> None:
+    section = tables(tmp_path, [{"prompt": "a b c d e f"}], [{"prompt": "u v w x y z"}])
+    section.cut_min_tokens, section.cut_max_tokens = 2, 3
+    assert 2 <= len(load_prompts(section, tokenizer).held_out.ids[0]) <= 4  # with BOS
+    section.cut_max_tokens, section.max_prompt_tokens = 0, 3
+    section.path = jsonl(tmp_path, [{"prompt": "a"}])
+    with pytest.raises(
+        ConfigError, match=r"^data\.held_out_path=.*test\.jsonl: .*none of 1 prompts"
+    ):
+        load_prompts(section, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"text": "x"}], "has no such column; it has text"),
+        ([], "the file is empty"),
+    ],
+)
+def test_what_is_wrong_with_that_file_is_said_of_it_before_a_run(
+    tmp_path: Path, rows: list[Any], said: str
+) -> None:
+    found = problems(tables(tmp_path, [{"prompt": "a"}], rows))
+    assert len(found) == 1
+    assert said in found[0]
+    assert "data.held_out_path=" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({"held_out_split": "test"}, ("o/n", "sub", "test", "v1")),
+        ({"held_out_split": "test", "held_out_path": "o/n"}, ("o/n", "sub", "test", "v1")),
+        ({"held_out_path": "o/m"}, ("o/m", "", "train", "")),
+    ],
+)
+def test_a_split_or_another_set_of_the_hub_judges_the_run(
+    settings: dict[str, str],
+    asked: tuple[str, ...],
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[tuple[str, ...]] = []
+
+    def read_hub(path: str, *, name: str, split: str, revision: str, limit: int) -> Any:
+        read.append((path, name, split, revision))
+        return {"prompt": ["a", "b"] if len(read) == 1 else ["c"]}
+
+    monkeypatch.setattr(data, "read_hub", read_hub)
+    section = HubData(path="o/n", subset="sub", revision="v1", **settings)
+    sets = load_prompts(section, tokenizer)
+    assert (sets.train.texts, sets.held_out.texts) == (["a", "b"], ["c"])
+    assert read == [("o/n", "sub", "train", "v1"), asked]
 
 
 # ---- responses as texts
