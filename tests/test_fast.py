@@ -288,7 +288,7 @@ def test_what_is_not_read_goes_transformers_way() -> None:
 def test_another_decoder_of_a_known_name_is_not_taken_for_it() -> None:
     """As code that comes with a model may bring one."""
     model = tiny_model("llama")
-    assert Trunk(model).road == "ours"
+    assert Trunk(model).road == "ppo_lab's"
     kind = type(model.model)
     model.model.__class__ = type(kind.__name__, (kind,), {"__module__": "modeling_mine"})
     assert Trunk(model)._fast is None

@@ -76,7 +76,7 @@ class Trunk:
         if fast is None:
             return "transformers'"
         window = fast.anatomy.window
-        return f"ours, and transformers' over {window} tokens" if window else "ours"
+        return f"ppo_lab's, transformers' over {window} tokens" if window else "ppo_lab's"
 
     @property
     def hidden_size(self) -> int:
