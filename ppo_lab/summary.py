@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -229,7 +229,7 @@ def _before_and_after(summary: Mapping[str, Any], *, narrow: bool) -> Table:
 
 def _costs(summary: Mapping[str, Any]) -> str:
     train = summary.get("train") or {}
-    costs = [
+    costs: list[tuple[str, Any, Callable[[Any], str]]] = [
         ("clip_fraction", train.get("clip_fraction"), percent),
         ("tokens/s", summary.get("tokens_per_second"), number),
         ("time", summary.get("wall_s"), duration),

@@ -17,7 +17,15 @@ from rich.console import Console
 from test_cli import command as cli
 from tiny_models import causal_lm, lora_config, policy, ragged, train_adapter, trainer
 from tiny_runs import command, inputs, tiny
-from transformers import HunYuanMoEV1Config, MixtralConfig
+from transformers import (
+    DeepseekV3Config,
+    GPTNeoConfig,
+    HunYuanMoEV1Config,
+    Lfm2Config,
+    MambaConfig,
+    MixtralConfig,
+    Qwen3NextConfig,
+)
 
 from ppo_lab import AutoModelForCausalLMWithValueHead
 from ppo_lab.assembly import load_policy
@@ -151,6 +159,16 @@ def test_counted_flops_of_the_exact_kl_are_what_torch_counts(monkeypatch: Any) -
 # ------ Sizes
 
 
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "vocab_size": 64,
+}
+LOCAL: dict[str, Any] = {"attention_types": [[["global", "local", "global"], 1]]}
+
+
 def test_a_token_counts_the_experts_that_it_is_given_to() -> None:
     config = MixtralConfig(
         hidden_size=16,
@@ -171,6 +189,55 @@ def test_a_token_counts_the_experts_that_it_is_given_to() -> None:
     adapted = LoraSection(r=4, target_modules=["q_proj"])
     frozen = architecture_of(blueprint(config, ModelSection(path=""), adapted, dtype=torch.float32))
     assert (frozen.in_experts, frozen.trained_matrices) == (3 * chosen, 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "queries", "cached"),
+    [
+        (  # keys of 8 + 4, values of 6, for four heads
+            DeepseekV3Config(
+                num_key_value_heads=4,
+                q_lora_rank=8,
+                kv_lora_rank=8,
+                qk_nope_head_dim=8,
+                qk_rope_head_dim=4,
+                v_head_dim=6,
+                first_k_dense_replace=3,
+                n_group=1,
+                topk_group=1,
+                **SMALL,
+            ),
+            3 * 4 * (8 + 4 + 6) // 2,
+            3 * 4 * (8 + 4 + 6),
+        ),
+        (
+            Lfm2Config(
+                num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"], **SMALL
+            ),
+            16,
+            2 * 2 * 4,
+        ),
+        (
+            Qwen3NextConfig(
+                head_dim=4,
+                num_key_value_heads=2,
+                layer_types=["linear_attention", "full_attention", "full_attention"],
+                **SMALL,
+            ),
+            2 * 16,
+            2 * 2 * 2 * 4,
+        ),
+        (MambaConfig(hidden_size=16, num_hidden_layers=3, vocab_size=64), 0, 0),
+        (GPTNeoConfig(hidden_size=16, num_layers=3, num_heads=4, vocab_size=64, **LOCAL), 48, 96),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_only_layers_that_attend_count_as_such_at_the_widths_of_their_heads(
+    config: Any, queries: int, cached: int
+) -> None:
+    model = blueprint(config, ModelSection(path=""), LoraSection(r=0), dtype=torch.float32)
+    of = architecture_of(model)
+    assert (of.queries, of.cached) == (queries, cached)
 
 
 def test_experts_may_be_counted_layer_by_layer() -> None:

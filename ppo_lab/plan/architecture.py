@@ -31,10 +31,11 @@ class Architecture:
 
     `matrices` are the weights that a token is multiplied with in all layers together, of a mixture
     those of as many experts as a token is given to (`in_experts`); `adapter` those of LoRA beside
-    them, `head` those of the output head. `queries` is the width of the
-    queries of all layers together, `cached` that of their keys and values. `trained` counts every
-    weight with a gradient, `trained_matrices` those in `matrices`; `reached` are the layers from
-    the first trained one on. Weights lie in `weight_bytes` bytes, those used twice counted once.
+    them, `head` those of the output head. `queries` is the width of the queries of all layers that
+    attend together (the mean of it and of the values' where these differ), `cached` that of their
+    keys and values. `trained` counts every weight with a gradient, `trained_matrices` those in
+    `matrices`; `reached` are the layers from the first trained one on. Weights lie in
+    `weight_bytes` bytes, those used twice counted once.
     """
 
     layers: int
@@ -76,16 +77,16 @@ def architecture_of(model: Any) -> Architecture:
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     heads = getattr(text, "num_attention_heads", 0)
-    size = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
     groups = getattr(text, "num_key_value_heads", None) or heads
+    attending, (keys, values) = _attending(model, text), _head_widths(text, heads)
     return Architecture(
         layers=text.num_hidden_layers,
         hidden=head.shape[1],
         vocabulary=head.shape[0],
         matrices=sum(w.numel() for w in own) + experts,
         head=head.numel(),
-        queries=text.num_hidden_layers * heads * size,
-        cached=text.num_hidden_layers * groups * size * 2,
+        queries=attending * heads * (keys + values) // 2,
+        cached=attending * groups * (keys + values),
         parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in trained),
         weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
@@ -163,6 +164,30 @@ def _first_trained(model: Any) -> int:
     in_layers = [int(found[1]) for found in numbers if found]
     outside = len(in_layers) < len(trained)  # embeddings, which stand below all layers
     return 0 if outside or not in_layers else min(in_layers)
+
+
+def _attending(model: Any, text: PreTrainedConfig) -> int:
+    """How many layers hold softmax attention: not those with a state or a convolution instead."""
+    attention = re.compile(r"(?<!Linear)(?<!Lightning)Attention", re.IGNORECASE)
+    if not getattr(text, "num_attention_heads", 0):
+        return 0
+    found = {
+        numbered[0]
+        # A block that several layers share is met in each of them.
+        for name, module in model.named_modules(remove_duplicate=False)
+        if attention.search(type(module).__name__) and (numbered := re.findall(r"\.(\d+)\.", name))
+    }
+    return len(found) if found else text.num_hidden_layers
+
+
+def _head_widths(text: PreTrainedConfig, heads: int) -> tuple[int, int]:
+    """The widths of a head's queries and keys, and of its values, which latent attention tells
+    apart.
+    """
+    size = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
+    if not getattr(text, "kv_lora_rank", None):
+        return size, size
+    return text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
 
 
 def _experts(model: Any, text: PreTrainedConfig) -> tuple[int, int]:

@@ -9,8 +9,9 @@ queries; N tokens that pass through the trunk, P pairs of a query and a key, R r
               + 2 M' N + 2 H' R                        M', H' the weights trained among M and H
 
 Backward, M and q are those of the layers from the first trained one on. A multiplication with the
-addition after it counts as two. Norms, activations and embeddings are left out, and so is what is
-computed again to save memory, unless it is asked for.
+addition after it counts as two. Norms, activations and embeddings are left out, and so are scans of
+layers with a state and what is computed again to save memory, unless it is asked for; a window of
+attention counts as the whole.
 
 Source: Kaplan et al. 2020, arXiv:2001.08361, section 2.1; Chowdhery et al. 2022, arXiv:2204.02311,
     appendix B, for what counts towards utilisation.
