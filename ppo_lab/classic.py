@@ -203,6 +203,7 @@ def generate(
     trainer.drawn = drawn
     answers: list[Any] = [_answers(trainer, queries, kwargs)]
     if generate_ref_response:
+        _check_unmerged(trainer)
         with trainer.reference.active() as trunk:
             answers.append(_answers(trainer, queries, kwargs, trunk))
     if longest:
@@ -380,6 +381,7 @@ def check_step(
                 f"{name} has {len(value)} items and queries has {len(queries)}: one each is needed"
             )
     _check_vocabulary(trainer, queries=queries, responses=responses)
+    _check_unmerged(trainer)
     texts = [len(q) + len(r) for q, r in zip(queries, responses, strict=True)]
     _check_context(trainer, texts, "with its response")
     ids = [r.tolist() for r in responses]
@@ -460,6 +462,17 @@ def _check_vocabulary(trainer: PPOTrainer, **named: Sequence[Tensor]) -> None:
                 raise ValueError(
                     f"{name}[{i}] holds the token id {wrong[0]}; the model's vocabulary has {size}"
                 )
+
+
+def _check_unmerged(trainer: PPOTrainer) -> None:
+    """Refuse an adapter that is merged into the weights: it would not be trained, and could not be
+    switched off for the reference.
+    """
+    if any(getattr(module, "merged", False) for module in trainer.policy.modules()):
+        raise ValueError(
+            "model: its adapter is merged into its weights, where it is not trained; call "
+            "unmerge_adapter() of the model first"
+        )
 
 
 def _check_context(trainer: PPOTrainer, lengths: Sequence[int], what: str) -> None:

@@ -269,6 +269,23 @@ def test_a_value_head_learns_again_when_no_critic_stands_in_for_it() -> None:
     assert not torch.equal(made.policy.v_head.summary.weight, before)
 
 
+def test_a_merged_adapter_answers_as_it_does_apart_and_is_not_trained() -> None:
+    models = [policy(lora=True) for _ in range(2)]
+    for model in models:
+        train_adapter(model, 1.0)
+    made = [trainer(model) for model in models]
+    models[1].pretrained_model.merge_adapter()
+    queries = tensors(QUERIES)
+    apart, merged = (one.generate(queries, max_new_tokens=6) for one in made)
+    assert [r.tolist() for r in merged] == [r.tolist() for r in apart]
+    with pytest.raises(ValueError, match="merged into its weights"):
+        step(made[1])
+    with pytest.raises(ValueError, match="merged into its weights"):
+        made[1].generate(queries, max_new_tokens=2, generate_ref_response=True)
+    models[1].pretrained_model.unmerge_adapter()
+    assert step(made[1])["kl"] == pytest.approx(0.0, abs=1e-4)
+
+
 def test_keywords_hold_for_their_own_call_alone() -> None:
     """N-33: greedy decoding once is not greedy decoding ever after."""
     made = trainer()

@@ -328,6 +328,23 @@ def test_a_hook_on_a_layer_is_honoured() -> None:
     assert seen
 
 
+def test_an_adapter_that_is_merged_is_not_added_twice() -> None:
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    trunk, (ids, attention) = Trunk(model), ragged_ids()
+    assert trunk._fast is not None
+    with torch.no_grad():
+        apart = trunk.hidden(ids, attention)
+        model.merge_adapter()
+        assert not isinstance(trunk.new_cache(17), KeysAndValues)
+        merged = trunk.hidden(ids, attention)
+        model.unmerge_adapter()
+    assert trunk._fast.usable()
+    assert_close(merged[attention], apart[attention], rtol=1e-4, atol=1e-4)
+
+
 def test_adapters_that_the_fast_road_does_not_know_keep_to_the_plain_one() -> None:
     for settings in ({"use_dora": True}, {"lora_dropout": 0.1}):
         model = get_peft_model(tiny_bloom(), LoraConfig(r=2, task_type="CAUSAL_LM", **settings))

@@ -121,7 +121,8 @@ class FastDecoder:
         )
         checkpoints = self.decoder.gradient_checkpointing and self.decoder.training
         kernel = getattr(config, "_attn_implementation", None) or "eager"
-        return here and not checkpoints and kernel in KERNELS and not _hooked(self._modules)
+        plain = here and not checkpoints and kernel in KERNELS
+        return plain and not _merged(self._modules) and not _hooked(self._modules)
 
     def hidden(
         self,
@@ -326,6 +327,11 @@ def _activated(
     if gate is None:
         return rows_activated(layer.activation, up(x))
     return rows_activated(layer.activation, gate(x), up(x))
+
+
+def _merged(modules: Sequence[Any]) -> bool:
+    """Whether an adapter has been added to a weight, beside which it must not be added again."""
+    return any(module.__dict__.get("merged_adapters") for module in modules)
 
 
 def _hooked(modules: Sequence[Any]) -> bool:
