@@ -345,6 +345,26 @@ def test_an_adapter_that_is_merged_is_not_added_twice() -> None:
     assert_close(merged[attention], apart[attention], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_autocast_is_torch_s_own(lora: bool) -> None:
+    """The products of the fast road would mix its precision with theirs."""
+    model = tiny_model("llama")
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM"))
+    trunk, (ids, attention) = Trunk(model), ragged_ids()
+    assert trunk._fast is not None
+    exact = trunk.hidden(ids, attention)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not isinstance(trunk.new_cache(17), KeysAndValues)
+        states = trunk.hidden(ids, attention)
+    states[attention].square().sum().backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+    assert grads
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    assert_close(states[attention].float(), exact[attention], rtol=0.1, atol=0.1)
+    assert trunk._fast.usable()
+
+
 def test_adapters_that_the_fast_road_does_not_know_keep_to_the_plain_one() -> None:
     for settings in ({"use_dora": True}, {"lora_dropout": 0.1}):
         model = get_peft_model(tiny_bloom(), LoraConfig(r=2, task_type="CAUSAL_LM", **settings))

@@ -121,7 +121,8 @@ class FastDecoder:
         )
         checkpoints = self.decoder.gradient_checkpointing and self.decoder.training
         kernel = getattr(config, "_attn_implementation", None) or "eager"
-        plain = here and not checkpoints and kernel in KERNELS
+        cast = torch.is_autocast_enabled(weight.device.type)  # which takes torch's own layers
+        plain = here and not checkpoints and not cast and kernel in KERNELS
         return plain and not _merged(self._modules) and not _hooked(self._modules)
 
     def hidden(
