@@ -85,7 +85,7 @@ def as_policy(model: Any) -> AutoModelForCausalLMWithValueHead:
     """`model` with a value head, which is drawn anew where it had none, and without dropout.
 
     Raises:
-        ValueError: nothing of the model is trainable.
+        ValueError: nothing of the model is trainable, or several adapters act together.
     """
     policy = model
     if not isinstance(model, AutoModelForCausalLMWithValueHead):
@@ -96,6 +96,13 @@ def as_policy(model: Any) -> AutoModelForCausalLMWithValueHead:
         raise ValueError(
             "model: none of its weights is trainable (requires_grad); load a saved adapter with "
             "is_trainable=True"
+        )
+    together = policy.pretrained_model.active_adapters if policy.is_peft_model else []
+    if len(together) > 1:
+        raise ValueError(
+            f"model: the adapters {' and '.join(together)} act together, and one alone is trained, "
+            "switched off for the reference and saved; merge the others into the weights first "
+            "(merge_and_unload), and put the one to be trained on the outcome"
         )
     return policy
 

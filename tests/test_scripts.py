@@ -316,6 +316,17 @@ def test_an_adapter_that_acts_in_peft_s_forward_alone_is_refused() -> None:
         trainer(adapted)
 
 
+def test_adapters_that_act_together_are_refused() -> None:
+    adapted = get_peft_model(causal_lm("llama"), lora_config("llama"), adapter_name="sft")
+    adapted.add_adapter("ppo", lora_config("llama"))
+    model = AutoModelForCausalLMWithValueHead(adapted)
+    trainer(model)
+    adapted.base_model.set_adapter(["sft", "ppo"])
+    for ref_model in (None, policy("llama")):
+        with pytest.raises(ValueError, match="the adapters sft and ppo act together"):
+            trainer(model, ref_model)
+
+
 def test_layers_that_an_adapter_repeats_are_not_repeated_again() -> None:
     twice = lora_config("llama", layer_replication=[[0, 2], [0, 2]])
     adapted = get_peft_model(causal_lm("llama"), twice)
