@@ -28,7 +28,8 @@ def end_quietly() -> None:
     """Have Ctrl-C end the process with a line, where it would with a traceback: for as long as
     there is no run yet, whose `Preemption` has more to say.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 
@@ -74,9 +75,9 @@ class Preemption:
 
     As long as `deferred` is False there is nothing to lose, and the first signal raises
     `Preempted`. From then on it only sets `asked`, for the loop to see at the end of an iteration.
-    A second SIGTERM or SIGINT ends the process at once, by the signal's own means; SIGHUP comes
-    from the shell and from the system, and says but one thing. Of several
-    processes that are all asked one `tells`.
+    A second SIGTERM or SIGINT ends the process at once, by the signal's own means, but for SIGINT
+    in a notebook, which ends the run alone; SIGHUP comes from the shell and from the system, and
+    says but one thing. Of several processes that are all asked one `tells`.
 
     Where somebody handled a signal before, as submitit does in its jobs, a second one ends nothing:
     the scheduler has its own way to insist. And a warning is passed on when the run has left its
@@ -107,6 +108,8 @@ class Preemption:
         if number in WARNINGS:
             self._warned = number
         elif self.asked and number != HANGUP and self._before[number] in DEFAULTS:
+            if number == signal.SIGINT and hasattr(sys, "ps1"):  # there is work in it
+                raise KeyboardInterrupt
             _die_of(number)
         first = not self.asked
         if first or number in WARNINGS:  # SIGTERM alone does not tell who asks

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -227,6 +228,32 @@ def test_a_run_takes_the_programs_own_ending_for_none_and_puts_it_back(
     finally:
         signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130
+
+
+def test_a_second_ctrl_c_ends_the_run_of_a_notebook_and_not_the_notebook(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), Preemption() as preemption:
+            preemption.deferred = True
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_program_may_be_called_in_a_thread() -> None:
+    """Handlers of signals are the main thread's alone to set."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(end_quietly).result()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---- Runs that are refused while they are built
