@@ -269,7 +269,9 @@ class Drawing:
     def _drawn(self, hidden: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, their log-probabilities under the raw distribution, and its entropies."""
         head, sampling = self.trunk.head, self.sampling
-        banned = sampling.eos_ids if self.bans else ()
+        # TRL's scripts say by an id that no token has that nothing ends a text.
+        known = range(len(head.weight))
+        banned = [token for token in sampling.eos_ids if token in known] if self.bans else []
         if sampling.takes_all and not banned and not head.softcap:
             scale = head.scale / sampling.temperature
             return draw_from(head.products(hidden), uniforms, scale=scale)

@@ -286,6 +286,19 @@ def test_a_merged_adapter_answers_as_it_does_apart_and_is_not_trained() -> None:
     assert step(made[1])["kl"] == pytest.approx(0.0, abs=1e-4)
 
 
+@pytest.mark.parametrize("eos", [-1, 100_000])
+def test_an_end_that_no_token_is_keeps_no_token_from_being_drawn(eos: int) -> None:
+    """TRL's scripts have nothing end a text so; -1 is not the last token of the vocabulary."""
+    likely = causal_lm("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        likely.lm_head.weight[:-1] = 0.0
+    asked = {"return_prompt": False, "min_new_tokens": 3, "max_new_tokens": 3, "do_sample": False}
+    said = trainer(likely).generate(tensors([[5], [6, 7]]), eos_token_id=None, **asked)
+    assert VOCABULARY - 1 in torch.cat(said)
+    found = trainer(likely).generate(tensors([[5], [6, 7]]), eos_token_id=eos, **asked)
+    assert [r.tolist() for r in found] == [r.tolist() for r in said]
+
+
 def test_keywords_hold_for_their_own_call_alone() -> None:
     """N-33: greedy decoding once is not greedy decoding ever after."""
     made = trainer()
