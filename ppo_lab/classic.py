@@ -130,16 +130,26 @@ def as_critic(critic: Any, policy: AutoModelForCausalLMWithValueHead) -> Any:
     return made
 
 
-def check_optimizer(optimizer: Any, critic: torch.nn.Module) -> None:
-    """Refuse an optimizer that would leave the critic as it is.
+def check_optimizer(
+    optimizer: Any, policy: AutoModelForCausalLMWithValueHead, critic: torch.nn.Module
+) -> None:
+    """Refuse an optimizer that would leave the policy or the critic as it is.
 
     Raises:
-        ValueError: it holds no parameter of it.
+        ValueError: it holds no parameter of one of them that is trained.
     """
-    own = {id(p) for p in critic.parameters()}
     groups = [] if optimizer is None else optimizer.param_groups
-    if groups and not any(id(p) in own for group in groups for p in group["params"]):
-        raise ValueError("optimizer holds no parameter of the critic, which would never learn")
+    if not groups:
+        return
+    held = {id(p) for group in groups for p in group["params"]}
+    values = policy.v_head if critic is policy else critic
+    for name, taught in (("model", policy.pretrained_model), ("critic", values)):
+        if not any(id(p) in held for p in taught.parameters() if p.requires_grad):
+            raise ValueError(
+                f"optimizer holds no parameter of the {name} that is trained, so that it would "
+                "never learn: make it of the parameters as they are now (an adapter that came "
+                "later has its own)"
+            )
 
 
 def default_sampling(policy: AutoModelForCausalLMWithValueHead, tokenizer: Any) -> Sampling:

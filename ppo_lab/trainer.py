@@ -124,7 +124,7 @@ class PPOTrainer(ScriptAttributes):
         if self.config.gradient_checkpointing:
             for trained in {self.policy, self.critic}:
                 trained.gradient_checkpointing_enable()
-        classic.check_optimizer(optimizer, self.critic)
+        classic.check_optimizer(optimizer, self.policy, self.critic)
         if self.config.cache_trunk:
             self.policy.trunk.keep_below()
         self.optimizer = optimizer or _optimizer(self.policy, self.critic, self.config)

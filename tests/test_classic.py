@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from test_critic import classifier
 from tiny_models import (
     EOS,
@@ -17,6 +18,7 @@ from tiny_models import (
     SCORES,
     VOCABULARY,
     causal_lm,
+    lora_config,
     policy,
     ragged,
     step,
@@ -557,3 +559,16 @@ def test_an_optimizer_and_a_schedule_of_ones_own_are_used() -> None:
     schedule = torch.optim.lr_scheduler.StepLR(sgd, step_size=1, gamma=0.1)
     made = trainer(model, optimizer=sgd, lr_scheduler=schedule)
     assert [step(made)["ppo/learning_rate"] for _ in range(2)] == [0.5, pytest.approx(0.05)]
+
+
+def test_an_optimizer_that_leaves_somebody_as_he_is_is_refused() -> None:
+    model = policy()
+    early = torch.optim.Adam(model.parameters())
+    for part, name in ((model.pretrained_model, "critic"), (model.v_head, "model")):
+        with pytest.raises(ValueError, match=f"optimizer holds no parameter of the {name}"):
+            trainer(model, optimizer=torch.optim.Adam(part.parameters()))
+    model.pretrained_model = get_peft_model(model.pretrained_model, lora_config())
+    with pytest.raises(ValueError, match="optimizer holds no parameter of the model"):
+        trainer(model, optimizer=early)
+    of_adapter = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
+    assert step(trainer(model, optimizer=of_adapter))["kl"] == pytest.approx(0.0, abs=1e-5)
