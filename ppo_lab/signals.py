@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import FrameType
 from typing import Any, NoReturn, Self
@@ -119,6 +119,24 @@ class Preemption:
         if first and self._tells:
             once_more = "" if self._before[number] not in DEFAULTS else "; once more stops at once"
             _tell(f"{self.asked}: the iteration is finished first{once_more}\n")
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C is told of what is done inside when it is done: half of it would be a state that
+    nothing expects, and a notebook goes on from there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _is_watchable(number: int) -> bool:

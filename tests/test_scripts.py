@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_models import (
     EOS,
     QUERIES,
@@ -357,6 +359,33 @@ def test_older_keywords_of_loading(tmp_path: Path) -> None:
 
 
 # ------ What would go wrong in silence ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(("trained", "switch"), [(False, "enable_adapters"), (True, "set_adapter")])
+def test_ctrl_c_while_the_adapter_is_switched_leaves_the_policy_whole(
+    trained: bool, switch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook goes on training after it; half of the layers would be the reference's."""
+    model = policy(lora=True)
+    if trained:
+        train_adapter(model)
+    made = trainer(model)
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    as_before = [(layer.active_adapters, layer.disable_adapters) for layer in layers]
+    own, calls = getattr(layers[0], switch), []
+
+    def struck(*args: Any, **kwargs: Any) -> None:
+        own(*args, **kwargs)
+        calls.append(args)
+        if len(calls) == 2:  # on the way back
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(layers[0], switch, struck)
+        step(made)
+    assert [(layer.active_adapters, layer.disable_adapters) for layer in layers] == as_before
+    assert step(made)["objective/kl"] == pytest.approx(0.0, abs=1e-5)
+    assert abs(step(made)["objective/kl"]) > 1e-4
 
 
 def test_methods_that_nothing_would_call_are_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from ppo_lab.models.policy import (
     targets_of,
 )
 from ppo_lab.models.trunk import Trunk
+from ppo_lab.signals import undisturbed
 from ppo_lab.types import Tokens
 
 REFERENCE_ADAPTER = "reference"
@@ -94,19 +95,31 @@ class Reference:
         """The reference's trunk; with a shared trunk, its adapter is switched for the while and
         switched back.
         """
+        # Interrupted half-way, some layers would keep the reference's adapter, and train with it.
+        switched = ExitStack()
+        try:
+            with undisturbed():
+                switched.enter_context(self._switched())
+            yield self._trunk
+        finally:
+            with undisturbed():
+                switched.close()
+
+    @contextmanager
+    def _switched(self) -> Iterator[None]:
         model = self._policy.pretrained_model
         if self._adapter == "off":
             with model.disable_adapter():
-                yield self._trunk
+                yield
         elif self._adapter:
             trained = model.active_adapter
             model.set_adapter(self._adapter, inference_mode=True)
             try:
-                yield self._trunk
+                yield
             finally:
                 model.set_adapter(trained)
         else:
-            yield self._trunk
+            yield
 
 
 def _plain(model: Any) -> Any:
