@@ -136,20 +136,37 @@ def check_optimizer(
     """Refuse an optimizer that would leave the policy or the critic as it is.
 
     Raises:
-        ValueError: it holds no parameter of one of them that is trained.
+        ValueError: it holds no parameter of one of them that is trained, or steps by calling the
+            loss itself.
     """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("optimizer: LBFGS computes the loss by itself, which a step here cannot")
     groups = [] if optimizer is None else optimizer.param_groups
     if not groups:
         return
     held = {id(p) for group in groups for p in group["params"]}
     values = policy.v_head if critic is policy else critic
     for name, taught in (("model", policy.pretrained_model), ("critic", values)):
-        if not any(id(p) in held for p in taught.parameters() if p.requires_grad):
+        trained = [id(p) for p in taught.parameters() if p.requires_grad]
+        if trained and held.isdisjoint(trained):
             raise ValueError(
                 f"optimizer holds no parameter of the {name} that is trained, so that it would "
                 "never learn: make it of the parameters as they are now (an adapter that came "
                 "later has its own)"
             )
+
+
+def check_schedule(lr_scheduler: Any) -> None:
+    """Refuse a schedule that asks for a figure at every step.
+
+    Raises:
+        ValueError: it is such a one.
+    """
+    if isinstance(lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ValueError(
+            "lr_scheduler: ReduceLROnPlateau is told a figure at every step, and is not here; call "
+            "its step(stats[...]) after ppo_trainer.step in your own loop"
+        )
 
 
 def default_sampling(policy: AutoModelForCausalLMWithValueHead, tokenizer: Any) -> Sampling:
@@ -474,6 +491,7 @@ def _check_vocabulary(trainer: PPOTrainer, **named: Sequence[Tensor]) -> None:
     size = trainer.policy.trunk.model.get_input_embeddings().weight.shape[0]
     for name, tensors in named.items():
         for i, ids in enumerate(tensors):
+            ids = ids.long()  # of a narrower type the size would wrap around
             wrong = ids[(ids < 0) | (ids >= size)].tolist()
             if wrong:
                 raise ValueError(

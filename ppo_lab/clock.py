@@ -34,14 +34,17 @@ class Clock:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Add the seconds spent inside to `phase`, a range of that name in a profile; on a GPU,
-        until its work is done, for which the host does not wait.
+        until its work is done, for which the host does not wait. An iteration that is broken off
+        counts for nothing.
         """
         start = self._moment()
         try:
             with record_function(phase):
                 yield
-        finally:
-            self._spans.append((phase, start, self._moment()))
+        except BaseException:
+            self._spans.clear()
+            raise
+        self._spans.append((phase, start, self._moment()))
 
     def _moment(self) -> Any:
         """Now, as the device reads it when it comes to this."""

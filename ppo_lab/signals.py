@@ -126,7 +126,8 @@ def undisturbed() -> Iterator[None]:
     """Ctrl-C is told of what is done inside when it is done: half of it would be a state that
     nothing expects, and a notebook goes on from there.
     """
-    if threading.current_thread() is not threading.main_thread():
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or not _is_watchable(signal.SIGINT):
         yield
         return
     came: list[int] = []

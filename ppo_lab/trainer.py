@@ -125,6 +125,7 @@ class PPOTrainer(ScriptAttributes):
             for trained in {self.policy, self.critic}:
                 trained.gradient_checkpointing_enable()
         classic.check_optimizer(optimizer, self.policy, self.critic)
+        classic.check_schedule(lr_scheduler)
         if self.config.cache_trunk:
             self.policy.trunk.keep_below()
         self.optimizer = optimizer or _optimizer(self.policy, self.critic, self.config)

@@ -397,8 +397,9 @@ def _no_credentials(wandb: Any) -> str:
 class ClassicRun:
     """What a hand-written loop sends, as TRL's classic `log_stats` did: statistics and texts.
 
-    It goes to the W&B run that is open, or to a new one, opened at once. Whatever fails is said and
-    passed over.
+    It goes to the W&B run that is open, or to a new one, opened at once. One that was opened for an
+    earlier trainer is finished first: a loop over settings, or a cell run again, has a run each.
+    Whatever fails is said and passed over.
 
     Args:
         project: the project of a new run.
@@ -411,7 +412,7 @@ class ClassicRun:
         self, project: str, name: str, config: Mapping[str, Any], options: Mapping[str, Any]
     ) -> None:
         self._options = {"project": project, "name": name or None, "config": config, **options}
-        self._safely(self._run)
+        self._safely(self._begin)
 
     def log(
         self,
@@ -429,6 +430,13 @@ class ClassicRun:
 
         self._safely(send)
 
+    def _begin(self) -> None:
+        import wandb
+
+        if wandb.run is not None and wandb.run.id in _opened:
+            wandb.run.finish()
+        self._run()
+
     def _run(self) -> Any:
         import wandb
 
@@ -441,13 +449,18 @@ class ClassicRun:
             to_stderr(f"W&B: {type(error).__name__}: {brief(error)}; training goes on")
 
 
+_opened: set[str] = set()  # the runs that trainers of this process have opened, by id
+
+
 def _open_classic(wandb: Any, options: Mapping[str, Any]) -> Any:
     _quieten(wandb)
     mode = "offline" if _mode("auto")[0] != "online" or _no_credentials(wandb) else "online"
     settings = wandb.Settings(
         init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, quiet=True, show_info=False
     )
-    return wandb.init(**{"mode": mode, "settings": settings} | dict(options))
+    run = wandb.init(**{"mode": mode, "settings": settings} | dict(options))
+    _opened.add(run.id)
+    return run
 
 
 def _chartable(wandb: Any, stats: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -559,6 +560,26 @@ def test_an_optimizer_and_a_schedule_of_ones_own_are_used() -> None:
     schedule = torch.optim.lr_scheduler.StepLR(sgd, step_size=1, gamma=0.1)
     made = trainer(model, optimizer=sgd, lr_scheduler=schedule)
     assert [step(made)["ppo/learning_rate"] for _ in range(2)] == [0.5, pytest.approx(0.05)]
+
+
+def test_ids_may_be_of_any_type_of_integers() -> None:
+    model, made = policy(), []
+    for dtype in (torch.long, torch.uint8, torch.int16):
+        queries = [torch.tensor([5, 6], dtype=dtype)] * 2
+        responses = [torch.tensor([7, 8, 9], dtype=dtype)] * 2
+        again = trainer(copy.deepcopy(model))
+        made.append(again.step(queries, responses, [torch.tensor(1.0), torch.tensor(0.5)]))
+    assert made[0]["ppo/loss/total"] == made[1]["ppo/loss/total"] == made[2]["ppo/loss/total"]
+
+
+def test_what_no_step_here_could_serve_is_refused_before_one() -> None:
+    model = policy()
+    with pytest.raises(ValueError, match="optimizer: LBFGS"):
+        trainer(model, optimizer=torch.optim.LBFGS(model.parameters()))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(sgd)
+    with pytest.raises(ValueError, match="ReduceLROnPlateau"):
+        trainer(model, optimizer=sgd, lr_scheduler=plateau)
 
 
 def test_an_optimizer_that_leaves_somebody_as_he_is_is_refused() -> None:

@@ -328,6 +328,16 @@ def test_a_hook_on_a_layer_is_honoured() -> None:
     assert seen
 
 
+def test_a_layer_s_call_that_has_been_replaced_is_made() -> None:
+    model = tiny_model("llama")
+    trunk, own = Trunk(model), model.model.layers[1].mlp.forward
+    model.model.layers[1].mlp.forward = lambda x: 2 * own(x)
+    with torch.no_grad():
+        changed = trunk.hidden(*ragged_ids())
+        del model.model.layers[1].mlp.forward
+        assert not torch.allclose(trunk.hidden(*ragged_ids()), changed)
+
+
 def test_an_adapter_that_is_merged_is_not_added_twice() -> None:
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, task_type="CAUSAL_LM"))
     for name, parameter in model.named_parameters():

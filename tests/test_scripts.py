@@ -439,6 +439,14 @@ def test_wandb_is_open_once_the_trainer_is_made(
         assert (wandb.run.name, wandb.run.tags) == ("tiny", ("mine",))
         assert wandb.run.config["init_kl_coef"] == made.config.init_kl_coef
         wandb.log({"own": 1})
+        first = wandb.run.id
+        again = trainer(log_with="wandb", model_name="tiny", init_kl_coef=0.7)
+        assert wandb.run.id != first
+        assert wandb.run.config["init_kl_coef"] == again.config.init_kl_coef == 0.7
+        wandb.run.finish()
+        own = wandb.init(mode="offline")
+        trainer(log_with="wandb", model_name="tiny")
+        assert wandb.run.id == own.id, "what somebody opened is theirs"
     finally:
         wandb.teardown()
 

@@ -383,6 +383,15 @@ def test_times_cover_the_iteration_and_start_anew() -> None:
     assert stats["peak_memory_gb"] > 0
 
 
+def test_what_was_broken_off_is_not_in_the_next_iteration_s_time() -> None:
+    clock = Clock(torch.device("cpu"))
+    with clock("generate"):
+        pass
+    with pytest.raises(KeyboardInterrupt), clock("update"):
+        raise KeyboardInterrupt
+    assert clock.read(tokens=0)["time/iteration"] == 0.0
+
+
 def test_a_gpu_is_timed_by_its_own_events_and_waited_for_at_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -336,11 +336,12 @@ def _merged(modules: Sequence[Any]) -> bool:
 
 
 def _hooked(modules: Sequence[Any]) -> bool:
-    """Whether something is to happen around one of them that only its own call would do.
+    """Whether something is to happen around one of them that only its own call would do, or its
+    call has been replaced.
 
     Hooks by which transformers captures outputs sleep outside of its own forward.
     """
-    if any("_hf_hook" in module.__dict__ for module in modules):
+    if any("_hf_hook" in m.__dict__ or "forward" in m.__dict__ for m in modules):
         return True
     with_hooks = [m for m in modules if m._forward_hooks or m._forward_pre_hooks]
     hooks = [
