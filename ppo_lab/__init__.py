@@ -4,6 +4,7 @@ it.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     from ppo_lab.trainer import PPOTrainer
 
 __version__ = "0.1.0"
+
+if sys.platform == "win32":
+    raise ImportError(
+        "ppo_lab locks files and hears signals as POSIX has them: on Windows run it in WSL"
+    )
+
 __all__ = [
     "AutoModelForCausalLMWithValueHead",
     "LengthSampler",

@@ -110,6 +110,13 @@ def test_the_help_page_names_every_option_and_the_headline_knobs(tmp_path):
     assert max(map(len, lines)) <= 110
 
 
+def test_windows_is_told_where_it_runs() -> None:
+    code = "import sys; sys.platform = 'win32'; import ppo_lab"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "on Windows run it in WSL" in done.stderr
+
+
 def test_the_version_is_that_of_the_package(tmp_path):
     import ppo_lab
 
