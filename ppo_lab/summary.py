@@ -234,9 +234,10 @@ def _costs(summary: Mapping[str, Any]) -> str:
         ("tokens/s", summary.get("tokens_per_second"), number),
         ("time", summary.get("wall_s"), duration),
         ("peak memory", summary.get("peak_memory_gb"), lambda value: f"{number(value)} GB"),
-        ("layers", summary.get("layers"), str),
     ]
-    return "   ".join(f"{name} {shown(value)}" for name, value, shown in costs if value is not None)
+    told = "   ".join(f"{name} {shown(value)}" for name, value, shown in costs if value is not None)
+    layers = summary.get("layers")
+    return f"{told}\npasses through {layers} layers" if layers else told
 
 
 def _answers(sample: Sample, *, wide: bool) -> RenderableType:

@@ -76,7 +76,7 @@ class Trunk:
         if fast is None:
             return "transformers'"
         window = fast.anatomy.window
-        return f"ppo_lab's, transformers' over {window} tokens" if window else "ppo_lab's"
+        return f"ppo_lab's, over {window} tokens transformers'" if window else "ppo_lab's"
 
     @property
     def hidden_size(self) -> int:
