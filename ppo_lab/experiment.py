@@ -298,8 +298,13 @@ def make_trainer(
         processes=processes,
     )
     if isinstance(config.generation, VLLMGeneration):
-        context = longest_prompt(config) + config.generation.max_new_tokens
-        engine = engine_for(trainer, config.generation, trainer.sampling, context=context)
+        engine = engine_for(
+            trainer,
+            config.generation,
+            trainer.sampling,
+            context=longest_prompt(config) + config.generation.max_new_tokens,
+            trust_remote_code=config.model.trust_remote_code,
+        )
         trainer.sampler = VLLMSampler(trainer, engine, max_gap=config.generation.max_gap)
     return trainer
 

