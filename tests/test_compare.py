@@ -273,6 +273,16 @@ def test_a_run_that_lacks_beta_or_epsilon_does_not_keep_the_others_from_being_dr
     assert "compare_objective.png" in names
 
 
+def test_runs_that_differ_in_a_list_are_drawn_in_a_colour_each(tmp_path: Path) -> None:
+    for number, modules in enumerate((["q_proj"], ["q_proj", "v_proj"], None, True, 1)):
+        make_run(tmp_path / str(number), seed=0, lora__target_modules=modules)
+    comparison = compare(read_runs([str(tmp_path)]))
+    assert comparison.keys == ["lora.target_modules"]
+    save_figures(comparison, tmp_path)
+    drawing = (tmp_path / "compare_curves.svg").read_text()
+    assert all(f">{value}</text>" in drawing for value in ("['q_proj']", "None", "True", "1"))
+
+
 def test_pictures_and_page_count_the_same_runs(tmp_path: Path) -> None:
     for beta, epsilon in product((0.1, 0.3), (0.1, 0.2)):
         for seed, steps in ((0, 40), (1, 40), (0, 20)):  # the third differs in more than its seed

@@ -88,7 +88,9 @@ def _colours(comparison: Comparison) -> dict[str, Any]:
 
 
 def _coloured_by(group: Group, comparison: Comparison) -> Any:
-    return group.settings.get(comparison.keys[0], "-") if comparison.keys else "all"
+    """The first differing key's value: a number, or in words, since a list cannot be looked up."""
+    found = group.settings.get(comparison.keys[0], "-") if comparison.keys else "all"
+    return found if is_number(found) else shown(found)
 
 
 def _curves(figure: Any, comparison: Comparison) -> None:
