@@ -396,6 +396,17 @@ def test_one_command_writes_page_tables_and_figures(
     assert len(pandas.read_parquet(tmp_path / "compare.parquet")) == 8
 
 
+def test_a_folder_that_cannot_be_written_is_said_and_where_else_to_write(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    assert main([str(sweep), "--output", str(tmp_path / "file")]) == 1
+    said = capsys.readouterr().out
+    assert "clip fraction" in said
+    assert f"{tmp_path / 'file'}: cannot be written" in said
+    assert "--output FOLDER" in said
+
+
 def test_nothing_to_compare_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")]) == 1
     assert "no such folder" in capsys.readouterr().out

@@ -18,7 +18,7 @@ WITHOUT_A_TERMINAL = 160  # characters
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare the runs that the command line names; 1 where there is none."""
+    """Compare the runs that the command line names; 1 where there is none, or no room for it."""
     asked = _parser().parse_args(arguments)
     console = Console() if sys.stdout.isatty() else Console(width=WITHOUT_A_TERMINAL)
     if not asked.paths and not asked.wandb:
@@ -35,7 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     said = remarks(comparison)
     show(comparison, said[-MOST_REMARKS_TOLD:], console)
     folder = asked.output or default_folder(asked.paths)
-    for file in write(comparison, said, folder, title=" ".join([*asked.paths, *asked.wandb])):
+    title = " ".join([*asked.paths, *asked.wandb])
+    try:
+        written = write(comparison, said, folder, title=title)
+    except OSError as error:  # a sweep of somebody else, a full disk, a file of that name
+        console.print(
+            f"{folder}: cannot be written ({error}); --output FOLDER puts all of it elsewhere",
+            markup=False,
+            soft_wrap=True,
+        )
+        return 1
+    for file in written:
         console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
