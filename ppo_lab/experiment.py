@@ -160,7 +160,7 @@ def begin(config: Config, folder: Path, overrides: Sequence[str], processes: Alo
     """The run, written down and built; of one that comes no further the folder says why."""
     try:
         processes.from_main(lambda: record(config, folder, overrides))
-        return build(processes.from_main(lambda: resolve(config)), folder, overrides, processes)
+        return build(config, folder, overrides, processes)
     except BaseException as error:
         if processes.is_main and "steps" not in read_summary(folder):
             with suppress(OSError):
@@ -234,9 +234,14 @@ def build(
     overrides: Sequence[str] = (),
     processes: Alone = ALONE,
 ) -> Lab:
-    """Everything that a run needs, loaded in the order in which mistakes are cheapest to find."""
+    """Everything that a run needs, loaded in the order in which mistakes are cheapest to find.
+
+    Trackers are given the configuration as it was asked for: where a machine keeps the embedded
+    policy would tell its runs from those of the others.
+    """
     from ppo_lab.data import PromptStream, load_prompts
 
+    asked, config = config, processes.from_main(lambda: resolve(config))
     device, say = pick_device(config.device, processes), to_stderr if processes.is_main else silent
     tell_of_other_gpus(device, say)
     with processes.together():
@@ -274,7 +279,7 @@ def build(
         shuffle=config.data.shuffle,
     )
     begun = processes.from_main(lambda: find(config.resume, folder)) if config.resume else None
-    trackers = make_trackers(config, folder, overrides, begun, is_main=processes.is_main)
+    trackers = make_trackers(asked, folder, overrides, begun, is_main=processes.is_main)
     keeper = Keeper(config.checkpoint, folder, trackers.say)
     lab = Lab(config, folder, trainer, stream, evaluator, trackers, keeper, start, processes)
     seed_random_state(config.seed)  # again: libraries draw numbers while they are first imported

@@ -40,7 +40,7 @@ from ppo_lab.compare.groups import differing_keys, grouped
 from ppo_lab.compare.outcomes import evaluations, outcomes
 from ppo_lab.compare.overoptimisation import fit_overoptimisation, peak_of
 from ppo_lab.compare.page import CURVE_BYTES, as_json, page, payload, points_a_curve
-from ppo_lab.compare.runs import Run, read_run, read_runs
+from ppo_lab.compare.runs import Run, flat, read_run, read_runs
 from ppo_lab.compare.statistics import pareto_front, rank_correlation, t_interval, thinned
 from ppo_lab.compare.terminal import show
 from ppo_lab.compare.wandb_runs import _config
@@ -516,6 +516,12 @@ def test_what_a_sweep_handed_out_as_text_does_not_hide_the_run_s_own_number() ->
     handed_out = {"ppo.init_kl_coef": "2e-1", "model": "tiny"}
     for config in ({**own, **handed_out}, {**handed_out, **own}):
         assert _config(config) == {"ppo.init_kl_coef": 0.2, "model.path": "x"}
+
+
+def test_an_empty_section_is_no_setting_since_wandb_keeps_none() -> None:
+    section = {"chat": False, "template_kwargs": {}}
+    with_empty, without = flat({"data": section}), _config({"data": {"chat": False}})
+    assert with_empty == without == {"data.chat": False}
 
 
 def test_a_trial_that_was_refused_has_no_config_to_differ_in() -> None:

@@ -11,8 +11,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tiny_runs import tiny
 
 from ppo_lab.config import TrackingSection
+from ppo_lab.embedded.build import folder_of_this_version
+from ppo_lab.experiment import build
 from ppo_lab.record import JsonLines, read_json_lines
 from ppo_lab.tracking import Composite, open_trackers
 from ppo_lab.types import Sample
@@ -522,6 +525,20 @@ def test_no_secret_is_part_of_a_name(monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "hush-hush-123")
     overrides = ["ppo.steps=5", "+reward.kwargs.api_key=hush-hush-123", "lora=r8"]
     assert run_name("a", overrides, seed=1) == "a-steps5-r8-s1"
+
+
+def test_where_a_machine_keeps_the_embedded_policy_is_no_setting_of_a_run(
+    monkeypatch, logged_out, tmp_path
+):
+    monkeypatch.setenv("PPO_LAB_CACHE", str(tmp_path / "cache"))
+    config = tiny(tmp_path, model={"path": "embedded"}, tracking={"type": "wandb"})
+    policy = folder_of_this_version() / "policy"
+    policy.parent.mkdir(parents=True)
+    (tmp_path / "model").rename(policy)
+    lab = build(config, tmp_path / "run")
+    lab.trackers.finish("failed", {})
+    (wandb,) = [tracker for tracker in lab.trackers.trackers if isinstance(tracker, WandbTracker)]
+    assert wandb.config["model"]["path"] == "embedded"
 
 
 def test_the_config_goes_up_nested_with_its_aliases():

@@ -197,10 +197,10 @@ def _whole_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections under dotted keys."""
+    """Nested sections under dotted keys; an empty one leaves none, since W&B does not keep it."""
     found: dict[str, Any] = {}
     for name, value in nested.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = value
