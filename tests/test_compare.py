@@ -246,6 +246,14 @@ def test_a_failed_seed_is_shown_and_does_not_enter_the_mean(tmp_path: Path) -> N
     assert group.results["objective"].mean > -99
 
 
+def test_a_copied_sweep_is_said_to_make_intervals_too_narrow(sweep: Path, tmp_path: Path) -> None:
+    shutil.copytree(sweep, tmp_path / "copy")
+    said = remarks(compare(read_runs([str(sweep), str(tmp_path)])))
+    (line,) = [line for line in said if "same seed" in line]
+    assert line.startswith("4 of 4 settings have runs of the same seed")
+    assert not [line for line in remarks(compare(read_runs([str(sweep)]))) if "same seed" in line]
+
+
 def test_remarks_tell_order_and_an_epsilon_that_never_binds(sweep: Path) -> None:
     said = remarks(compare(read_runs([str(sweep)])))
     assert any("clip_fraction falls monotonically with cliprange" in line for line in said)

@@ -12,6 +12,7 @@ import pandas
 from ppo_lab.compare.groups import (
     FIRST,
     Group,
+    comparable,
     differing_keys,
     grouped,
     is_number,
@@ -95,6 +96,7 @@ def remarks(comparison: Comparison) -> list[str]:
     """What stands out, a sentence each."""
     return [
         *_unfinished(comparison),
+        *_repeated_seeds(comparison),
         *_rank_correlations(comparison),
         *_epsilon_that_never_binds(comparison),
         *(describe(fit, task) for task, fit in comparison.fits.items()),
@@ -110,6 +112,22 @@ def _unfinished(comparison: Comparison) -> Iterator[str]:
         for run in comparison.runs
         if run.reason and run.status != "running"
     )
+
+
+def _repeated_seeds(comparison: Comparison) -> Iterator[str]:
+    """Groups in which a run stands for more than one: no interval knows that it is the same."""
+    found = [group for group in comparison.groups if _has_a_seed_twice(settled(group.runs))]
+    if found:
+        yield (
+            f"{len(found)} of {len(comparison.groups)} settings have runs of the same seed, as "
+            f"{found[0].label}: copies, or a run from its folder and from W&B too? Each counts as "
+            "a seed of its own, so that the intervals are too narrow"
+        )
+
+
+def _has_a_seed_twice(runs: Sequence[Run]) -> bool:
+    seeds = [comparable(run.config["seed"]) for run in runs if "seed" in run.config]
+    return len(set(seeds)) < len(seeds)
 
 
 def _rank_correlations(comparison: Comparison) -> Iterator[str]:
