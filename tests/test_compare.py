@@ -415,6 +415,13 @@ def test_a_folder_that_cannot_be_written_is_said_and_where_else_to_write(
     assert "--output FOLDER" in said
 
 
+def test_no_setting_is_taken_for_an_emoji(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for number, name in enumerate(("a:boom:", "a:fire:")):
+        make_run(tmp_path / str(number), reward__name=name)
+    assert main([str(tmp_path)]) == 0
+    assert "name=a:boom:: no over-optimisation fit" in capsys.readouterr().out
+
+
 def test_nothing_to_compare_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")]) == 1
     assert "no such folder" in capsys.readouterr().out

@@ -20,7 +20,8 @@ WITHOUT_A_TERMINAL = 160  # characters
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare the runs that the command line names; 1 where there is none, or no room for it."""
     asked = _parser().parse_args(arguments)
-    console = Console() if sys.stdout.isatty() else Console(width=WITHOUT_A_TERMINAL)
+    width = None if sys.stdout.isatty() else WITHOUT_A_TERMINAL
+    console = Console(width=width, emoji=False)  # reward.target=rw:boom: is no 💥
     if not asked.paths and not asked.wandb:
         asked.paths = ["outputs"]
     runs = read_runs(asked.paths) + [
