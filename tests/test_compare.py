@@ -451,14 +451,14 @@ def test_a_thousand_run_folders_take_less_than_twenty_seconds(tmp_path: Path) ->
     assert (tmp_path / "out" / "compare.html").stat().st_size < 20e6
 
 
-def in_a_browser(html: Path, *, width: int) -> subprocess.CompletedProcess[str]:
+def in_a_browser(html: Path, *, width: int, height: int = 6000) -> subprocess.CompletedProcess[str]:
     """What a browser makes of a page, and in stderr what it says of it."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("needs Chromium")
     flags = "--headless --no-sandbox --use-angle=swiftshader --enable-unsafe-swiftshader "
     flags += "--no-first-run --disable-background-networking --disable-sync --dump-dom "
-    flags += f"--window-size={width},6000 --virtual-time-budget=20000 --enable-logging=stderr"
+    flags += f"--window-size={width},{height} --virtual-time-budget=20000 --enable-logging=stderr"
     command = [browser, *flags.split(), f"--user-data-dir={html.parent / 'profile'}"]
     return subprocess.run([*command, html.as_uri()], capture_output=True, text=True, timeout=120)
 
@@ -492,6 +492,20 @@ def test_no_curve_is_cut_short_and_a_group_has_one_colour_in_every_panel(tmp_pat
     colours = {label: colour for label, colour, _ in kl}
     assert len(set(colours.values())) == 3
     assert [colours[label] for label, _, _ in clipped] == [colour for _, colour, _ in clipped]
+
+
+@pytest.mark.slow
+def test_what_was_never_scrolled_to_is_printed_too(sweep: Path, tmp_path: Path) -> None:
+    assert main([str(sweep), "--output", str(tmp_path)]) == 0
+    html = tmp_path / "compare.html"
+    asking = """<script>const drawn = () => document.querySelectorAll(".js-plotly-plot").length;
+      setTimeout(() => { const before = drawn(); window.dispatchEvent(new Event("beforeprint"));
+        document.title = JSON.stringify([before, drawn()]); }, 9000)</script></body>"""
+    html.write_text(html.read_text().replace("</body>", asking))
+    shown = in_a_browser(html, width=1300, height=700).stdout
+    before, printed = json.loads(re.search("<title>(.*?)</title>", shown)[1])
+    assert before < 9
+    assert printed == 9
 
 
 @pytest.mark.slow

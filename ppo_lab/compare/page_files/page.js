@@ -470,6 +470,7 @@ function main() {
   }, { rootMargin: "400px" });
   all.forEach((id) => stale.add(id));
   all.forEach((id) => watcher.observe(byId(id)));
+  window.addEventListener("beforeprint", () => { [...stale].forEach((id) => drawers.get(id)()); stale.clear(); });
   const count = () => (byId("shown").textContent = `${visibleRuns().length} of ${DATA.runs.length} runs`);
   count();
   byId("filter").oninput = () => { count(); refresh(all.filter((id) => !["fits", "samples", "differs"].includes(id))); };
