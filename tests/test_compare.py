@@ -27,7 +27,7 @@ from made_up_runs import (
 )
 from rich.console import Console
 
-from ppo_lab.compare.command import main
+from ppo_lab.compare.command import _told, main
 from ppo_lab.compare.comparison import (
     clip_fraction_by_epsilon,
     compare,
@@ -134,6 +134,33 @@ def test_a_peak_beyond_what_was_measured_is_called_so(tmp_path: Path) -> None:
     assert not isinstance(fit, str)
     assert not fit.peak_is_seen
     assert "beyond the largest KL measured" in describe(fit)
+
+
+def test_a_peak_before_what_was_measured_is_called_so(tmp_path: Path) -> None:
+    kl = np.linspace(20.0, 40.0, 6)  # d* is 1.4
+    gold = rise(np.sqrt(kl), ALPHA_GOLD, BETA_GOLD)
+    runs = [exact_run(tmp_path / str(n), kl, mean_reward=gold, gold=gold) for n in range(2)]
+    fit = fit_overoptimisation(runs)
+    assert not isinstance(fit, str)
+    assert not fit.peak_is_seen
+    assert "below the smallest KL measured, 20" in describe(fit)
+
+
+def test_of_runs_whose_start_is_not_known_no_fit_is_made_and_why_is_said(tmp_path: Path) -> None:
+    kl = np.linspace(0.1, 1.0, 6)
+    runs = [exact_run(tmp_path / str(n), kl, mean_reward=kl, gold=kl) for n in range(2)]
+    runs[1].summary.clear()
+    said = fit_overoptimisation(runs)
+    assert isinstance(said, str)
+    assert said.endswith("; 1 runs lack the evaluation before training")
+
+
+def test_a_terminal_is_told_first_how_runs_ended() -> None:
+    said = [f"remark {n}" for n in range(50)]
+    told = _told(said)
+    assert len(told) == 21
+    assert told[:3] == ["remark 0", "(30 more remarks are on the page)", "remark 31"]
+    assert _told(said[:20]) == said[:20]
 
 
 def test_without_a_gold_score_nothing_is_fitted_and_it_is_said(tmp_path: Path) -> None:

@@ -17,6 +17,15 @@ MOST_REMARKS_TOLD = 20
 WITHOUT_A_TERMINAL = 160  # characters
 
 
+def _told(said: Sequence[str]) -> list[str]:
+    """The remarks that a terminal has room for: the first, how runs ended, among them."""
+    if len(said) <= MOST_REMARKS_TOLD:
+        return list(said)
+    more = len(said) - MOST_REMARKS_TOLD
+    rest = said[more + 1 :]
+    return [said[0], f"({more} more remarks are on the page)", *rest]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare the runs that the command line names; 1 where there is none, or no room for it."""
     asked = _parser().parse_args(arguments)
@@ -34,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     comparison = compare(runs)
     said = remarks(comparison)
-    show(comparison, said[-MOST_REMARKS_TOLD:], console)
+    show(comparison, _told(said), console)
     folder = asked.output or default_folder(asked.paths)
     title = " ".join([*asked.paths, *asked.wandb])
     try:

@@ -196,7 +196,11 @@ def describe(fit: Overoptimisation | str, task: str = "") -> str:
     if np.isnan(gold.peak):
         return f"{where}{curve} ({ranges}); it does not peak"
     kl = f"KL = {gold.kl_at_peak:.3g} nats (95 %: {_range([d**2 for d in gold.peak_interval])})"
-    seen = "" if fit.peak_is_seen else f", beyond the largest KL measured, {fit.d.max() ** 2:.3g}"
+    least, most = (f"{end**2:.3g}" for end in (fit.d.min(), fit.d.max()))
+    beside = f"beyond the largest KL measured, {most}"
+    if gold.peak < fit.d.min():
+        beside = f"below the smallest KL measured, {least}"
+    seen = "" if fit.peak_is_seen else f", {beside}"
     return f"{where}{curve} ({ranges}); it peaks at d* = {gold.peak:.3g}, {kl}{seen}"
 
 

@@ -57,8 +57,8 @@ class Overoptimisation:
 
     @property
     def peak_is_seen(self) -> bool:
-        """Whether the runs went beyond the gold score's peak; elsewhere it is extrapolated."""
-        return bool(self.gold.peak <= self.d.max())
+        """Whether the gold score's peak lies within what was measured; else it is extrapolated."""
+        return bool(self.d.min() <= self.gold.peak <= self.d.max())
 
 
 def gain(d: np.ndarray, *, alpha: float, beta: float) -> np.ndarray:
@@ -81,9 +81,12 @@ def fit_overoptimisation(runs: Sequence[Run], *, seed: int = 0) -> Overoptimisat
     if not any(np.isfinite(point.gold) for run in runs for point in evaluations(run)):
         return "no over-optimisation fit: no run has a gold score"
     if len(points) < FEWEST_POINTS or len(set(owner)) < 2:
+        begun = sum(not _begins(run) for run in runs)
+        without = f"; {begun} runs lack the evaluation before training" if begun else ""
         return (
             f"no over-optimisation fit: {len(points)} evaluations of {len(set(owner))} runs with a "
             f"gold score and KL above 0; it needs {FEWEST_POINTS} of 2 (set evaluation.every)"
+            f"{without}"
         )
     d, proxy, gold = points.T
     curves = [_curve(d, gains, owner, np.random.default_rng(seed)) for gains in (proxy, gold)]
@@ -94,14 +97,20 @@ def _points(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
     """(d, proxy gain, gold gain) of every evaluation off the reference, and whose it is."""
     rows, owner = [], []
     for number, run in enumerate(runs):
-        path = evaluations(run)
-        if not path or path[0].step != 0:
+        if not _begins(run):
             continue
+        path = evaluations(run)
         gains = [_gains(point, path[0]) for point in path[1:] if point.kl > 0]
         found = [row for row in gains if np.isfinite(row).all()]
         rows += found
         owner += [number] * len(found)
     return np.array(rows).reshape(-1, 3), np.array(owner)
+
+
+def _begins(run: Run) -> bool:
+    """Whether it is known what a run began from, which one that crashed has not written down."""
+    path = evaluations(run)
+    return bool(path) and path[0].step == 0
 
 
 def _gains(point: Evaluation, before: Evaluation) -> tuple[float, float, float]:

@@ -48,7 +48,9 @@ const escaped = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt
 
 function visibleRuns() {
   const words = byId("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
-  return DATA.runs.filter((run) => words.every((word) => title(run).toLowerCase().includes(word)));
+  // A whole value where one is named: seed=1 is not seed=10.
+  const end = (word) => (/=\S+$/.test(word) ? `${word} ` : word);
+  return DATA.runs.filter((run) => words.every((word) => `${title(run).toLowerCase()} `.includes(end(word))));
 }
 
 function groupsOf(runs, of = (run) => run.group) {
