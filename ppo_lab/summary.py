@@ -71,7 +71,9 @@ def verdict(
     status, steps = summary.get("status", "finished"), summary.get("steps")
     if status != "finished":
         reason = f": {visible(str(summary['reason']))}" if summary.get("reason") else ""
-        return [(f"the run was {status} after {steps or 0} iterations{reason}", "bold red")]
+        ended = "failed" if status == "failed" else f"was {status}"
+        done = "1 iteration" if steps == 1 else f"{steps or 0} iterations"
+        return [(f"the run {ended} after {done}{reason}", "bold red")]
     first, last = _evaluations(summary)
     remarks = [*_about_score(first, last), *_about_gold(first, last, gold_history)]
     remarks += _about_settings(summary.get("train") or {}, steps or 0)

@@ -262,10 +262,13 @@ def test_a_critic_that_sees_nothing_is_said_once_it_should_see():
     assert "critic" not in remarks(run())
 
 
-@pytest.mark.parametrize("status", ["failed", "preempted"])
-def test_a_run_that_did_not_finish_has_no_verdict(status):
+@pytest.mark.parametrize(
+    ("status", "said"), [("failed", "the run failed"), ("preempted", "the run was preempted")]
+)
+def test_a_run_that_did_not_finish_has_no_verdict(status, said):
     text = remarks(run(status=status, reason="loss is NaN"))
-    assert text == f"the run was {status} after 20 iterations: loss is NaN"
+    assert text == f"{said} after 20 iterations: loss is NaN"
+    assert remarks(run(status=status, steps=1)) == f"{said} after 1 iteration"
 
 
 @pytest.mark.parametrize("summary", [{}, {"status": "failed"}, run(eval={}), run(train={})])
