@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -46,11 +47,18 @@ def unquoted(text: str) -> str:
     """A value without the quotes of Hydra's grammar."""
     if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"":
         return text
-    return text[1:-1].replace("\\" + text[0], text[0])
+    quote = text[0]
+    inner = re.sub(rf"\\((?:\\\\)*){quote}", rf"\1{quote}", text[1:-1])
+    return re.sub(rf"(\\+)(?={quote}|\Z)", lambda found: found[1][: len(found[1]) // 2], inner)
 
 
 def quoted(path: Path) -> str:
-    """A path as Hydra's grammar reads it, whatever characters it has."""
+    """A path as Hydra's grammar reads it, whatever characters it has.
+
+    Letters beyond ASCII want quotes; backslashes count in front of a quote, the closing one too.
+    """
     text = str(path)
-    plain = all(c.isalnum() or c in "/._-+:%@" for c in text)
-    return text if plain else "'" + text.replace("'", "\\'") + "'"
+    if all((c.isascii() and c.isalnum()) or c in "/._-+:%@" for c in text):
+        return text
+    text = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return "'" + re.sub(r"(\\+)\Z", r"\1\1", text) + "'"

@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from ppo_lab.typed import quoted, shell_override, shell_path, short_path, unquoted
 
 NAMES = ["plain", "a b", "it's", 'say "so"', "$HOME", "a (2), [b]", "back\\slash", "größe=1", "~x"]
+NAMES += ["größe", "文", "٣", "a\nb", "back\\", "back\\\\", "it\\'s", "'\\\\'\\"]
 
 
 def test_paths_are_from_here_where_that_is_shorter(tmp_path, monkeypatch):
