@@ -121,7 +121,8 @@ class FastDecoder:
         )
         checkpoints = self.decoder.gradient_checkpointing and self.decoder.training
         kernel = getattr(config, "_attn_implementation", None) or "eager"
-        cast = torch.is_autocast_enabled(weight.device.type)  # which takes torch's own layers
+        # Which takes torch's own layers; of weights on `meta`, as a plan's, torch cannot tell.
+        cast = here and torch.is_autocast_enabled(weight.device.type)
         plain = here and not checkpoints and not cast and kernel in KERNELS
         return plain and not _merged(self._modules) and not _hooked(self._modules)
 
