@@ -17,6 +17,7 @@ from ppo_lab.embedded.corpus import preference_rows, sft_rows
 from ppo_lab.embedded.grammar import TOPICS
 from ppo_lab.embedded.questions import questions, topic_of
 from ppo_lab.embedded.rules import gold_score
+from ppo_lab.errors import ConfigError
 
 RESET = "How do I reset my password?"
 HELPFUL = " Thank you for asking. You can click on the reset link."
@@ -164,6 +165,16 @@ def test_building_anew_replaces_what_was_there(tmp_path: Path) -> None:
     built(tmp_path / "made", lambda folder: (folder / "new").touch(), anew=True)
     assert [entry.name for entry in (tmp_path / "made").iterdir()] == ["new"]
     assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == ["made"]
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PPO_LAB_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ConfigError, match=r"PPO_LAB_CACHE=.*/file is a file; must be a folder"):
+        embedded.policy_path()
+    assert "Building" not in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,12 @@ def main() -> None:
     parser.add_argument("--rebuild", action="store_true", help="build again even if it is there")
     arguments = parser.parse_args()
     from ppo_lab.embedded.build import ensure
+    from ppo_lab.errors import ConfigError, refuse
 
-    folder = ensure(rebuild=arguments.rebuild)
+    try:
+        folder = ensure(rebuild=arguments.rebuild)
+    except ConfigError as error:
+        refuse(error)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     policy, reward = report["policy"], report["reward"]
     print(f"folder         {folder}")

@@ -11,11 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ppo_lab.embedded.cache import built, cache_folder, fingerprint
 from ppo_lab.embedded.corpus import preference_rows, sft_rows
+from ppo_lab.errors import ConfigError
+from ppo_lab.on_disk import unwritable
 from ppo_lab.processes import launch
+from ppo_lab.record import brief
 from ppo_lab.stages.config import FitSection
 
+ELSEWHERE = "the embedded models are kept in PPO_LAB_CACHE=FOLDER, any with 30 MB of room"
 PACKAGES = ("torch", "transformers", "trl", "tokenizers", "datasets")
 
 
@@ -56,13 +62,27 @@ def folder_of_this_version() -> Path:
 
 
 def ensure(*, rebuild: bool = False) -> Path:
-    """The folder with `policy`, `reward` and `report.json`, built when it is not there."""
+    """The folder with `policy`, `reward` and `report.json`, built when it is not there.
+
+    Raises:
+        ConfigError: there is no writing where it is to be kept, or no room.
+    """
     folder = folder_of_this_version()
+    if rebuild or not folder.is_dir():
+        _check_writable(folder.parent)
     if launch.is_launched() and not folder.is_dir():
         _build_apart()
     if rebuild or not folder.is_dir():
         say(f"Building the embedded help desk, about a minute, once: {folder}")
-    return built(folder, build, anew=rebuild)
+    try:
+        return built(folder, build, anew=rebuild)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{folder}: could not be built ({brief(error)}); {ELSEWHERE}") from error
+
+
+def _check_writable(place: Path) -> None:
+    if found := list(unwritable("PPO_LAB_CACHE", str(place))):
+        raise ConfigError([f"{problem}; {ELSEWHERE}" for problem in found])
 
 
 def _build_apart() -> None:
