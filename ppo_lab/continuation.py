@@ -112,6 +112,7 @@ def state_of(lab: Any) -> dict[str, Any]:
         "elapsed_s": time.time() - lab.started,
         "wandb_run_id": wandb_run_id(lab.folder),
         "identity": lab.identity,
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -134,6 +135,12 @@ def restore(lab: Any, state: dict[str, Any]) -> None:
         raise ConfigError(
             f"{lab.folder}: its checkpoint does not fit this model: {error}"
         ) from None
+    threads, now = state.get("threads"), torch.get_num_threads()
+    if lab.trainer.device.type == "cpu" and threads not in (None, now):
+        lab.keeper.say(
+            f"{lab.folder}: goes on with {now} threads, where it had {threads}: numbers differ by "
+            f"rounding from here on (OMP_NUM_THREADS={threads} keeps them)"
+        )
     lab.stream.load_state_dict(state["stream"])
     lab.evaluator.load_state_dict(state["evaluator"])
     lab.evaluations[:] = [_evaluation(saved) for saved in state["evaluations"]]

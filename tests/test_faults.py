@@ -801,6 +801,26 @@ def test_a_penalty_that_need_not_lead_back_is_announced() -> None:
     assert "ppo.kl_penalty=full" in said[0]
 
 
+def test_another_number_of_threads_is_announced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, own = tmp_path / "run", torch.get_num_threads()
+    config = tiny(tmp_path, ppo={"steps": 1})
+    run(config, folder)
+    try:
+        for threads in (own, own + 1):
+            assert "goes on with" not in "".join(capsys.readouterr())
+            torch.set_num_threads(threads)
+            steps = config.ppo.steps + threads - own + 1
+            longer = replace(config, ppo=replace(config.ppo, steps=steps), resume=str(folder))
+            run(longer, folder)
+    finally:
+        torch.set_num_threads(own)
+    said = "".join(capsys.readouterr())
+    assert f"goes on with {own + 1} threads, where it had {own}" in said
+    assert f"(OMP_NUM_THREADS={own} keeps them)" in said
+
+
 def test_a_stop_string_with_a_backslash_for_a_line_break_is_announced() -> None:
     """Hydra leaves escapes on the command line as they are: such a string would stop nothing."""
     said: list[str] = []

@@ -21,7 +21,7 @@ from ppo_lab.processes import launch
 from ppo_lab.record import brief
 from ppo_lab.stages.config import FitSection
 
-ELSEWHERE = "the embedded models are kept in PPO_LAB_CACHE=FOLDER, any with 30 MB of room"
+ELSEWHERE = "the embedded models are kept in PPO_LAB_CACHE=FOLDER, any with 10 MB of room"
 PACKAGES = ("torch", "transformers", "trl", "tokenizers", "datasets")
 
 
