@@ -567,6 +567,45 @@ def test_a_browser_draws_every_plot_and_reports_no_error(sweep: Path, tmp_path: 
     assert "hacked</title>" not in shown.stdout
 
 
+@pytest.mark.slow
+def test_a_filter_that_nothing_passed_leaves_no_words_above_the_plots(
+    sweep: Path, tmp_path: Path
+) -> None:
+    assert main([str(sweep), "--output", str(tmp_path)]) == 0
+    html = tmp_path / "compare.html"
+    asking = """<script>
+      const filter = (text) => { byId("filter").value = text; byId("filter").oninput(); };
+      setTimeout(() => filter("no such run"), 7000);
+      setTimeout(() => { window.said = byId("heat").textContent; filter(""); }, 11000);
+      setTimeout(() => document.title = JSON.stringify([window.said,
+        [...document.querySelectorAll(".plot")].map((place) => place.firstChild.nodeType)]),
+      15000)</script></body>"""
+    html.write_text(html.read_text().replace("</body>", asking))
+    title = re.search("<title>(.*?)</title>", in_a_browser(html, width=1500).stdout)[1]
+    said, kinds = json.loads(title)
+    assert said == "no run has a value of objective"
+    assert kinds == [1] * 9  # elements, no text
+
+
+@pytest.mark.slow
+def test_what_was_measured_once_is_drawn_as_a_point(tmp_path: Path) -> None:
+    for beta in (0.1, 0.3):
+        make_run(tmp_path / str(beta), beta=beta, every=1000)
+    assert main([str(tmp_path), "--output", str(tmp_path)]) == 0
+    html = tmp_path / "compare.html"
+    asking = """<script>setTimeout(() => {
+        const choice = document.querySelector("select.metric");
+        choice.value = "eval/gold";
+        choice.onchange();
+      }, 7000);
+      setTimeout(() => document.title = JSON.stringify([0, 1].map((i) =>
+        byId(`curve-${i}`).data.map((t) => [t.mode, t.marker.color === t.line.color]))),
+      11000)</script></body>"""
+    html.write_text(html.read_text().replace("</body>", asking))
+    title = re.search("<title>(.*?)</title>", in_a_browser(html, width=1500).stdout)[1]
+    assert json.loads(title) == [[["markers", True]] * 2, [["lines", True]] * 2]
+
+
 def test_what_a_sweep_handed_out_as_text_does_not_hide_the_run_s_own_number() -> None:
     own = {"ppo": {"init_kl_coef": 0.2}, "model_cfg": {"path": "x"}}
     handed_out = {"ppo.init_kl_coef": "2e-1", "model": "tiny"}

@@ -123,13 +123,14 @@ function band(runs, metric) {
 
 function draw(id, traces, layout) {
   const place = byId(id);
+  const wasAbsent = place.classList.contains("absent");
   place.classList.toggle("absent", !traces.length);
   if (!traces.length) {
     Plotly.purge(place);
     place.textContent = layout.absent ?? "nothing was measured";
     return;
   }
-  if (!place.classList.contains("js-plotly-plot")) place.textContent = "";
+  if (wasAbsent) place.textContent = ""; // what was said in its place
   const common = {
     margin: { l: 62, r: 12, t: 30, b: 48 + 20 * legendRows(traces, place) }, hovermode: "closest", font: { size: 12 },
     legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom" }, plot_bgcolor: "#fff", paper_bgcolor: "#fff",
@@ -160,7 +161,12 @@ function drawCurves(panel) {
 }
 
 function lineTrace(run, metric, style) {
-  return { ...curve(run, metric), ...style(run), mode: "lines", text: hover(run), hovertemplate: "%{y:.4g} at %{x}<br>%{text}<extra></extra>" };
+  return { ...curve(run, metric), ...drawnAs(curve(run, metric).x, style(run)), text: hover(run), hovertemplate: "%{y:.4g} at %{x}<br>%{text}<extra></extra>" };
+}
+
+// A line of one point is not seen: held-out metrics are measured once where evaluation.every is 0.
+function drawnAs(x, style) {
+  return { ...style, mode: x.length > 1 ? "lines" : "markers", marker: { color: style.line.color, size: 7 } };
 }
 
 function bandTraces(group, metric, style, colours) {
@@ -172,7 +178,7 @@ function bandTraces(group, metric, style, colours) {
   const text = escaped(`${DATA.groups[group[0].group]}, ${group.length} seeds`);
   return [
     { ...edge, y: low }, { ...edge, y: high, fill: "tonexty", fillcolor },
-    { x, y, ...style(group[0]), mode: "lines", text, hovertemplate: "%{y:.4g} at %{x}<br>%{text}<extra></extra>" },
+    { x, y, ...drawnAs(x, style(group[0])), text, hovertemplate: "%{y:.4g} at %{x}<br>%{text}<extra></extra>" },
   ];
 }
 
