@@ -316,6 +316,21 @@ def test_runs_that_differ_in_a_list_are_drawn_in_a_colour_each(tmp_path: Path) -
     save_figures(comparison, tmp_path)
     drawing = (tmp_path / "compare_curves.svg").read_text()
     assert all(f">{value}</text>" in drawing for value in ("['q_proj']", "None", "True", "1"))
+def test_runs_that_differ_in_a_list_are_drawn(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / name), name) for name in ("few", "many")]
+    runs[1].config["lora.target_modules"] = ["query_key_value", "dense"]
+    names = {file.name for file in save_figures(compare(runs), tmp_path)}
+    assert {"compare_curves.png", "compare_frontier.png"} <= names
+
+
+def test_a_run_that_ended_before_its_first_iteration_is_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    stated = json.loads((run / "summary.json").read_text())
+    stated |= {"status": "failed", "steps": 0, "eval": {"first": stated["eval"]["first"]}}
+    (run / "summary.json").write_text(json.dumps(stated))
+    names = {file.name for file in save_figures(compare(read_runs([str(run)])), tmp_path)}
+    assert names == {"compare_frontier.png", "compare_frontier.svg"}
 
 
 def test_pictures_and_page_count_the_same_runs(tmp_path: Path) -> None:

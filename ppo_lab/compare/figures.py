@@ -71,20 +71,22 @@ def _levels(comparison: Comparison) -> list[list[Any]]:
 
 
 def _colours(comparison: Comparison) -> dict[str, Any]:
-    """A colour for each value of the first differing key, in rising order."""
+    """A colour for each value, as shown, of the first differing key, in rising order; none for runs
+    without an iteration. A value may be a list.
+    """
     import matplotlib as mpl
 
-    values = {
+    values = [
         _coloured_by(group, comparison)
         for group in comparison.groups
         if any(run.steps for run in group.runs)
-    }
+    ]
     ordered = sorted(
         values,
         key=lambda v: (not isinstance(v, int | float), v if isinstance(v, int | float) else str(v)),
     )
-    scale = mpl.colormaps["viridis"](np.linspace(0, 0.92, max(1, len(ordered))))
-    return dict(zip(map(shown, ordered), scale, strict=True))
+    names = list(dict.fromkeys(map(shown, ordered)))
+    return dict(zip(names, mpl.colormaps["viridis"](np.linspace(0, 0.92, len(names))), strict=True))
 
 
 def _coloured_by(group: Group, comparison: Comparison) -> Any:
