@@ -36,7 +36,7 @@ from ppo_lab.compare.comparison import (
     remarks,
 )
 from ppo_lab.compare.figures import objectives, save_figures
-from ppo_lab.compare.groups import differing_keys, grouped
+from ppo_lab.compare.groups import Group, differing_keys, grouped
 from ppo_lab.compare.outcomes import evaluations, outcomes
 from ppo_lab.compare.overoptimisation import fit_overoptimisation, peak_of
 from ppo_lab.compare.page import CURVE_BYTES, as_json, page, payload, points_a_curve
@@ -279,6 +279,21 @@ def test_a_copied_sweep_is_said_to_make_intervals_too_narrow(sweep: Path, tmp_pa
     (line,) = [line for line in said if "same seed" in line]
     assert line.startswith("4 of 4 settings have runs of the same seed")
     assert not [line for line in remarks(compare(read_runs([str(sweep)]))) if "same seed" in line]
+def test_a_sweep_beside_its_copy_has_no_more_seeds_than_alone(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path / "sweep" / str(seed), seed=seed)
+    (alone,) = compare(read_runs([str(tmp_path)])).groups
+    shutil.copytree(tmp_path / "sweep", tmp_path / "copy")
+    (both,) = compare(read_runs([str(tmp_path)])).groups
+    assert len(both.runs) == 4
+    assert both.results == alone.results
+    assert both.results["objective"].n == 2
+
+
+def test_runs_without_a_seed_count_one_by_one() -> None:
+    runs = [Run(name, name, summary={"objective": value}) for name, value in (("a", 1), ("b", 3))]
+    interval = Group({}, runs).results["objective"]
+    assert (interval.mean, interval.n) == (2.0, 2)
 
 
 def test_remarks_tell_order_and_an_epsilon_that_never_binds(sweep: Path) -> None:
@@ -580,6 +595,22 @@ def test_a_browser_draws_every_plot_and_reports_no_error(sweep: Path, tmp_path: 
         ), name
     assert "<title>ppo_lab" in shown.stdout
     assert "hacked</title>" not in shown.stdout
+
+
+@pytest.mark.slow
+def test_the_page_counts_a_seed_once_as_the_terminal_does(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path / "sweep" / str(seed), seed=seed)
+    shutil.copytree(tmp_path / "sweep", tmp_path / "copy")
+    (group,) = compare(read_runs([str(tmp_path)])).groups
+    assert main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    html = tmp_path / "out" / "compare.html"
+    asking = """<script>setTimeout(() => document.title = JSON.stringify(
+      outcome(DATA.runs, "objective")), 5000)</script></body>"""
+    html.write_text(html.read_text().replace("</body>", asking))
+    title = re.search("<title>(.*?)</title>", in_a_browser(html, width=1500).stdout)[1]
+    mean, half_width, _ = group.results["objective"]
+    assert json.loads(title) == pytest.approx({"mean": mean, "half": half_width})
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ppo_lab.compare.comparison import BINDS_FROM, Comparison, clip_fraction_by_epsilon
-from ppo_lab.compare.groups import FIRST, Group, is_number, short, shown
-from ppo_lab.compare.outcomes import evaluations
+from ppo_lab.compare.groups import FIRST, Group, is_number, settled, short, shown
+from ppo_lab.compare.outcomes import evaluations, outcomes
 from ppo_lab.compare.overoptimisation import Overoptimisation
 from ppo_lab.compare.runs import Run
 from ppo_lab.compare.statistics import pareto_front, t_interval, thinned
@@ -185,7 +185,10 @@ def objectives(comparison: Comparison) -> tuple[list[Any], list[Any], list[list[
     cells: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for group in comparison.groups:
         cells[tuple(group.settings.get(key) for key in FIRST)] += group.runs
-    table = [[Group({}, cells[x, y]).results["objective"].mean for x in xs] for y in ys]
+    found = {
+        place: [outcomes(run)["objective"] for run in settled(cells[place])] for place in cells
+    }
+    table = [[t_interval(found.get((x, y), [])).mean for x in xs] for y in ys]
     return xs, ys, table
 
 

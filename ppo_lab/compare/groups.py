@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeGuard
@@ -42,9 +42,25 @@ class Group:
 
     @cached_property
     def results(self) -> dict[str, Interval]:
-        """The interval of each outcome over the runs that count."""
-        found = [outcomes(run) for run in settled(self.runs)]
-        return {name: t_interval([one[name] for one in found]) for name in OUTCOMES}
+        """The interval of each outcome over the seeds of the runs that count.
+
+        Runs of one seed, as those of a copied sweep, are one value: they are no further draw. The
+        page has the same rule.
+        """
+        seeds: dict[Any, list[dict[str, float]]] = {}
+        for run in settled(self.runs):
+            seed = run.config.get("seed")
+            seeds.setdefault(run.path if seed is None else comparable(seed), []).append(
+                outcomes(run)
+            )
+        return {
+            name: t_interval([_mean(one[name] for one in same) for same in seeds.values()])
+            for name in OUTCOMES
+        }
+
+
+def _mean(values: Iterable[float]) -> float:
+    return t_interval(list(values)).mean
 
 
 def settled(runs: Sequence[Run]) -> list[Run]:

@@ -108,7 +108,10 @@ function settled(runs) {
   return finished.length ? finished : runs;
 }
 
-const outcome = (runs, name) => interval(settled(runs).map((run) => run.outcomes[name]));
+// Runs of one seed, as those of a copied sweep, are one value: they are no further draw. groups.py has the same rule.
+const seedsOf = (runs) => groupsOf(runs, (run) => run.seed ?? run);
+const average = (runs, name) => interval(settled(runs).map((run) => run.outcomes[name])).mean;
+const outcome = (runs, name) => interval(seedsOf(settled(runs)).map((same) => average(same, name)));
 
 // The mean curve of several seeds and their range; nothing where their steps differ, as in the PNG: no run is cut short.
 function band(runs, metric) {
@@ -175,7 +178,7 @@ function bandTraces(group, metric, style, colours) {
   const { x, y, low, high } = found;
   const edge = { x, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: colours.label(group[0]) };
   const fillcolor = colours.of(group[0]) + "2b";
-  const text = escaped(`${DATA.groups[group[0].group]}, ${group.length} seeds`);
+  const text = escaped(`${DATA.groups[group[0].group]}, ${seedsOf(group).length} seeds`);
   return [
     { ...edge, y: low }, { ...edge, y: high, fill: "tonexty", fillcolor },
     { x, y, ...drawnAs(x, style(group[0])), text, hovertemplate: "%{y:.4g} at %{x}<br>%{text}<extra></extra>" },
@@ -227,7 +230,7 @@ function drawHeat() {
 const ticks = (values) => ({ tickvals: values.map(String), ticktext: values.map((v) => escaped(round(v))) });
 
 function heatTrace(runs, x, y, xs, ys, name) {
-  const z = ys.map((up) => xs.map((across) => outcome(runs.filter((run) => value(run, x) === across && value(run, y) === up), name).mean));
+  const z = ys.map((up) => xs.map((across) => average(runs.filter((run) => value(run, x) === across && value(run, y) === up), name)));
   return { type: "heatmap", x: xs.map(String), y: ys.map(String), z, text: z.map((row) => row.map((v) => (v === null ? "" : round(v)))),
     texttemplate: xs.length * ys.length <= 60 ? "%{text}" : "", colorscale: "Viridis", xgap: 1, ygap: 1, hovertemplate: "%{x}, %{y}: %{z:.4g}<extra></extra>" };
 }
@@ -244,7 +247,7 @@ function drawClip() {
   const counted = groupsOf(visibleRuns(), epsilon).flatMap(settled);
   const runs = counted.filter((run) => isNumber(run.outcomes.clip_fraction) && isNumber(epsilon(run)));
   const values = unique(runs.map(epsilon)).sort(inOrder);
-  const means = values.map((v) => outcome(runs.filter((run) => epsilon(run) === v), "clip_fraction").mean);
+  const means = values.map((v) => average(runs.filter((run) => epsilon(run) === v), "clip_fraction"));
   const points = { mode: "markers", x: runs.map((r) => String(epsilon(r))), y: runs.map((r) => r.outcomes.clip_fraction), text: runs.map(hover),
     marker: { color: "#56b4e9", opacity: 0.6 }, name: "a run", hovertemplate: "%{y:.2%}<br>%{text}<extra></extra>" };
   const line = { mode: "lines+markers", x: values.map(String), y: means, line: { color: "#0072b2" }, name: "mean" };
