@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import time
+from html import unescape
 from itertools import product
 from pathlib import Path
 
@@ -631,6 +632,33 @@ def test_a_filter_that_nothing_passed_leaves_no_words_above_the_plots(
     said, kinds = json.loads(title)
     assert said == "no run has a value of objective"
     assert kinds == [1] * 9  # elements, no text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bands", "wanted"),
+    [(True, "init_kl_coef=0.3 cliprange=0.2, 2 seeds"), (False, "init_kl_coef=0.3 cliprange=0.2")],
+)
+def test_a_curve_under_the_mouse_says_whose_it_is(tmp_path: Path, bands: bool, wanted: str) -> None:
+    for beta, epsilon, seed in ((0.1, 0.1, 0), (0.3, 0.2, 0), (0.3, 0.2, 1)):
+        make_run(tmp_path / f"{beta} <b>{seed}", beta=beta, epsilon=epsilon, seed=seed)
+    assert main([str(tmp_path), "--output", str(tmp_path)]) == 0
+    html = tmp_path / "compare.html"
+    asking = """<script>byId("bands").checked = BANDS;
+      setTimeout(() => {
+        const place = byId("curve-0");
+        const curveNumber = place.data.findLastIndex((t) => t.legendgroup === "init_kl_coef=0.3");
+        Plotly.Fx.hover(place, [{ curveNumber, pointNumber: 20 }]);
+      }, 7000);
+      setTimeout(() => document.title = JSON.stringify(
+        [...document.querySelectorAll("#curve-0 .hoverlayer text")].map((t) => t.textContent)),
+      9000)</script></body>"""
+    asking = asking.replace("BANDS", json.dumps(bands))
+    html.write_text(html.read_text().replace("</body>", asking))
+    title = re.search("<title>(.*?)</title>", in_a_browser(html, width=1500).stdout)[1]
+    said = "".join(json.loads(unescape(title)))
+    assert wanted in said
+    assert ("<b>1" in said) == (not bands)
 
 
 @pytest.mark.slow

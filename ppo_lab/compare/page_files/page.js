@@ -164,13 +164,16 @@ function drawCurves(panel) {
 }
 
 function lineTrace(run, metric, style) {
-  return { ...curve(run, metric), ...drawnAs(curve(run, metric).x, style(run)), text: hover(run), hovertemplate: "%{y:.4g} at %{x}<br>%{text}<extra></extra>" };
+  return { ...curve(run, metric), ...drawnAs(curve(run, metric).x, style(run)), ...named(hover(run)) };
 }
 
 // A line of one point is not seen: held-out metrics are measured once where evaluation.every is 0.
 function drawnAs(x, style) {
   return { ...style, mode: x.length > 1 ? "lines" : "markers", marker: { color: style.line.color, size: 7 } };
 }
+
+// One text for all points of a trace: Plotly finds `text` in a template only where each point has its own.
+const named = (text) => ({ meta: [text], hovertemplate: "%{y:.4g} at %{x}<br>%{meta[0]}<extra></extra>" });
 
 function bandTraces(group, metric, style, colours) {
   const found = band(group, metric);
@@ -181,7 +184,7 @@ function bandTraces(group, metric, style, colours) {
   const text = escaped(`${DATA.groups[group[0].group]}, ${seedsOf(group).length} seeds`);
   return [
     { ...edge, y: low }, { ...edge, y: high, fill: "tonexty", fillcolor },
-    { x, y, ...drawnAs(x, style(group[0])), text, hovertemplate: "%{y:.4g} at %{x}<br>%{text}<extra></extra>" },
+    { x, y, ...drawnAs(x, style(group[0])), ...named(text) },
   ];
 }
 
