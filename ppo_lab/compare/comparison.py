@@ -115,13 +115,13 @@ def _unfinished(comparison: Comparison) -> Iterator[str]:
 
 
 def _repeated_seeds(comparison: Comparison) -> Iterator[str]:
-    """Groups in which a run stands for more than one: no interval knows that it is the same."""
+    """Groups in which a seed stands more than once."""
     found = [group for group in comparison.groups if _has_a_seed_twice(settled(group.runs))]
     if found:
         yield (
             f"{len(found)} of {len(comparison.groups)} settings have runs of the same seed, as "
-            f"{found[0].label}: copies, or a run from its folder and from W&B too? Each counts as "
-            "a seed of its own, so that the intervals are too narrow"
+            f"{found[0].label}: copies, or a run from its folder and from W&B too? Intervals count "
+            "a seed once, correlations and fits count every run"
         )
 
 
