@@ -274,12 +274,14 @@ def test_a_failed_seed_is_shown_and_does_not_enter_the_mean(tmp_path: Path) -> N
     assert group.results["objective"].mean > -99
 
 
-def test_a_copied_sweep_is_said_to_make_intervals_too_narrow(sweep: Path, tmp_path: Path) -> None:
+def test_a_copied_sweep_is_told_of(sweep: Path, tmp_path: Path) -> None:
     shutil.copytree(sweep, tmp_path / "copy")
     said = remarks(compare(read_runs([str(sweep), str(tmp_path)])))
     (line,) = [line for line in said if "same seed" in line]
     assert line.startswith("4 of 4 settings have runs of the same seed")
     assert not [line for line in remarks(compare(read_runs([str(sweep)]))) if "same seed" in line]
+
+
 def test_a_sweep_beside_its_copy_has_no_more_seeds_than_alone(tmp_path: Path) -> None:
     for seed in (0, 1):
         make_run(tmp_path / "sweep" / str(seed), seed=seed)
@@ -332,6 +334,8 @@ def test_runs_that_differ_in_a_list_are_drawn_in_a_colour_each(tmp_path: Path) -
     save_figures(comparison, tmp_path)
     drawing = (tmp_path / "compare_curves.svg").read_text()
     assert all(f">{value}</text>" in drawing for value in ("['q_proj']", "None", "True", "1"))
+
+
 def test_runs_that_differ_in_a_list_are_drawn(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / name), name) for name in ("few", "many")]
     runs[1].config["lora.target_modules"] = ["query_key_value", "dense"]
