@@ -29,6 +29,7 @@ def summarise(lab: Any) -> dict[str, Any]:
             name: evaluation.metrics
             for name, evaluation in zip(("first", "last"), first + later[-1:], strict=False)
         },
+        "held_out_prompts": len(lab.evaluator.prompts),
         "train": {},
         "objective": None,
         "wall_s": time.time() - lab.started,

@@ -75,7 +75,8 @@ def verdict(
         done = "1 iteration" if steps == 1 else f"{steps or 0} iterations"
         return [(f"the run {ended} after {done}{reason}", "bold red")]
     first, last = _evaluations(summary)
-    remarks = [*_about_score(first, last), *_about_gold(first, last, gold_history)]
+    remarks = [*_about_score(first, last, summary.get("held_out_prompts"))]
+    remarks += _about_gold(first, last, gold_history)
     remarks += _about_settings(summary.get("train") or {}, steps or 0)
     return remarks
 
@@ -93,7 +94,15 @@ def _about_settings(train: Mapping[str, Any], steps: int) -> Iterator[tuple[str,
         )
 
 
-def _about_score(first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _about_score(
+    first: Mapping[str, Any], last: Mapping[str, Any], prompts: int | None
+) -> Iterator[tuple[str, str]]:
+    """How far the score moved, and whether chance may move the mean of so few answers as far: by
+    two standard errors of a difference of means.
+
+    That is an upper bound: both evaluations draw with the same noise, and a policy that hardly
+    moved gives many an answer twice.
+    """
     before, after, spread = (
         first.get("mean_reward"),
         last.get("mean_reward"),
@@ -108,6 +117,12 @@ def _about_score(first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[
     text = f"the held-out score {'rose' if rise > 0 else 'fell'} by {number(abs(rise))}"
     if spread:
         text += f", {abs(rise) / spread:.1f} standard deviations of the scores before"
+    if spread and prompts:
+        chance = 2 * math.sqrt((spread**2 + (last.get("std_reward") or 0.0) ** 2) / prompts)
+        if abs(rise) < chance:
+            text += f": no more than chance does with {prompts} prompts (up to {number(chance)})"
+            yield f"{text}; raise evaluation.prompts or train longer", "yellow"
+            return
     yield text, "bold green" if spread and rise > spread else "green" if rise > 0 else "yellow"
 
 

@@ -228,6 +228,18 @@ def test_a_rise_is_measured_in_standard_deviations_of_the_scores_before():
     assert "fell by 0.4" in remarks(run(eval__last__mean_reward=-0.9))
 
 
+def test_a_move_that_chance_makes_too_is_no_rise():
+    # Two standard errors: 2 sqrt((0.8^2 + 0.6^2) / 64) = 0.25.
+    measured = {"held_out_prompts": 64, "eval__last__std_reward": 0.6}
+    by_chance = verdict(run(eval__last__mean_reward=-0.26, **measured))
+    assert "rose by 0.24" in by_chance[0][0]
+    assert "no more than chance does with 64 prompts (up to 0.25)" in by_chance[0][0]
+    assert by_chance[0][1] == "yellow"
+    assert "chance" in remarks(run(eval__last__mean_reward=-0.74, **measured))
+    assert "chance" not in remarks(run(eval__last__mean_reward=-0.24, **measured))
+    assert "chance" not in remarks(run(eval__last__mean_reward=-0.26))  # of an older run
+
+
 def test_proxy_up_and_gold_down_is_called_reward_hacking():
     assert "reward hacking" in remarks(run(eval__last__gold=0.1))
     assert "reward hacking" not in remarks(run())
