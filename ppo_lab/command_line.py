@@ -142,7 +142,8 @@ def _hydra_job(job: Job, check: Check) -> Callable[[DictConfig], float | None]:
             )
             goes_on = hasattr(config, "resume")  # which no stage before PPO does
             if goes_on and (config.resume in MISSING_ONLY or is_requeued(folder)):
-                config = what_is_missing(config, folder)
+                of_a_sweep = settings.overrides.task if config.resume in MISSING_ONLY else ()
+                config = what_is_missing(config, folder, of_a_sweep)
                 record_hydra(folder)
             if isinstance(config, float):
                 return config

@@ -143,11 +143,21 @@ def unfinished(jobs: Sequence[Job], found: Iterable[RunState], *, numbered: bool
             yield [*job, f"hydra.sweep.subdir={quoted(Path(state.run))}"]
 
 
-def what_is_missing(config: Config, folder: Path) -> Config | float:
+def what_is_missing(config: Config, folder: Path, overrides: Iterable[str] = ()) -> Config | float:
     """How a run of a resumed sweep goes on in its folder; the objective of one that is finished.
 
     Of several processes it is the main one that says so, which the others follow.
+
+    Raises:
+        ConfigError: another run of the sweep has that folder, by these overrides of this one.
     """
+    begun, own = set(overrides_in(folder / RECORD / "overrides.yaml")), set(overrides)
+    theirs = settings(begun - own)
+    if begun and own and work_in(folder) and (theirs or settings(own - begun)):
+        raise ConfigError(
+            f"{folder}: holds the run of other settings ({' '.join(theirs) or 'none'}); "
+            "hydra.sweep.subdir must name a folder of its own for every run of the sweep"
+        )
     summary = read_summary(folder)
     if summary.get("status") == "finished":
         found = summary.get("objective")

@@ -403,6 +403,18 @@ def test_a_finished_run_is_passed_over_and_a_begun_one_goes_on(tmp_path: Path) -
     assert what_is_missing(config, tmp_path) == 1.5
 
 
+def test_a_finished_run_of_other_settings_does_not_count_for_one_that_is_missing(
+    tmp_path: Path,
+) -> None:
+    """As where hydra.sweep.subdir leaves out what the sweep goes over."""
+    folder = made_run(tmp_path / "swept" / "0.1")
+    (folder / "summary.json").write_text('{"status": "finished", "objective": 1.5}')
+    config = Config(resume="true")
+    assert what_is_missing(config, folder, ["resume=True", "seed=7"]) == 1.5
+    with pytest.raises(ConfigError, match=r"other settings \(seed=7\).*hydra.sweep.subdir"):
+        what_is_missing(config, folder, ["seed=8", "resume=True"])
+
+
 def test_a_run_that_failed_early_leaves_its_reason(tmp_path: Path) -> None:
     from hydra.core.utils import JobReturn, JobStatus
     from omegaconf import OmegaConf
