@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -105,6 +105,7 @@ class CommandReader:
         """Everything wrong with these overrides, over all runs of a sweep, each said once."""
         found: list[str] = []
         overrides = self._parsed(texts, found)
+        self._look_where_told(overrides)
         multirun = multirun or "hydra.mode=MULTIRUN" in texts
         if multirun and processes.is_launched():
             return ["-m: several processes make one run together; launch each run by itself"]
@@ -130,6 +131,7 @@ class CommandReader:
     ) -> Iterator[tuple[list[str], Any, int]]:
         """What each run changes, its configuration and how often it comes; see `configurations`."""
         overrides = self._parsed(texts, [])
+        self._look_where_told(overrides)
         swept = multirun or "hydra.mode=MULTIRUN" in texts
         for run in self._runs(overrides, [], most=None) if swept else [overrides]:
             config = self._compose(tuple(map(_text, run)))
@@ -149,6 +151,12 @@ class CommandReader:
             except Exception:  # the grammar's errors are of many kinds, all of the user's making
                 found.append(f"{text}: cannot be read; must be key=value{_grammar_hint(text)}")
         return overrides
+
+    def _look_where_told(self, overrides: list[Override]) -> None:
+        """Know the options in the folders of `hydra.searchpath`, as Hydra will once it composes."""
+        loader: Any = self.loader
+        with suppress(Exception):  # of no list and the like, composing tells
+            loader._process_config_searchpath(self.config_name, overrides, loader.repository)
 
     def _runs(
         self, overrides: list[Override], found: list[str], most: int | None = MOST_RUNS_CHECKED

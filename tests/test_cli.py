@@ -228,6 +228,21 @@ def test_flags_stand_wherever_they_like():
     assert flags_first([]) == []
 
 
+def test_options_of_folders_on_the_search_path_are_options(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "own.yaml").write_text("# @package _global_\nseed: 7\n")
+    (tmp_path / "main.yaml").write_text(
+        f"defaults: [config, _self_]\nhydra: {{searchpath: ['file://{tmp_path}']}}\n"
+    )
+    path = f"hydra.searchpath=['file://{tmp_path}']"
+    assert refused(path, "experiment=own") == []
+    assert refused("-m", path, "experiment=own,smoke") == []
+    assert refused(f"--config-dir={tmp_path}", "--config-name=main", "experiment=own") == []
+    assert "own" in refused(path, "experiment=owm")[0]
+    (line,) = refused("hydra.searchpath=7")
+    assert "hydra.searchpath" in line
+
+
 def test_several_values_without_m_are_refused():
     assert refused("ppo.cliprange=0.1,0.2") == [
         "ppo.cliprange=0.1,0.2: several values need -m: ppo_lab -m ..."
