@@ -40,6 +40,7 @@ from ppo_lab.guards import (
     check_ceiling,
     explain,
     warn_of_escapes,
+    warn_of_large_scores,
     warn_of_remote_code,
     warn_of_weak_penalty,
 )
@@ -365,6 +366,8 @@ def train(lab: Lab, preemption: Preemption) -> None:
             samples = latest_samples(lab.trainer, lab.config.evaluation.samples)
             lab.trackers.log_samples(samples, step)
         lab.trackers.log(metrics, step)
+        if step == 1:
+            warn_of_large_scores(lab.config, metrics, lab.keeper.say)
         lab.history.append(summarised(metrics))
         lab.note_place()
         too_far = 0 < lab.config.ppo.max_kl < metrics["kl"]

@@ -11,11 +11,14 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ppo_lab.config import GenerationSection, ModelSection, PPOSection
+from ppo_lab.config import Config, GenerationSection, ModelCritic, ModelSection, PPOSection
 from ppo_lab.record import Say
 from ppo_lab.update import TrainingDiverged
 
 FOLDER = "failed"
+
+# The value loss, times its weight, beyond which it outweighs the policy's in a trunk of both.
+VALUE_LOSS_OUTWEIGHS = 1.0
 
 
 def check_ceiling(metrics: Mapping[str, float], *, max_kl: float) -> None:
@@ -62,6 +65,24 @@ def warn_of_weak_penalty(section: PPOSection, say: Say) -> None:
         say(
             f"ppo.kl_penalty={section.kl_penalty}: in the reward only `kl` has the gradient of the "
             "KL; by the others the policy may drift from the reference whatever the beta. Watch kl"
+        )
+
+
+def warn_of_large_scores(config: Config, metrics: Mapping[str, float], say: Say) -> None:
+    """Say that the value head, not the score, moves the trunk that both train; of the first
+    iteration's metrics.
+
+    The gradient of whitened advantages is of the same size whatever the scores; that of the value
+    loss grows with their square, and the limit on the gradient's norm leaves the other nothing.
+    """
+    shared = not isinstance(config.critic, ModelCritic) and not config.critic.warmup_steps
+    weighted = config.ppo.vf_coef * metrics["ppo/loss/value"]
+    if shared and weighted > VALUE_LOSS_OUTWEIGHS:
+        say(
+            f"the value loss, times ppo.vf_coef, is {weighted:.3g}: scores this far from 0 have "
+            "the value head move the policy's trunk more than the score does, and KL grows for "
+            "nothing. Scale and centre them by ppo.use_score_scaling=true ppo.use_score_norm=true "
+            "(beta then weighs KL against scaled scores), or lower ppo.vf_coef"
         )
 
 

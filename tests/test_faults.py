@@ -29,10 +29,22 @@ from tiny_runs import command, metrics, outcome, start, tiny
 from ppo_lab import checkpoint, experiment, secrecy
 from ppo_lab.compare.outcomes import outcomes
 from ppo_lab.compare.runs import read_runs
-from ppo_lab.config import CheckpointSection, Config, GenerationSection, ModelSection, PPOSection
+from ppo_lab.config import (
+    CheckpointSection,
+    Config,
+    GenerationSection,
+    ModelCritic,
+    ModelSection,
+    PPOSection,
+)
 from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import build, run
-from ppo_lab.guards import warn_of_escapes, warn_of_remote_code, warn_of_weak_penalty
+from ppo_lab.guards import (
+    warn_of_escapes,
+    warn_of_large_scores,
+    warn_of_remote_code,
+    warn_of_weak_penalty,
+)
 from ppo_lab.memory import Passes, check_fits
 from ppo_lab.rewards.scoring import RewardError
 from ppo_lab.run_state import read_state
@@ -819,6 +831,18 @@ def test_another_number_of_threads_is_announced(
     said = "".join(capsys.readouterr())
     assert f"goes on with {own + 1} threads, where it had {own}" in said
     assert f"(OMP_NUM_THREADS={own} keeps them)" in said
+
+
+def test_scores_whose_value_loss_outweighs_the_policy_s_are_announced() -> None:
+    """A count of some forty characters: half its square, times vf_coef 0.1, is 80."""
+    said: list[str] = []
+    counted = {"ppo/loss/value": 0.5 * 40.0**2}
+    warn_of_large_scores(Config(), {"ppo/loss/value": 0.5}, said.append)
+    warn_of_large_scores(Config(ppo=PPOSection(vf_coef=1e-3)), counted, said.append)
+    warn_of_large_scores(Config(critic=ModelCritic()), counted, said.append)
+    assert said == []
+    warn_of_large_scores(Config(), counted, said.append)
+    assert "ppo.vf_coef, is 80: " in said[0]
 
 
 def test_a_stop_string_with_a_backslash_for_a_line_break_is_announced() -> None:
