@@ -380,9 +380,14 @@ def test_ctrl_c_while_the_adapter_is_switched_leaves_the_policy_whole(
         if len(calls) == 2:  # on the way back
             signal.raise_signal(signal.SIGINT)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(layers[0], switch, struck)
-        step(made)
+    # A shell's jobs in the background ignore SIGINT, and what they start does too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(layers[0], switch, struck)
+            step(made)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [(layer.active_adapters, layer.disable_adapters) for layer in layers] == as_before
     assert step(made)["objective/kl"] == pytest.approx(0.0, abs=1e-5)
     assert abs(step(made)["objective/kl"]) > 1e-4

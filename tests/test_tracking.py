@@ -236,7 +236,12 @@ def test_a_run_whose_server_was_out_of_reach_at_first_goes_online_later(
 def test_a_run_that_was_killed_and_resumed_offline_is_uploaded_whole(server, logged_out):
     killed = (
         "import os, sys; from pathlib import Path; from test_tracking import train\n"
-        "def steps():\n    yield from range(1, 11)\n    import time; time.sleep(4)\n"
+        "def steps():\n    yield from range(1, 11)\n    import time\n"
+        "    until = time.monotonic() + 60\n"
+        "    files = Path(sys.argv[1]) / 'wandb'\n"
+        "    while not list(files.glob('offline-run-*/*.wandb')) and time.monotonic() < until:\n"
+        "        time.sleep(0.1)\n"
+        "    time.sleep(4)\n"
         "    os.kill(os.getpid(), 9)\n"
         "train(Path(sys.argv[1]), steps(), mode='offline')"
     )
