@@ -76,7 +76,7 @@ def verdict(
         return [(f"the run {ended} after {done}{reason}", "bold red")]
     first, last = _evaluations(summary)
     remarks = [*_about_score(first, last, summary.get("held_out_prompts"))]
-    remarks += _about_gold(first, last, gold_history)
+    remarks += [*_about_objective(first, last), *_about_gold(first, last, gold_history)]
     remarks += _about_settings(summary.get("train") or {}, steps or 0)
     return remarks
 
@@ -124,6 +124,21 @@ def _about_score(
             yield f"{text}; raise evaluation.prompts or train longer", "yellow"
             return
     yield text, "bold green" if spread and rise > spread else "green" if rise > 0 else "yellow"
+
+
+def _about_objective(
+    first: Mapping[str, Any], last: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """Whether the KL of a score that rose costs more, at the run's own beta, than it rose by."""
+    before, after = first.get("objective"), last.get("objective")
+    if before is None or after is None:
+        return
+    if after < before and (last.get("mean_reward") or 0.0) > (first.get("mean_reward") or 0.0):
+        yield (
+            f"beta times KL exceeds what the score gained: eval/objective fell from "
+            f"{number(before)} to {number(after)} (a smaller ppo.learning_rate spends less KL)",
+            "yellow",
+        )
 
 
 def _about_gold(

@@ -240,6 +240,16 @@ def test_a_move_that_chance_makes_too_is_no_rise():
     assert "chance" not in remarks(run(eval__last__mean_reward=-0.26))  # of an older run
 
 
+def test_kl_that_costs_more_than_the_score_gained_is_said():
+    dear = run(eval__first__objective=-0.5, eval__last__objective=-0.6)
+    assert "eval/objective fell from -0.5 to -0.6" in remarks(dear)
+    assert "objective" not in remarks(run(eval__first__objective=-0.5, eval__last__objective=0.66))
+    fell = run(
+        eval__first__objective=-0.5, eval__last__objective=-2.0, eval__last__mean_reward=-0.9
+    )
+    assert "objective" not in remarks(fell)  # the score says it
+
+
 def test_proxy_up_and_gold_down_is_called_reward_hacking():
     assert "reward hacking" in remarks(run(eval__last__gold=0.1))
     assert "reward hacking" not in remarks(run())
