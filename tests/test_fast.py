@@ -909,6 +909,27 @@ def test_a_sweep_that_overflows_gives_way_to_the_plain_road(
     assert_close(logprobs, torch.tensor([-400.0, 0.0]))
 
 
+@pytest.mark.parametrize("above", [50.0, 70.0, 85.2, 100.0])
+@pytest.mark.parametrize("trained", [False, True])
+def test_entropies_are_right_however_unlikely_the_chosen_token(above: float, trained: bool) -> None:
+    """Sums of exp(z) z overflow where those of exp(z) do not yet."""
+    weight = torch.zeros(2**13, 4)
+    weight[7] = above / 4
+    weight.requires_grad_(trained)
+    hidden = torch.ones(300, 4, requires_grad=True)
+    targets = torch.full((300,), 3)
+    assert walks_twice(Head(weight), 300)
+    logprobs, entropies = token_logprobs(
+        hidden, Head(weight), targets, temperature=1.0, entropy=True
+    )
+    assert entropies is not None
+    assert_close(logprobs, torch.full((300,), -above))
+    assert_close(entropies, torch.zeros(300), atol=1e-4, rtol=0)
+    (logprobs + entropies).sum().backward()
+    assert hidden.grad is not None
+    assert bool(hidden.grad.isfinite().all())
+
+
 def test_a_head_that_is_trained_gets_its_gradient() -> None:
     weight = (torch.randn(2**16, 8) * 0.1).requires_grad_()
     hidden, targets = torch.randn(3, 8), torch.tensor([1, 2, 3])

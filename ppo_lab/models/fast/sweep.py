@@ -15,8 +15,8 @@ entropy, hang on S and on the gradient that comes back,
     d loss/dz_v  =  g ([v = y] - p_v) - g_H p_v (log p_v + H)
 
 so that backward walks once more and makes each tile again, a product more than logits that are kept
-would take. Shifting by z_y, known beforehand, spares a running maximum; where the likeliest token
-is e^80 times likelier than y the sums would overflow, and the caller is told.
+would take. Shifting by z_y, known beforehand, spares a running maximum; where y is less likely than
+e^-60 the sums come near to what float32 holds, and the caller is told.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ from ppo_lab.models.fast.gemm import computed_in, pulled_back, times
 TILE = 2048
 GPU_TILE = 2**14
 GPU_TOKENS = 2**12
+
+# Log-probs below it are left to the caller: S is at most e^60, and so are its products with states
+# and logits far from float32's largest number, e^88.
+LEAST = -60.0
 
 
 class Curve(NamedTuple):
@@ -72,9 +76,9 @@ def swept_logprobs(
     targets: Int[Tensor, " tokens"],
     curve: Curve,
 ) -> Float[Tensor, " tokens"] | None:
-    """log softmax of the targets in one walk, differentiable in h; None on overflow."""
+    """log softmax of the targets in one walk, differentiable in h; None if one is below LEAST."""
     logprobs = _Once.apply(hidden.to(computed_in(weight.dtype)), weight, bias, targets, curve)
-    return logprobs if bool(logprobs.isfinite().all()) else None
+    return logprobs if bool((logprobs > LEAST).all()) else None
 
 
 def swept_twice(
@@ -87,11 +91,11 @@ def swept_twice(
     entropy: bool = False,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"] | None] | None:
     """log softmax of the targets, and the entropies if asked for, differentiable in h, W and b by
-    a second walk; None on overflow.
+    a second walk; None where a log-prob is below LEAST.
     """
     hidden = hidden.to(computed_in(weight.dtype))
     logprobs, entropies = _Twice.apply(hidden, weight, bias, targets, curve, entropy)
-    return (logprobs, entropies) if bool(logprobs.isfinite().all()) else None
+    return (logprobs, entropies) if bool((logprobs > LEAST).all()) else None
 
 
 class _Once(torch.autograd.Function):
