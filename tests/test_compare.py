@@ -127,24 +127,23 @@ def test_the_fitted_peak_is_the_highest_point_of_the_curve() -> None:
     assert np.isnan(peak_of(alpha=1.0, beta=-0.1))
 
 
-def test_a_peak_beyond_what_was_measured_is_called_so(tmp_path: Path) -> None:
-    kl = np.linspace(0.1, 1.0, 6)
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        ((0.1, 1.0), "beyond the largest KL measured, 1"),
+        ((20.0, 40.0), "below the smallest KL measured, 20"),
+    ],
+)
+def test_a_peak_outside_of_what_was_measured_is_called_so(
+    tmp_path: Path, measured: tuple[float, float], said: str
+) -> None:
+    kl = np.linspace(*measured, 6)  # d* is 1.4
     gold = rise(np.sqrt(kl), ALPHA_GOLD, BETA_GOLD)
     runs = [exact_run(tmp_path / str(n), kl, mean_reward=gold, gold=gold) for n in range(2)]
     fit = fit_overoptimisation(runs)
     assert not isinstance(fit, str)
     assert not fit.peak_is_seen
-    assert "beyond the largest KL measured" in describe(fit)
-
-
-def test_a_peak_before_what_was_measured_is_called_so(tmp_path: Path) -> None:
-    kl = np.linspace(20.0, 40.0, 6)  # d* is 1.4
-    gold = rise(np.sqrt(kl), ALPHA_GOLD, BETA_GOLD)
-    runs = [exact_run(tmp_path / str(n), kl, mean_reward=gold, gold=gold) for n in range(2)]
-    fit = fit_overoptimisation(runs)
-    assert not isinstance(fit, str)
-    assert not fit.peak_is_seen
-    assert "below the smallest KL measured, 20" in describe(fit)
+    assert said in describe(fit)
 
 
 def test_of_runs_whose_start_is_not_known_no_fit_is_made_and_why_is_said(tmp_path: Path) -> None:

@@ -17,15 +17,6 @@ MOST_REMARKS_TOLD = 20
 WITHOUT_A_TERMINAL = 160  # characters
 
 
-def _told(said: Sequence[str]) -> list[str]:
-    """The remarks that a terminal has room for: the first, how runs ended, among them."""
-    if len(said) <= MOST_REMARKS_TOLD:
-        return list(said)
-    more = len(said) - MOST_REMARKS_TOLD
-    rest = said[more + 1 :]
-    return [said[0], f"({more} more remarks are on the page)", *rest]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare the runs that the command line names; 1 where there is none, or no room for it."""
     asked = _parser().parse_args(arguments)
@@ -58,6 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for file in written:
         console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _told(said: Sequence[str]) -> list[str]:
+    """The remarks that a terminal has room for: the first, how runs ended, among them."""
+    if len(said) <= MOST_REMARKS_TOLD:
+        return list(said)
+    more = len(said) - MOST_REMARKS_TOLD
+    rest = said[more + 1 :]
+    return [said[0], f"({more} more remarks are on the page)", *rest]
 
 
 def write(comparison: Comparison, said: Sequence[str], folder: Path, *, title: str) -> list[Path]:
