@@ -10,11 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from ppo_lab.console import Console
 from ppo_lab.summary import duration, number, percent, print_summary, spell_out_missing_letters
 from ppo_lab.types import Sample
 
@@ -116,8 +117,11 @@ class TerminalTracker:
         """A line, or where colours are wanted its coloured form."""
         if shown and has_colours(self.console):
             self.console.print(shown, soft_wrap=True)
-        else:
+            return
+        try:
             print(text, file=self.console.file, flush=True)
+        except BrokenPipeError:
+            self.console.on_broken_pipe()
 
 
 class _Clock:

@@ -9,12 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from ppo_lab.console import Console
 from ppo_lab.resume import resume_command
 from ppo_lab.typed import shell_path, short_path
 from ppo_lab.types import Sample

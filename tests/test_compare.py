@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from html import unescape
 from itertools import product
@@ -481,6 +482,17 @@ def test_no_setting_is_taken_for_an_emoji(tmp_path: Path, capsys: pytest.Capture
         make_run(tmp_path / str(number), reward__name=name)
     assert main([str(tmp_path)]) == 0
     assert "name=a:boom:: no over-optimisation fit" in capsys.readouterr().out
+
+
+def test_the_page_is_written_whoever_reads_the_table(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main([str(sweep), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "compare.html").exists()
 
 
 def test_nothing_to_compare_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ppo_lab.summary import (
     verdict,
     visible,
 )
+from ppo_lab.tracking import Composite
 from ppo_lab.types import Sample
 
 METRICS = {"kl": 3.2, "mean_reward": 0.51, "clip_fraction": 0.123, "tokens_per_second": 2345.6}
@@ -148,6 +151,19 @@ def test_a_closed_pipe_stops_nothing(tmp_path):
     shown = tracker(tmp_path, Console(file=out, width=80))
     out.close()
     shown.say("nobody hears this")
+
+
+@pytest.mark.parametrize("colours", ["", "1"])
+def test_a_reader_that_goes_stops_nothing(tmp_path, monkeypatch, colours):
+    monkeypatch.setenv("FORCE_COLOR", colours)
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        told = Composite([TerminalTracker(total_steps=2, folder=tmp_path)])
+        os.close(read)
+        told.log(METRICS, 1)
+        told.log(METRICS, 2)
+        told.finish("finished", run())
 
 
 def test_a_resumed_run_counts_from_where_it_was(tmp_path, monkeypatch):

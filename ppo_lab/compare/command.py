@@ -7,11 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from ppo_lab.compare.comparison import Comparison, compare, frame, remarks
 from ppo_lab.compare.runs import Run, read_runs
 from ppo_lab.compare.terminal import show
+from ppo_lab.console import Console
 
 MOST_REMARKS_TOLD = 20
 WITHOUT_A_TERMINAL = 160  # characters
