@@ -188,7 +188,7 @@ def _recorded(folder: Path, name: str) -> Any:
     path = folder / RECORD / f"{name}.yaml"
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise ConfigError(f"resume={folder}: {path.name} cannot be read ({error})") from None
     if not isinstance(found, list if name == "overrides" else dict):
         raise ConfigError(f"resume={folder}: {path.name} is not what a run writes; start it anew")

@@ -345,3 +345,17 @@ def test_a_folder_that_holds_no_run_cannot_be_resumed(tmp_path: Path, missing: s
         (folder / ".hydra/config.yaml").write_text("{}")
     with pytest.raises(ConfigError, match=r"no such folder|holds no run"):
         resumed_command([f"resume={folder}"])
+
+
+@pytest.mark.parametrize("name", ["overrides", "hydra", "config"])
+def test_a_record_with_a_changed_byte_is_refused_by_name(
+    again: tuple[Any, Path], name: str
+) -> None:
+    config, folder = again
+    (folder / f".hydra/{name}.yaml").write_bytes(b"name: \xe5\n")
+    said = f"{name}.yaml cannot be read"
+    if name == "config":
+        assert said in differences(config)[0]
+    else:
+        with pytest.raises(ConfigError, match=said):
+            resumed_command([f"resume={folder}"])
