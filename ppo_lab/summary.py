@@ -113,7 +113,9 @@ def _about_score(
         return
     rise = after - before
     if rise == 0:
-        yield "the held-out score is what it was", "yellow"
+        same = spread == last.get("std_reward") == 0 and (prompts or 0) > 1
+        text = f"every held-out answer scored {number(before)}: there was nothing to learn from"
+        yield text if same else "the held-out score is what it was", "yellow"
         return
     text = f"the held-out score {'rose' if rise > 0 else 'fell'} by {number(abs(rise))}"
     if spread:

@@ -282,6 +282,21 @@ def test_a_copied_sweep_is_told_of(sweep: Path, tmp_path: Path) -> None:
     assert not [line for line in remarks(compare(read_runs([str(sweep)]))) if "same seed" in line]
 
 
+def test_scores_of_different_rewards_are_not_put_in_one_order_unsaid(tmp_path: Path) -> None:
+    def said(**rewards: dict[str, object]) -> list[str]:
+        runs = [Run(name, name, config={"seed": 0} | own) for name, own in rewards.items()]
+        return [line for line in remarks(compare(runs)) if "the rewards differ" in line]
+
+    words = {"reward.name": "length"}
+    feeling = {"reward.name": "vader", "reward.text": "completion"}
+    (line,) = said(a=words, b=feeling)
+    assert line.startswith("the rewards differ (by name, text), and with them")
+    assert not said(a=words, b=words | {"ppo.cliprange": 0.1})
+    assert not said(a=words | {"reward.batch_size": 4}, b=words | {"reward.batch_size": 8})
+    (line,) = said(a={f"reward.parts.{i}.weight": 1.0 for i in "abcde"}, b=words)
+    assert "and 3 more" in line
+
+
 def test_a_sweep_beside_its_copy_has_no_more_seeds_than_alone(tmp_path: Path) -> None:
     for seed in (0, 1):
         make_run(tmp_path / "sweep" / str(seed), seed=seed)

@@ -256,6 +256,15 @@ def test_a_move_that_chance_makes_too_is_no_rise():
     assert "chance" not in remarks(run(eval__last__mean_reward=-0.26))  # of an older run
 
 
+def test_a_reward_that_tells_no_answers_apart_is_named():
+    same = {"eval__last__mean_reward": -0.5, "held_out_prompts": 64}
+    never = run(eval__first__std_reward=0.0, eval__last__std_reward=0.0, **same)
+    assert "every held-out answer scored -0.5: there was nothing to learn from" in remarks(never)
+    assert "the held-out score is what it was" in remarks(run(**same))
+    one = never | {"held_out_prompts": 1}
+    assert "the held-out score is what it was" in remarks(one)
+
+
 def test_kl_that_costs_more_than_the_score_gained_is_said():
     dear = run(eval__first__objective=-0.5, eval__last__objective=-0.6)
     assert "eval/objective fell from -0.5 to -0.6" in remarks(dear)

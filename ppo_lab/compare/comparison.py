@@ -30,6 +30,8 @@ BINDS_FROM = (
 )
 OF_A_RUN = ("run", "path", "status", "reason", "group", "seed", "steps")
 TASK = ("model.", "reward.", "data.")
+# Keys of a reward that say how it is computed, not what it comes to.
+ONLY_HOW = {"batch_size", "dtype", "device", "timeout", "retries", "retry_wait"}
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def remarks(comparison: Comparison) -> list[str]:
     return [
         *_unfinished(comparison),
         *_repeated_seeds(comparison),
+        *_different_scores(comparison),
         *_rank_correlations(comparison),
         *_epsilon_that_never_binds(comparison),
         *(describe(fit, task) for task, fit in comparison.fits.items()),
@@ -122,6 +125,18 @@ def _repeated_seeds(comparison: Comparison) -> Iterator[str]:
             f"{len(found)} of {len(comparison.groups)} settings have runs of the same seed, as "
             f"{found[0].label}: copies, or a run from its folder and from W&B too? Intervals count "
             "a seed once, correlations and fits count every run"
+        )
+
+
+def _different_scores(comparison: Comparison) -> Iterator[str]:
+    """Rewards that differ: no order between their scores means anything."""
+    rewards = [key for key in comparison.keys if key.startswith("reward.")]
+    if found := [short(key) for key in rewards if short(key) not in ONLY_HOW]:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        yield (
+            f"the rewards differ (by {', '.join(found[:3])}{more}), and with them what a score "
+            "means: the order of the runs, Pareto fronts and means over settings compare unlike "
+            "things. Choose the runs of one reward to compare them"
         )
 
 
