@@ -274,6 +274,18 @@ def test_a_failed_seed_is_shown_and_does_not_enter_the_mean(tmp_path: Path) -> N
     assert group.results["objective"].mean > -99
 
 
+def test_a_last_evaluation_without_a_number_is_not_filled_from_an_earlier_one(
+    tmp_path: Path,
+) -> None:
+    summary = make_run(tmp_path) / "summary.json"
+    stated = json.loads(summary.read_text())
+    stated["eval"]["last"]["gold"] = None
+    summary.write_text(json.dumps(stated))
+    assert np.isnan(outcomes(read_run(tmp_path, "a"))["eval/gold"])
+    summary.write_text(json.dumps(stated | {"status": "failed"}))
+    assert np.isfinite(outcomes(read_run(tmp_path, "a"))["eval/gold"])
+
+
 def test_a_copied_sweep_is_told_of(sweep: Path, tmp_path: Path) -> None:
     shutil.copytree(sweep, tmp_path / "copy")
     said = remarks(compare(read_runs([str(sweep), str(tmp_path)])))

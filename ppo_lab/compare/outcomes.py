@@ -32,11 +32,17 @@ class Evaluation(NamedTuple):
 
 
 def outcomes(run: Run) -> dict[str, float]:
-    """The numbers of OUTCOMES; NaN where a run has none."""
-    stated = flat(run.summary)
-    found = {name: _as_number(stated.get(key)) for name, (key, _) in OUTCOMES.items()}
-    measured = _from_history(run)
-    return {name: measured[name] if np.isnan(value) else value for name, value in found.items()}
+    """The numbers of OUTCOMES; NaN where a run has none. What the summary of a finished run states
+    to be no number is none, whatever came before.
+    """
+    stated, measured = flat(run.summary), _from_history(run)
+    finished = run.status == "finished"
+    return {
+        name: measured[name]
+        if stated.get(key) is None and not (finished and key in stated)
+        else _as_number(stated[key])
+        for name, (key, _) in OUTCOMES.items()
+    }
 
 
 def _from_history(run: Run) -> dict[str, float]:
