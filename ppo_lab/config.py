@@ -613,14 +613,27 @@ TYPED: dict[str, dict[str, type]] = {
 
 
 def register_schema() -> None:
-    """Tell Hydra `/schema/config` and `/schema/<group>/<type>` of each group with types."""
+    """Tell Hydra `/schema/config` and `/schema/<group>/<type>` of each group with types, and what
+    `${by_training:ADAPTER,WHOLE}` in a preset means.
+    """
     from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
 
+    OmegaConf.register_new_resolver("by_training", _by_training, replace=True)
     store = ConfigStore.instance()
     store.store(group="schema", name="config", node=Config)
     for group, types in TYPED.items():
         for name, section in types.items():
             store.store(group=f"schema/{group}", name=name, node=section)
+
+
+def by_training(adapter: Any, whole: Any, *, rank: Any) -> Any:
+    """What a preset has for an adapter, or for all weights where the adapter's rank is 0."""
+    return adapter if rank else whole
+
+
+def _by_training(adapter: Any, whole: Any, *, _root_: Any) -> Any:
+    return by_training(adapter, whole, rank=_root_.lora.r)
 
 
 def conf_folder() -> Path:

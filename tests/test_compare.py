@@ -42,7 +42,7 @@ from ppo_lab.compare.groups import Group, differing_keys, grouped
 from ppo_lab.compare.outcomes import evaluations, outcomes
 from ppo_lab.compare.overoptimisation import fit_overoptimisation, peak_of
 from ppo_lab.compare.page import CURVE_BYTES, as_json, page, payload, points_a_curve
-from ppo_lab.compare.runs import Run, flat, read_run, read_runs
+from ppo_lab.compare.runs import Run, flat, read_run, read_runs, resolved
 from ppo_lab.compare.statistics import pareto_front, rank_correlation, t_interval, thinned
 from ppo_lab.compare.terminal import show
 from ppo_lab.compare.wandb_runs import _config
@@ -284,6 +284,19 @@ def test_a_last_evaluation_without_a_number_is_not_filled_from_an_earlier_one(
     assert np.isnan(outcomes(read_run(tmp_path, "a"))["eval/gold"])
     summary.write_text(json.dumps(stated | {"status": "failed"}))
     assert np.isfinite(outcomes(read_run(tmp_path, "a"))["eval/gold"])
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("${by_training:2.0e-3,2.0e-4}", 2e-4), ("${by_training:fast,slow}", "slow"), ("a", "a")],
+)
+def test_what_a_preset_leaves_to_the_kind_of_training_is_read_as_the_run_had_it(
+    written: str, read: object
+) -> None:
+    config = {"lora.r": 0, "ppo.learning_rate": written, "critic.learning_rate": "${ppo.x}"}
+    assert resolved(config) == config | {"ppo.learning_rate": read}
+    also = {"lora.r": 8, "a": "${b}", "b": "${by_training:1,2}"}
+    assert resolved(also) == {"lora.r": 8, "a": 1.0, "b": 1.0}
 
 
 def test_a_copied_sweep_is_told_of(sweep: Path, tmp_path: Path) -> None:

@@ -85,6 +85,15 @@ def test_every_model_preset_runs_with_the_embedded_prompts_and_reward(option):
     assert refused(option) == []
 
 
+@pytest.mark.parametrize("option", [*MODELS, "model=local"])
+def test_all_weights_move_by_a_tenth_of_an_adapters_step(option):
+    adapter, whole = composed(option).ppo, composed(option, "lora=none").ppo
+    assert whole.learning_rate == pytest.approx(adapter.learning_rate / 10)
+    assert composed(option, "lora.r=0").ppo.learning_rate == whole.learning_rate
+    assert composed(option, "lora=none", "ppo.learning_rate=0.5").ppo.learning_rate == 0.5
+    assert composed("experiment=sad_stories", option).ppo.learning_rate == 3e-5
+
+
 @pytest.mark.parametrize("name", ["smoke", "reward_hacking", "sentiment_gpt2", "bloom560m_hh"])
 def test_presets_that_need_no_path_are_valid_as_they_are(name):
     assert refused(f"experiment={name}") == []
