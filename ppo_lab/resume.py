@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +123,16 @@ def differences(config: Config) -> list[str]:
     """What keeps this configuration from going on with the run that it names, a line each."""
     try:
         folder = run_folder(config.resume)
-        recorded = _flat(_recorded(folder, "config"))
+        then = _recorded(folder, "config")
     except ConfigError as error:
         return error.problems
-    now = _flat(asdict(config))
+    now, recorded = _flat(asdict(config)), _flat(then)
     found = [
         f"{key}={now.get(key, '(nothing)')}: the run has {key}={value}"
         for key, value in recorded.items()
-        if not _is_free(key) and not (key in now and _same(now[key], value))
+        if not _is_free(key) and not (_same(now[key], value) if key in now else value == {})
     ]
+    found += [f"{key}: the run has no such entry" for key in _added(config, then)]
     if now["ppo.steps"] != recorded.get("ppo.steps") and config.ppo.lr_schedule != "constant":
         schedule = config.ppo.lr_schedule
         found.append(
@@ -201,6 +202,26 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = isinstance(value, dict) and value
         flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
     return flat
+
+
+def _added(now: Any, then: Any, prefix: str = "") -> Iterator[str]:
+    """The entries that a mapping (arguments of a function, parts of a reward) has now and had not
+    then. A section's own keys are not among them: an older run lacks those that came later.
+    """
+    if isinstance(then, str):  # a reference, as in `_same`
+        return
+    inner = then if isinstance(then, Mapping) else {}
+    if is_dataclass(now):
+        for knob in fields(now):
+            yield from _added(
+                getattr(now, knob.name), inner.get(knob.name), f"{prefix}{knob.name}."
+            )
+    elif isinstance(now, Mapping):
+        for name, value in now.items():
+            if name in inner:
+                yield from _added(value, inner[name], f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}"
 
 
 def _is_free(key: str) -> bool:

@@ -13,6 +13,7 @@ import tiny_runs
 from tiny_runs import Killed, kill, metrics, outcome, tiny
 
 from ppo_lab import checkpoint, typed
+from ppo_lab.config import ConstantReward, WeightedReward
 from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import run
 from ppo_lab.resume import (
@@ -20,6 +21,7 @@ from ppo_lab.resume import (
     check_new,
     differences,
     is_finished,
+    record_again,
     resume_command,
     resumed_command,
 )
@@ -171,11 +173,35 @@ def test_what_changes_the_numbers_is_refused_with_the_list_of_it(finished: Path)
 
 
 def test_another_kind_of_reward_is_refused(finished: Path) -> None:
-    from ppo_lab.config import ConstantReward
-
     config = replace(tiny(finished), resume=str(finished / "run"))
     found = differences(replace(config, reward=ConstantReward(name="variety")))
     assert any(line.startswith("reward.target=") for line in found)
+
+
+@pytest.mark.parametrize("kwargs", [{"scale": 2.0}, {"scale": 2.0, "bonus": {"of": 1, "at": 2}}])
+def test_what_is_added_to_a_mapping_is_refused(
+    finished: Path, tmp_path: Path, kwargs: dict
+) -> None:
+    before = {"scale": 2.0, "bonus": {"of": 1}} if "bonus" in kwargs else {}
+    config = tiny(finished, reward={"kwargs": before})
+    record_again(tmp_path / "run", config, [])
+    config = replace(config, resume=str(tmp_path / "run"))
+    assert differences(config) == []
+    (line, _) = differences(replace(config, reward=replace(config.reward, kwargs=kwargs)))
+    key = "reward.kwargs.bonus.at" if before else "reward.kwargs.scale"
+    assert line == f"{key}: the run has no such entry"
+
+
+def test_a_part_more_in_a_sum_of_rewards_is_refused(finished: Path, tmp_path: Path) -> None:
+    parts = {"a": ConstantReward(value=1.0)}
+    config = tiny(finished, reward=WeightedReward(parts=dict(parts)))
+    record_again(tmp_path / "run", config, [])
+    config = replace(config, resume=str(tmp_path / "run"))
+    assert differences(config) == []
+    more = WeightedReward(parts={**parts, "b": ConstantReward(value=2.0)})
+    assert differences(replace(config, reward=more))[0] == (
+        "reward.parts.b: the run has no such entry"
+    )
 
 
 def test_more_steps_are_refused_where_the_learning_rate_is_tied_to_their_number(
