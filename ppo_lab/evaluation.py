@@ -83,9 +83,15 @@ class Evaluator:
         return {"texts": texts, "total": scores.total, "parts": scores.parts, "gold": gold}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        scores = Scores(state["total"], state["parts"]) if state else None
-        self._reference = None if scores is None else (state["texts"], scores, state["gold"])
+        """Continue from a checkpoint. The reference answers anew where more samples are kept now
+        than it was asked for then.
+        """
+        wanted = min(self.kept, len(self.prompts))
+        if not state or len(state["texts"]) < wanted:
+            self._reference = None
+        else:
+            scores = Scores(state["total"], state["parts"])
+            self._reference = (state["texts"], scores, state["gold"])
 
     def _judge(
         self, prompts: Prompts, tokens: Tokens

@@ -123,6 +123,17 @@ def test_a_chat_is_shown_by_its_last_message() -> None:
     )
 
 
+@pytest.mark.parametrize(("then", "now"), [(2, 4), (2, 99), (4, 2), (0, 2), (3, 3)])
+def test_as_many_samples_are_kept_as_a_resumed_run_asks_for(then: int, now: int) -> None:
+    before = evaluator(kept=then)
+    before()
+    resumed, fresh = evaluator(kept=now), evaluator(kept=now)
+    resumed.load_state_dict(before.state_dict())
+    drawn_before = resumed._reference
+    assert resumed().samples == fresh().samples
+    assert (resumed._reference is drawn_before) == (then >= now)
+
+
 def test_of_the_reference_s_answers_only_those_shown_are_drawn() -> None:
     made = evaluator(kept=2)
     made()
