@@ -56,7 +56,7 @@ class Keeper:
 
     def __init__(self, section: CheckpointSection, folder: Path, say: Say) -> None:
         self.section, self.folder, self.say = section, folder, say
-        self.best: dict[str, float] | None = None
+        self.best: dict[str, Any] | None = None
         self._refused = False
 
     def keep(self, lab: Any, metrics: Mapping[str, float], *, due: bool = False) -> None:
@@ -96,8 +96,16 @@ class Keeper:
         value = metrics.get(self.section.best_metric, math.nan)
         if value != value or (self.best is not None and value <= self.best["value"]):
             return False
-        self.best = {"step": step, "value": float(value)}
+        self.best = {"step": step, "value": float(value), "metric": self.section.best_metric}
         return True
+
+    def take_up(self, best: dict[str, Any] | None) -> None:
+        """Go on from the best so far: of the metric that is watched now, or of any where none is,
+        since its checkpoint is kept. What one metric came to says nothing of another.
+        """
+        watched = self.section.best_metric
+        same = best is None or not watched or best.get("metric", watched) == watched
+        self.best = best if same else None
 
 
 def state_of(lab: Any) -> dict[str, Any]:
@@ -144,7 +152,7 @@ def restore(lab: Any, state: dict[str, Any]) -> None:
     lab.stream.load_state_dict(state["stream"])
     lab.evaluator.load_state_dict(state["evaluator"])
     lab.evaluations[:] = [_evaluation(saved) for saved in state["evaluations"]]
-    lab.keeper.best = state["best"]
+    lab.keeper.take_up(state["best"])
     lab.started = time.time() - state["elapsed_s"]
     lab.history[:] = history(lab.folder, lab.trainer.iterations_done, lab.keeper)
     set_random_state(state["random"])

@@ -437,6 +437,25 @@ def test_the_best_is_what_the_disk_took(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "run/checkpoints/step-000002/model").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("watched", "best"), [("eval/mean_reward", 2), ("eval/response_length", 7), ("", 2)]
+)
+def test_the_best_of_one_metric_is_not_held_against_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: str, best: int
+) -> None:
+    """A run may be resumed with another best_metric, whose values may be smaller throughout."""
+    evaluating_as([0.0, 3.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0], monkeypatch)
+    config = tiny(tmp_path, **WATCHED)
+    run(config, tmp_path / "run")
+    keep = replace(config.checkpoint, best_metric=watched)
+    longer = replace(config.ppo, steps=config.ppo.steps + 1)
+    run(replace(config, resume=str(tmp_path / "run"), checkpoint=keep, ppo=longer), tmp_path)
+    folder = checkpoint.latest(tmp_path / "run")
+    assert folder is not None
+    assert checkpoint.read(folder)["best"]["step"] == best
+    assert checkpoint.has(tmp_path / "run", best)
+
+
 def test_a_reward_that_hangs_is_given_up_after_its_time(straight: Path, tmp_path: Path) -> None:
     in_iteration(2, lambda: time.sleep(30))
     begun = time.monotonic()
