@@ -256,7 +256,8 @@ def _digest(prompts: Prompts) -> str:
 
 
 def _evaluation(saved: dict[str, Any]) -> Evaluation:
-    return Evaluation(saved["metrics"], [Sample(**sample) for sample in saved["samples"]])
+    samples = [Sample(**sample) for sample in saved["samples"]]
+    return Evaluation(saved["metrics"], samples, saved.get("step", -1))
 
 
 def _flush_record(folder: Path) -> None:

@@ -22,10 +22,13 @@ EVALUATION_STREAM = 2**63
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation: its numbers (`mean_reward`, `kl`, ...) and its texts."""
+    """One evaluation: its numbers (`mean_reward`, `kl`, ...), its texts, and how many iterations
+    there were before it (-1 where nobody noted it).
+    """
 
     metrics: dict[str, float]
     samples: list[Sample]
+    step: int = -1
 
 
 class Evaluator:

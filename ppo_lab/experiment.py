@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +356,8 @@ def train(lab: Lab, preemption: Preemption) -> None:
     preemption.deferred = True
     if not lab.evaluations:
         evaluate(lab, 0)
+    elif lab.evaluations[-1].step < lab.trainer.iterations_done >= steps:  # resumed, to end here
+        evaluate(lab, lab.trainer.iterations_done)
     with lab.processes.together():
         check_metrics(lab)
     for metrics in iterations(lab):
@@ -393,7 +395,7 @@ def evaluate(lab: Lab, step: int) -> Metrics:
     kept.
     """
     with lab.trainer.average.in_place():
-        evaluation = lab.evaluator()
+        evaluation = replace(lab.evaluator(), step=step)
     lab.evaluations[1:] = [evaluation]
     lab.trackers.log_samples(evaluation.samples, step)
     return {f"eval/{name}": value for name, value in evaluation.metrics.items()}

@@ -148,6 +148,27 @@ def test_more_steps_go_on_where_a_finished_run_ended(again: tuple[Any, Path]) ->
     assert "steps: 8" in recorded
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_run_that_is_cut_short_is_judged_as_it_is(again: tuple[Any, Path], steps: int) -> None:
+    """Where it is resumed to end at its checkpoint, after which nothing was evaluated yet."""
+    config, folder = again
+    named = folder / "checkpoints/step-000003"
+    run(replace(config, resume=str(named), ppo=replace(config.ppo, steps=steps)), folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    before = metrics(folder)
+    assert (summary["steps"], len(before)) == (3, 3)
+    assert summary["eval"]["last"]["kl"] not in (0.0, before[1]["eval/kl"])
+    assert summary["objective"] == summary["eval"]["last"]["mean_reward"]
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_not_evaluated_again(
+    again: tuple[Any, Path], finished: Path
+) -> None:
+    config, folder = again
+    run(config, folder)
+    assert outcome(folder) == outcome(finished / "run")
+
+
 def test_a_finished_run_is_not_trained_again(finished: Path) -> None:
     config = replace(tiny(finished), resume=str(finished / "run"))
     assert is_finished(finished / "run")
