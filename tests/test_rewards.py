@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ from ppo_lab.config import (
 from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import build
 from ppo_lab.rewards import RewardError, build_reward, check_columns, problems
-from ppo_lab.rewards.classifier import Classifier
+from ppo_lab.rewards.classifier import Classifier, label_index
 from ppo_lab.rewards.conversation import joined
 from ppo_lab.rewards.function import FunctionScorer, within
 from ppo_lab.rewards.loading import load_classifier, load_reward_tokenizer
@@ -683,6 +683,13 @@ def test_a_label_is_found_by_name_or_number() -> None:
         Classifier(model, byte_tokenizer())
     with pytest.raises(RewardError, match=r"reward\.label=good: .* no such output"):
         Classifier(model, byte_tokenizer(), label="good")
+
+
+def test_a_label_s_name_goes_before_its_number() -> None:
+    ratings = SimpleNamespace(id2label={0: "-1", 1: "0", 2: "1"})
+    assert [label_index(ratings, label) for label in ("-1", "0", "1", "2")] == [0, 1, 2, 2]
+    stars = SimpleNamespace(id2label={0: "1", 1: "2", 2: "3"})
+    assert [label_index(stars, label) for label in ("0", "1", "2", "3")] == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("labels", [1, 3])

@@ -271,7 +271,8 @@ def _plainly(function: Callable[..., Tensor], *args: Any) -> Tensor:
 def label_index(config: Any, label: str, *, key: str = "reward.label") -> int:
     """The column of the logits that `label` stands for.
 
-    It is a name or a number; empty stands for the only one. `key` names it in errors.
+    It is a name or a number; empty stands for the only one. A name that looks like a number goes
+    before the number, as of labels -1, 0 and 1. `key` names it in errors.
 
     Raises:
         RewardError: there are several and none is named, or there is no such label.
@@ -282,9 +283,10 @@ def label_index(config: Any, label: str, *, key: str = "reward.label") -> int:
         if len(names) == 1:
             return 0
         raise RewardError(f"{key}: the reward model has several outputs; name one of {listed}.")
-    for index, name in names.items():
-        if label.lower() in (name.lower(), str(index)):
-            return index
+    for called in (names, {index: str(index) for index in names}):
+        for index, name in called.items():
+            if label.lower() == name.lower():
+                return index
     raise RewardError(f"{key}={label}: the reward model has no such output; it has {listed}.")
 
 
