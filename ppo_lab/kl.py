@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Beyond it the error of KL, as a share of its target, counts as this.
+LARGEST_ERROR = 0.2
+
 
 class FixedKLController:
     """A coefficient beta that never changes."""
@@ -39,7 +42,7 @@ class AdaptiveKLController(FixedKLController):
 
     def update(self, kl: float, *, n_samples: int) -> None:
         """Move beta by one iteration's KL: nats per sequence, mean over its `n_samples` samples."""
-        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        error = min(max(kl / self.target - 1.0, -LARGEST_ERROR), LARGEST_ERROR)
         self.value *= 1.0 + error * n_samples / self.horizon
 
 

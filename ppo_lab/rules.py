@@ -38,6 +38,7 @@ from ppo_lab.config import (
 )
 from ppo_lab.data import judged_by
 from ppo_lab.data import problems as data_problems
+from ppo_lab.kl import LARGEST_ERROR as LARGEST_KL_ERROR
 from ppo_lab.processes import launch
 from ppo_lab.resume import MISSING_ONLY, differences
 from ppo_lab.rewards.checks import problems as reward_problems
@@ -178,6 +179,12 @@ def ppo_conflicts(ppo: PPOSection, prefix: str = "") -> Problems:
         yield (
             f"{prefix}init_kl_coef=0: an adaptive beta is multiplied and would stay 0; "
             f"set it above 0, or {prefix}adap_kl_ctrl=false"
+        )
+    if ppo.adap_kl_ctrl and LARGEST_KL_ERROR * ppo.batch_size >= ppo.horizon:
+        yield (
+            f"{prefix}horizon={ppo.horizon}: counts samples; at {prefix}batch_size="
+            f"{ppo.batch_size} one iteration could take an adaptive beta to 0 or below; must be "
+            f"above {LARGEST_KL_ERROR * ppo.batch_size:g}"
         )
     if 0 < ppo.ratio_threshold <= 1:
         yield (

@@ -208,6 +208,7 @@ RULES = [
     (["ppo.horizon=100"], "ppo.horizon: has no effect"),
     (["ppo.target_kl=0.2"], "add ppo.early_stopping=true"),
     (["ppo.ratio_threshold=0.5"], "above 1, or 0"),
+    (["ppo.adap_kl_ctrl=true", "ppo.batch_size=16", "ppo.horizon=3"], "must be above 3.2"),
     (["ppo.warmup_steps=40"], "below ppo.steps=40"),
     (["ppo.cache_trunk=true"], "with lora=r16 lora.top_layers=N"),
     (
