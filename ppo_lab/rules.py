@@ -295,11 +295,6 @@ def generation_rules(config: Config) -> Problems:
                 f"generation.min_new_tokens={training.min_new_tokens}: must be at most "
                 f"{name}.max_new_tokens={longest.max_new_tokens}"
             )
-    if training.temperature == 0:
-        yield (
-            "generation.temperature=0: PPO learns from samples, and needs a temperature above 0; "
-            "evaluation.temperature=0 evaluates greedily"
-        )
 
 
 def sampler_rules(config: Config) -> Problems:

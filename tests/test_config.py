@@ -346,6 +346,7 @@ def test_what_cannot_run_is_refused_with_its_reason(overrides, said, monkeypatch
         ("ppo.steps=0", "at least 1"),
         ("data.max_prompt_tokens=0", "at least 1"),
         ("generation.max_new_tokens=-1", "at least 1"),
+        ("generation.temperature=0.0", "above 0"),
     ],
 )
 def test_a_value_out_of_range_brings_no_complaint_about_what_was_not_typed(setting, legal):
