@@ -46,7 +46,7 @@ def number(value: float | None) -> str:
     if value is None or value != value:
         return "-"
     value = 0.0 if abs(value) < 1e-4 else float(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def percent(value: float | None) -> str:

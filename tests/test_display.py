@@ -338,6 +338,7 @@ def test_missing_and_not_a_number_are_dashes():
 def test_numbers_are_short_and_rounding_noise_is_zero():
     shown = [number(x) for x in (5.9e-08, -5.9e-08, 0.00123456, -1.23456, 12345.6)]
     assert shown == ["0", "0", "0.00123", "-1.23", "12,346"]
+    assert [number(x) for x in (999.4, 999.6, -999.96, 1000)] == ["999", "1,000", "-1,000", "1,000"]
 
 
 def test_durations_read_like_a_clock():
