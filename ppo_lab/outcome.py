@@ -96,9 +96,12 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """The commit of this package's checkout, with `+` where files were changed; else empty."""
+    """The commit of this package's checkout, with `+` where files were changed; empty where it is
+    installed, also into an environment that lies in somebody's own checkout.
+    """
     here = Path(__file__).resolve().parent
     try:
+        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)
         commit = _git(here, "rev-parse", "HEAD")
         return commit + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):

@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ppo_lab import outcome
 from ppo_lab.record import JsonLines, read_json_lines, write_atomically
 from ppo_lab.types import Sample
 
@@ -140,3 +142,31 @@ def test_a_full_disk_is_said_once_and_the_lost_rows_are_counted_at_the_end(tmp_p
     assert "No space left" in said[0]
     assert said[1].startswith("3 rows")
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """Somebody's checkout with the package inside, of which nothing is committed yet."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+
+    def run(*words):
+        return subprocess.run([*git, *words], check=True, capture_output=True, text=True).stdout
+
+    run("init", "--quiet")
+    run("commit", "--quiet", "--allow-empty", "--message", "theirs")
+    installed = tmp_path / ".venv/ppo_lab/outcome.py"
+    installed.parent.mkdir(parents=True)
+    installed.write_text("")
+    monkeypatch.setattr(outcome, "__file__", str(installed))
+    return run
+
+
+def test_the_commit_is_the_package_s_own(foreign):
+    """Installed into an environment in somebody's checkout, it has none."""
+    assert outcome.git_commit() == ""
+    foreign("add", ".venv")
+    foreign("commit", "--quiet", "--message", "now it is part of the checkout")
+    commit = foreign("rev-parse", "HEAD").strip()
+    assert outcome.git_commit() == commit
+    Path(outcome.__file__).write_text("changed")
+    assert outcome.git_commit() == f"{commit}+"
