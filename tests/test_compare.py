@@ -42,7 +42,7 @@ from ppo_lab.compare.groups import Group, differing_keys, grouped
 from ppo_lab.compare.outcomes import evaluations, outcomes
 from ppo_lab.compare.overoptimisation import fit_overoptimisation, peak_of
 from ppo_lab.compare.page import CURVE_BYTES, as_json, page, payload, points_a_curve
-from ppo_lab.compare.runs import Run, flat, read_run, read_runs, resolved
+from ppo_lab.compare.runs import Run, columns, flat, read_run, read_runs, resolved
 from ppo_lab.compare.statistics import pareto_front, rank_correlation, t_interval, thinned
 from ppo_lab.compare.terminal import show
 from ppo_lab.compare.wandb_runs import _config
@@ -191,6 +191,15 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert outcomes(run)["eval/gold"] == pytest.approx(run.history["eval/gold"][9])
     assert outcomes(run)["clip_fraction"] == pytest.approx(run.history["clip_fraction"].mean())
     assert len(run.samples) == 4
+
+
+def test_an_evaluation_in_a_second_row_of_its_iteration_counts() -> None:
+    """As loops write it that log what they evaluate by itself."""
+    rows = [{"step": 1, "kl": 0.1}, {"step": 2, "kl": 0.2}]
+    rows.append({"step": 2, "eval/kl": 1.5, "eval/mean_reward": 2.0})
+    (found,) = evaluations(Run("a", "a", history=columns(rows)))
+    assert found[:3] == (2, 1.5, 2.0)
+    assert np.isnan(found.gold)
 
 
 def test_each_fate_of_a_run_is_told_by_its_folder(tmp_path: Path) -> None:

@@ -70,11 +70,10 @@ def evaluations(run: Run) -> list[Evaluation]:
     if kl is not None:
         absent = np.full(len(kl), np.nan)
         table = [run.history["step"], kl, *(run.history.get(f"eval/{n}", absent) for n in names)]
-        measured = np.isfinite(kl)
         path += [
-            Evaluation(int(s), *map(float, rest))
-            for s, *rest in zip(*table, strict=True)
-            if measured[np.searchsorted(table[0], s)]
+            Evaluation(int(step), *map(float, rest))
+            for step, *rest in zip(*table, strict=True)
+            if np.isfinite(rest[0])
         ]
     return path
 
