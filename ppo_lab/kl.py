@@ -44,6 +44,3 @@ class AdaptiveKLController(FixedKLController):
         """Move beta by one iteration's KL: nats per sequence, mean over its `n_samples` samples."""
         error = min(max(kl / self.target - 1.0, -LARGEST_ERROR), LARGEST_ERROR)
         self.value *= 1.0 + error * n_samples / self.horizon
-
-
-KLController = FixedKLController | AdaptiveKLController

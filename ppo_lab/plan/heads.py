@@ -7,7 +7,6 @@ vocabulary and tokens alone, so that a head of few columns tells them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -123,6 +122,3 @@ def _twice(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     found = swept_twice(hidden, head.weight, None, targets, Curve())
     assert found is not None  # by `_slice` no logit is large
     return found[0]
-
-
-Road = Callable[[Tensor, Head, Tensor], Tensor]

@@ -86,10 +86,6 @@ class Workload:
         width = max(row.prompt for row in self.rows) + self.longest
         return _parts(self.rows, max(self.mini_batch, pass_tokens // width))
 
-    def with_passes_of(self, tokens: int) -> Workload:
-        """The same with at most so many tokens a pass."""
-        return replace(self, micro_batch_tokens=tokens)
-
     def shared_by(self, processes: int) -> Workload:
         """What the busiest of several processes has to do, for which the others wait."""
 
