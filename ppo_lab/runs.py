@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for folder, runs in found:
             wanted = [state for state in runs if not asked.status or state.status in asked.status]
             lines = _as_json(folder, wanted) if asked.json else listing(folder, runs, wanted)
-            print("\n".join(lines), flush=True)
+            if text := "\n".join(lines):
+                print(text, flush=True)
     if not found:
         print(f"no runs in {' '.join(map(str, asked.paths))}", file=sys.stderr)
     return 0 if found else 1
@@ -61,6 +62,9 @@ def gathered(path: Path) -> Iterator[tuple[Path, list[RunState]]]:
 
 def listing(folder: Path, runs: Sequence[RunState], shown: Sequence[RunState]) -> Iterator[str]:
     """The lines that tell of the runs in one folder: how many of which kind, then each shown."""
+    if not runs:  # a search, say, before its first
+        yield from (f"{_short(folder)}: no run has begun", "")
+        return
     counts = Counter(state.status for state in runs)
     kinds = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
     yield f"{_short(folder)}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}: {kinds}"

@@ -324,6 +324,19 @@ def test_the_listing_tells_counts_objectives_settings_and_reasons(
     assert lines[7] == "3 missing seed=3 not begun"
 
 
+def test_a_search_before_its_first_run_is_listed_beside_the_others(
+    sweep: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path_factory.mktemp("search")
+    plan(empty, [])
+    assert main([str(empty), str(sweep)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("search0: no run has begun")
+    assert said[2].endswith("1 finished, 1 failed, 1 crashed, 1 missing")
+    assert main(["--json", str(empty)]) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_the_listing_can_be_narrowed_and_read_by_programs(
     sweep: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
