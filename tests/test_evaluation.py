@@ -11,6 +11,7 @@ from tiny_models import EOS, PAD, QUERIES, policy, step, timeless, train_adapter
 
 from ppo_lab.evaluation import Evaluator, as_text, distinct
 from ppo_lab.rollout import Sampling
+from ppo_lab.rules import EVALUATED
 from ppo_lab.types import Prompts, Scores
 
 HELD_OUT = Prompts(QUERIES, [f"prompt {i}" for i in range(4)], {"wanted": [1, 2, 3, 4]})
@@ -60,6 +61,8 @@ def test_every_number_is_what_its_name_says() -> None:
     }
     assert found.metrics == pytest.approx(expected, rel=1e-5)
     assert abs(kl) > 0.01
+    own = {name for name in found.metrics if not name.startswith("reward/")}
+    assert own == {*EVALUATED, "gold"}  # what `objective` may name
 
 
 def test_policy_and_reference_answer_the_same_prompts_with_the_same_noise() -> None:

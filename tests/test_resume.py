@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ppo_lab.config import ConstantReward, WeightedReward
 from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import run
 from ppo_lab.resume import (
+    FREE_IN_WORDS,
     _already_done,
     check_new,
     differences,
@@ -191,6 +192,35 @@ def test_what_changes_the_numbers_is_refused_with_the_list_of_it(finished: Path)
     ]
     assert "the run has ppo.cliprange=0.2" in found[2]
     assert "may change" in found[-1]
+
+
+def other(value: Any) -> Any:
+    """Another value of the same type."""
+    if isinstance(value, list | dict):
+        return ["other"] if isinstance(value, list) else {"other": 1}
+    return (
+        not value if isinstance(value, bool) else f"{value}x" if type(value) is str else value + 1
+    )
+
+
+def test_every_setting_is_refused_but_those_that_the_message_names(finished: Path) -> None:
+    config, free = replace(tiny(finished), resume=str(finished / "run")), set()
+    for section in fields(config):
+        whole = getattr(config, section.name)
+        for knob in fields(whole) if is_dataclass(whole) else [section]:
+            inner = knob is not section
+            value = other(getattr(whole, knob.name) if inner else whole)
+            changed = replace(whole, **{knob.name: value}) if inner else value
+            key = f"{section.name}.{knob.name}" if inner else section.name
+            said = differences(replace(config, **{section.name: changed}))
+            if key not in ("resume", "ppo.steps") and not any(key in line for line in said[:-1]):
+                free.add(key)
+    listed = set(FREE_IN_WORDS.removesuffix(" may change").replace(" and ", ", ").split(", "))
+    sections = {name.partition(".")[0] for name in free} & listed
+    named = {
+        name.partition(".")[0] if name.partition(".")[0] in sections else name for name in free
+    }
+    assert named - {"profile"} == listed - {"ppo.steps"}
 
 
 def test_another_kind_of_reward_is_refused(finished: Path) -> None:
