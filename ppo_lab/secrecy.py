@@ -10,6 +10,10 @@ from typing import Any
 BLOT = "***"
 SHORTEST = 8
 NAMES = re.compile(r"(api_?key|token|secret|password|passwd|credential)s?$", re.IGNORECASE)
+# An entry of a mapping that is written out, and its value.
+ENTRY = re.compile(r"([\w.-]+)['\"]?\s*:\s*(\$\{|['\"]?[^\s,{}\[\]]+)")
+# What is no secret, whatever it is called: max_tokens=5.
+PLAIN = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false|null", re.IGNORECASE)
 ENVIRONMENT = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?$")
 KNOWN = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[opsu]_[A-Za-z0-9]{20,}"
@@ -21,12 +25,20 @@ def secret_overrides(argv: Sequence[str]) -> Iterator[str]:
     """Each argument that holds a secret, which the run's files would keep, without its value."""
     for text in argv:
         key, equals, value = text.partition("=")
-        named = ".kwargs." in key and NAMES.search(key) and value and "${" not in value
+        entries = [(key, value), *ENTRY.findall(value)] if ".kwargs" in key else []
+        named = any(_is_secret(name, said) for name, said in entries)
         if equals and (named or hidden_text(value) != value):
             yield (
                 f"{key}={BLOT}: a secret, which the run's files would keep; put it into the "
                 f"environment and write {key}='${{oc.env:ITS_NAME}}'"
             )
+
+
+def _is_secret(name: str, value: str) -> bool:
+    """Whether a keyword is called a secret and holds one: no reference, number or truth value."""
+    if not NAMES.search(name) or "${" in value:
+        return False
+    return bool(value) and not PLAIN.fullmatch(value)
 
 
 def hidden_text(text: str) -> str:
@@ -47,7 +59,7 @@ def hidden(value: Any, name: str = "") -> Any:
         return {
             key: BLOT
             if name == "kwargs" and NAMES.search(str(key)) and isinstance(item, str)
-            else hidden(item, str(key))
+            else hidden(item, name if name == "kwargs" else str(key))
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):

@@ -787,6 +787,9 @@ def test_secrets_reach_no_file_and_no_output_of_a_run(tmp_path: Path) -> None:
     [
         "reward.kwargs.api_key=plainly",
         "+reward.kwargs.token=plainly",
+        "+reward.kwargs={url: here, api_key: plainly}",
+        "+reward.kwargs.service={'api_key': 'plainly', retries: 3}",
+        "+reward.parts.judge.kwargs={headers: {x-token: plainly}}",
         "tracking.notes=hf_" + "Abcd1234" * 4,
         "model.path=https://me:plainly@example.org/model",
         "tracking.notes=hush-hush-123",
@@ -803,14 +806,18 @@ def test_a_secret_on_the_command_line_is_refused_without_being_repeated(
 
 def test_ordinary_tokens_are_no_secrets() -> None:
     words = ["model.eos_token=</s>", "generation.max_new_tokens=32", "model.revision=" + "a1" * 20]
+    words += ["+reward.kwargs.max_tokens=5", "+reward.kwargs={max_tokens: 5, api_key: ${oc.env:K}}"]
+    words += ["+reward.kwargs.service={retries: 3, count_tokens: true, url: here}"]
     assert list(secrecy.secret_overrides(words)) == []
 
 
 def test_secrets_are_blotted_out_of_what_is_uploaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SERVICE_KEY", "hush-hush-123")
-    config = {"reward": {"kwargs": {"api_key": "x", "n": 3}}, "a": ["see hush-hush-123"]}
+    kwargs = {"api_key": "x", "n": 3, "service": {"token": "x", "all": [{"secret": "x"}]}}
+    config = {"reward": {"kwargs": kwargs}, "a": ["see hush-hush-123"]}
+    blotted = {"token": "***", "all": [{"secret": "***"}]}
     assert secrecy.hidden(config) == {
-        "reward": {"kwargs": {"api_key": "***", "n": 3}},
+        "reward": {"kwargs": {"api_key": "***", "n": 3, "service": blotted}},
         "a": ["see ***"],
     }
 
