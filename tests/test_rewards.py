@@ -664,6 +664,25 @@ def test_a_tokenizer_that_ends_texts_with_the_token_that_pads_is_read_before_it(
     torch.testing.assert_close(Classifier(model, tokenizer)(["ab"], ["c"]), wanted)
 
 
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_vocabulary_without_small_letters_is_not_taken_to_close_its_texts(closes: bool) -> None:
+    vocab = {token: i for i, token in enumerate(["<pad>", "<unk>", "<s>", *"ACGT"])}
+    backend = Tokenizer(token_models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    if closes:
+        backend.post_processor = processors.TemplateProcessing(
+            single="$A <s>", special_tokens=[("<s>", 2)]
+        )
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    model = tiny_classifier("llama", pad=0)
+    scorer = Classifier(model, tokenizer)
+    assert scorer.append_eos != closes
+    with torch.no_grad():
+        wanted = model(torch.tensor([[3, 4, 5, 2]])).logits[0]
+    torch.testing.assert_close(scorer(["AC"], ["G"]), wanted)
+
+
 def test_an_encoder_gets_no_eos_of_ours() -> None:
     assert not Classifier(tiny_classifier("bert"), byte_tokenizer()).append_eos
 

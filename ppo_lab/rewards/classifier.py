@@ -320,9 +320,17 @@ def _appends_eos(model: Any, tokenizer: Any, choice: str) -> bool:
         return False
     if choice != "auto":
         return choice == "always"
-    probe = tokenizer("a")["input_ids"]
-    closes = probe[-1] in tokenizer.all_special_ids
-    return _is_decoder(model) and not closes
+    return _is_decoder(model) and not _closes_texts(tokenizer)
+
+
+def _closes_texts(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts a special token behind a text.
+
+    A special token may also be the text: that of the unknown, where there are no small letters.
+    """
+    text = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    return whole[-1] in tokenizer.all_special_ids and whole[-len(text) :] != text
 
 
 def _pad_token_id(model: Any, tokenizer: Any) -> int:
