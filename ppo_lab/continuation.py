@@ -32,6 +32,7 @@ SUMMARISED = (
     "mean_reward",
     "clip_fraction",
     "tokens_per_second",
+    "time/iteration",
     "ppo/val/explained_variance",
 )
 FINGERPRINTED = 64  # first elements of each weight

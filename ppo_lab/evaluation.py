@@ -53,8 +53,10 @@ class Evaluator:
         self._reference: tuple[list[str], Scores, list[float] | None] | None = None
 
     @torch.no_grad()
-    def __call__(self) -> Evaluation:
-        """Numbers and samples of the policy as it stands."""
+    def __call__(self, beta: float | None = None) -> Evaluation:
+        """Numbers and samples of the policy as it stands; `beta` is that of `objective`, the
+        controller's own if none is given.
+        """
         tokens, seen = self.trainer.draw(self.prompts, self.sampling, self.noise)
         texts, scores, gold = self._judge(self.prompts, tokens)
         at = {"temperature": self.sampling.logprob_temperature}
@@ -71,9 +73,8 @@ class Evaluator:
         }
         if gold is not None:
             metrics["gold"] = sum(gold) / len(gold)
-        metrics["objective"] = (
-            metrics["mean_reward"] - self.trainer.kl_controller.value * metrics["kl"]
-        )
+        beta = self.trainer.kl_controller.value if beta is None else beta
+        metrics["objective"] = metrics["mean_reward"] - beta * metrics["kl"]
         return Evaluation(metrics, self._samples(texts, scores, gold))
 
     def state_dict(self) -> dict[str, Any]:

@@ -363,7 +363,7 @@ def train(lab: Lab, preemption: Preemption) -> None:
     for metrics in iterations(lab):
         step = lab.trainer.iterations_done
         if step == steps or (every and step % every == 0):
-            metrics |= evaluate(lab, step)
+            metrics |= evaluate(lab, step, beta=metrics["kl_coef"])
         elif shown and step % shown == 0:
             samples = latest_samples(lab.trainer, lab.config.evaluation.samples)
             lab.trackers.log_samples(samples, step)
@@ -390,12 +390,12 @@ def iterations(lab: Lab) -> Iterator[Metrics]:
     return profiled(found, lab.folder, lab.keeper.say, done=lab.trainer.iterations_done)
 
 
-def evaluate(lab: Lab, step: int) -> Metrics:
+def evaluate(lab: Lab, step: int, *, beta: float | None = None) -> Metrics:
     """The metrics of an evaluation, its samples shown; the first evaluation and the last are
-    kept.
+    kept. `beta` is the one in force in the iteration before: an adaptive one has moved since.
     """
     with lab.trainer.average.in_place():
-        evaluation = replace(lab.evaluator(), step=step)
+        evaluation = replace(lab.evaluator(beta), step=step)
     lab.evaluations[1:] = [evaluation]
     lab.trackers.log_samples(evaluation.samples, step)
     return {f"eval/{name}": value for name, value in evaluation.metrics.items()}

@@ -47,7 +47,11 @@ def summarise(lab: Any) -> dict[str, Any]:
             "clip_fraction": fmean(m["clip_fraction"] for m in lab.history),
             "explained_variance": fmean(m["ppo/val/explained_variance"] for m in tail),
         }
-        summary["tokens_per_second"] = fmean(m["tokens_per_second"] for m in lab.history)
+        # Tokens of all iterations over the time of all: slow ones count for as long as they took.
+        summary["tokens_per_second"] = fmean(
+            [m["tokens_per_second"] for m in lab.history],
+            [m["time/iteration"] for m in lab.history],
+        )
         summary["objective"] = objective(lab) if later else None
     return summary
 

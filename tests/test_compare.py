@@ -308,6 +308,15 @@ def test_what_a_preset_leaves_to_the_kind_of_training_is_read_as_the_run_had_it(
     assert resolved(also) == {"lora.r": 8, "a": 1.0, "b": 1.0}
 
 
+def test_slow_iterations_count_for_as_long_as_they_took() -> None:
+    history = {"step": np.array([1.0, 2.0]), "tokens_per_second": np.array([10.0, 10 / 9])}
+    alone = outcomes(Run("a", "a", history=history))["tokens_per_second"]
+    assert alone == pytest.approx(5 + 5 / 9)  # all that can be said without the times
+    history["time/iteration"] = np.array([1.0, 9.0])
+    assert outcomes(Run("a", "a", history=history))["tokens_per_second"] == pytest.approx(2.0)
+    assert np.isnan(outcomes(Run("a", "a"))["tokens_per_second"])
+
+
 def test_a_copied_sweep_is_told_of(sweep: Path, tmp_path: Path) -> None:
     shutil.copytree(sweep, tmp_path / "copy")
     said = remarks(compare(read_runs([str(sweep), str(tmp_path)])))

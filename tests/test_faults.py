@@ -401,7 +401,7 @@ def evaluating_as(numbers: list[float], monkeypatch: pytest.MonkeyPatch) -> None
     """Evaluations find these mean rewards, one after the other."""
     following, measure = iter(numbers), experiment.evaluate
 
-    def measured(lab: Any, step: int) -> dict[str, float]:
+    def measured(lab: Any, step: int, **_: Any) -> dict[str, float]:
         return measure(lab, step) | {"eval/mean_reward": next(following)}
 
     monkeypatch.setattr(experiment, "evaluate", measured)

@@ -16,6 +16,7 @@ from ppo_lab import checkpoint, typed
 from ppo_lab.config import ConstantReward, WeightedReward
 from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import run
+from ppo_lab.record import read_json_lines
 from ppo_lab.resume import (
     FREE_IN_WORDS,
     _already_done,
@@ -168,6 +169,29 @@ def test_a_run_killed_after_its_last_checkpoint_is_not_evaluated_again(
     config, folder = again
     run(config, folder)
     assert outcome(folder) == outcome(finished / "run")
+
+
+def test_a_run_s_rate_is_of_all_its_tokens_over_all_its_time(finished: Path) -> None:
+    """Of 10 tokens in 1 s and of 10 in 9 s it is 2 a second, where the mean of the rates is 5.6."""
+    rows = read_json_lines(finished / "run/metrics.jsonl")
+    seconds = sum(row["time/iteration"] for row in rows)
+    tokens = sum(row["time/iteration"] * row["tokens_per_second"] for row in rows)
+    summary = json.loads((finished / "run/summary.json").read_text())
+    assert summary["tokens_per_second"] == pytest.approx(tokens / seconds)
+    rates = [row["tokens_per_second"] for row in rows]
+    assert summary["tokens_per_second"] != pytest.approx(sum(rates) / len(rates))
+
+
+def test_the_objective_of_a_row_is_of_the_row_s_own_beta(tmp_path: Path) -> None:
+    """Where beta adapts, it has moved on by the time of the evaluation."""
+    config = tiny(tmp_path, ppo={"adap_kl_ctrl": True, "horizon": 10})
+    run(config, tmp_path / "run")
+    rows = [row for row in metrics(tmp_path / "run") if "eval/kl" in row]
+    betas = [row["kl_coef"] for row in rows]
+    assert len(set(betas)) == len(betas) > 1
+    for row in rows:
+        cost = row["kl_coef"] * row["eval/kl"]
+        assert row["eval/objective"] == pytest.approx(row["eval/mean_reward"] - cost, abs=1e-9)
 
 
 def test_a_finished_run_is_not_trained_again(finished: Path) -> None:

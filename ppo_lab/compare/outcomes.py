@@ -17,7 +17,7 @@ OUTCOMES: dict[str, tuple[str, str]] = {
     "kl": ("train.kl", "mean over the last tenth of the iterations, nats per sequence"),
     "mean_reward": ("train.mean_reward", "mean over the last tenth of the iterations"),
     "clip_fraction": ("train.clip_fraction", "mean over all iterations"),
-    "tokens_per_second": ("tokens_per_second", "mean over all iterations"),
+    "tokens_per_second": ("tokens_per_second", "tokens of all iterations over their time"),
     "wall_s": ("wall_s", "seconds, from start to end"),
 }
 
@@ -53,8 +53,8 @@ def _from_history(run: Run) -> dict[str, float]:
     found["objective"] = _last(run, str(run.config.get("objective", "eval/mean_reward")))
     for name in ("kl", "mean_reward"):
         found[name] = _mean(run, name, last=max(1, run.steps // 10))
-    for name in ("clip_fraction", "tokens_per_second"):
-        found[name] = _mean(run, name)
+    found["clip_fraction"] = _mean(run, "clip_fraction")
+    found["tokens_per_second"] = _rate(run)
     return found
 
 
@@ -91,6 +91,14 @@ def _last(run: Run, name: str) -> float:
 def _mean(run: Run, name: str, *, last: int = 0) -> float:
     values = _column(run, name)[-last:]
     return float(values.mean()) if len(values) else np.nan
+
+
+def _rate(run: Run) -> float:
+    """Response tokens per second over all iterations, each counted for as long as it took."""
+    rates = run.history.get("tokens_per_second", np.array([]))
+    seconds = run.history.get("time/iteration", np.ones(len(rates)))
+    known = np.isfinite(rates) & np.isfinite(seconds) & (seconds > 0)
+    return float(np.average(rates[known], weights=seconds[known])) if known.any() else np.nan
 
 
 def _as_number(value: Any) -> float:

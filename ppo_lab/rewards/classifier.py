@@ -330,7 +330,8 @@ def _closes_texts(tokenizer: Any) -> bool:
     """
     text = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
-    return whole[-1] in tokenizer.all_special_ids and whole[-len(text) :] != text
+    closed = bool(whole) and whole[-len(text) :] != text
+    return closed and whole[-1] in tokenizer.all_special_ids
 
 
 def _pad_token_id(model: Any, tokenizer: Any) -> int:
