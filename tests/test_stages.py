@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from tiny_models import tokenizer
 
@@ -191,6 +192,43 @@ def test_sft_on_real_data_lowers_the_loss_and_leaves_a_model(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert not [name for name, _ in model.named_parameters() if "lora" in name]
     assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == "<s>"
+
+
+def test_the_held_out_loss_counts_tokens_whatever_the_batch_size(
+    assets: Path, tmp_path: Path
+) -> None:
+    """Recomputed text by text from the saved model, where lengths differ widely."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = [
+        {"prompt": "Once", "completion": " upon a time" * (1 if i % 2 else 20)} for i in range(16)
+    ]
+    section = SFTDataSection(path=write(tmp_path, rows), held_out=12)
+    found = []
+    for size in (1, 5):
+        config = SFTConfig(
+            model=ModelSection(path=str(assets / "stories260K")),
+            lora=LoraSection(r=0),
+            data=section,
+            fit=FitSection(batch_size=size, learning_rate=1e-12, max_length=256),
+            output=str(tmp_path / f"model-{size}"),
+            device="cpu",
+        )
+        run_sft(config, tmp_path, [])
+        report = json.loads((tmp_path / f"model-{size}/report.json").read_text())
+        found += [report["held_out_loss_before"], report["held_out_loss"]]
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model-1").eval()
+    words: Any = AutoTokenizer.from_pretrained(tmp_path / "model-1")
+    _, held_out = split_rows(read_rows(section, render=None, seed=0), 12)
+    nats = tokens = 0.0
+    for row in held_out:
+        start = len(words(row["prompt"])["input_ids"])
+        ids = torch.tensor(words(row["prompt"] + row["completion"] + words.eos_token)["input_ids"])
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, start - 1 : -1]
+        nats += float(torch.nn.functional.cross_entropy(logits, ids[start:], reduction="sum"))
+        tokens += len(ids) - start
+    assert found == pytest.approx([nats / tokens] * 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("rank", [0, 4])

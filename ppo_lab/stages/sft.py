@@ -79,4 +79,18 @@ def fit_sft(
 
 
 def _held_out_loss(trainer: Any, held_out: Any) -> float | None:
-    return None if held_out is None else float(trainer.evaluate()["eval_loss"])
+    """Nats per token over all tokens held out.
+
+    The trainer's own `evaluate` takes the mean over batches, whatever number of tokens each has, so
+    that short texts weigh more and the result follows `fit.batch_size`.
+    """
+    if held_out is None:
+        return None
+    trainer.model.eval()
+    nats = tokens = 0.0
+    with trainer.accelerator.autocast():
+        for batch in trainer.get_eval_dataloader():
+            learnt = int((batch["labels"][:, 1:] != -100).sum())
+            mean, *_ = trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
+            nats, tokens = nats + float(mean) * learnt, tokens + learnt
+    return nats / tokens
