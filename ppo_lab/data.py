@@ -282,7 +282,7 @@ def _take_prompts(columns: Columns, section: FileData) -> list[Any]:
             log.warning(
                 "data: the column %r is left out; rewards get their own under that name", name
             )
-    prompts = [_as_chat(prompt) for prompt in prompts]
+    prompts = [chat_in(prompt) for prompt in prompts]
     if not section.messages_column:
         return prompts
     for row, prompt in enumerate(prompts, 1):
@@ -295,7 +295,7 @@ def _take_prompts(columns: Columns, section: FileData) -> list[Any]:
     return [_without_answer(prompt) for prompt in prompts]
 
 
-def _as_chat(prompt: Any) -> Any:
+def chat_in(prompt: Any) -> Any:
     """The chat that a text holds as JSON, as tables without lists keep it; all else as it is."""
     if not isinstance(prompt, str) or not _CHAT.match(prompt):
         return prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import resource
 from pathlib import Path
@@ -59,6 +60,23 @@ def test_compared_chats_become_text_as_rewards_read_them(tmp_path: Path) -> None
     assert read_rows(section, render=None, seed=0) == [
         {"prompt": "Hi?\n", "chosen": "Yes.", "rejected": "No."}
     ]
+
+
+def test_chats_as_json_in_a_csv_file_are_the_chats_that_they_hold(tmp_path: Path) -> None:
+    """As `data=file` of a run reads them: policy and reward model would else see other texts."""
+    file = tmp_path / "rows.csv"
+    rows: list[tuple[Any, dict[str, Any]]] = [
+        (SFTDataSection, {"messages": CHAT}),
+        (SFTDataSection, {"prompt": CHAT[:1], "completion": CHAT[1:]}),
+        (PairDataSection, {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]}),
+    ]
+    for section, row in rows:
+        with file.open("w", newline="") as out:
+            csv.writer(out).writerows([list(row), [json.dumps(chat) for chat in row.values()]])
+        assert read_rows(section(path=str(file)), render=str, seed=0) == [row]
+    file.write_text("messages\nHi?\n")
+    with pytest.raises(ConfigError, match=r"row 1 of column messages holds 'Hi\?'; must be a list"):
+        read_rows(SFTDataSection(path=str(file)), render=str, seed=0)
 
 
 def test_answers_that_are_whole_conversations_lose_their_prompt(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ class SFTDataSection:
     """`data` of `python -m ppo_lab.sft`: JSON lines, CSV or Parquet.
 
     A file with `completion_column` holds prompts and completions, of which the completions are
-    learnt; else one with `messages_column` holds chats; else `text_column` holds whole texts.
+    learnt; else one with `messages_column` holds chats; else `text_column` holds whole texts. A
+    chat is a list of messages, or one as JSON, as CSV files keep it.
     """
 
     path: str = knob("", "file (.jsonl, .json, .csv, .parquet) that holds the examples")
@@ -71,7 +72,7 @@ class PairDataSection:
     """`data` of `python -m ppo_lab.reward_model`: JSON lines, CSV or Parquet of compared answers.
 
     Texts are read as `prompt + chosen` with nothing between: an answer brings the space that it
-    begins with. Chat messages are put through the tokenizer's chat template.
+    begins with. Chat messages, a list or one as JSON, go through the tokenizer's chat template.
     """
 
     path: str = knob("", "file (.jsonl, .json, .csv, .parquet) that holds the pairs")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ppo_lab.data import chat_in
 from ppo_lab.errors import ConfigError
 from ppo_lab.record import brief
 from ppo_lab.rewards.conversation import answer, as_text, is_chat
@@ -139,12 +140,14 @@ def _require(names: Sequence[str], key: str, wanted: str, path: str) -> None:
 
 def _row(table: Columns, wanted: dict[str, str], number: int, path: str) -> Row:
     row = {name: table[column][number] for name, column in wanted.items()}
+    row = {name: value if name == "text" else chat_in(value) for name, value in row.items()}
     for name, value in row.items():
-        if not _is_text(value) and not _is_chat(value):
+        if not _is_chat(value) and (name == "messages" or not _is_text(value)):
+            chat = "a list of messages with role and content, or one as JSON"
             raise ConfigError(
                 f"data.path={path}: row {number + 1} of column {wanted[name]} holds "
                 f"{str(value)[:40]!r}; "
-                "must be a text, or a list of messages with role and content."
+                f"must be {'' if name == 'messages' else 'a text, or '}{chat}."
             )
     if any(is_chat(value) for value in row.values()):
         return _as_chats(row, f"data.path={path}: row {number + 1}")
