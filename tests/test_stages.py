@@ -16,6 +16,7 @@ from tiny_models import tokenizer
 from ppo_lab.config import LoraSection, ModelSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.byte_tokenizer import BYTE_VOCABULARY
+from ppo_lab.rewards.conversation import joined
 from ppo_lab.stages.config import (
     FitSection,
     PairDataSection,
@@ -96,6 +97,24 @@ def test_answers_that_are_whole_conversations_lose_their_prompt(tmp_path: Path) 
         section = PairDataSection(path=write(tmp_path, [row]))
         with pytest.raises(ConfigError, match=f"row 1: the rejected answer {problem}"):
             read_rows(section, render=str, seed=0)
+
+
+def test_an_answer_that_its_prompt_begins_is_one_message(tmp_path: Path) -> None:
+    """As PPO has it go on, and shows it to a reward model: two messages would be another text."""
+    begun = [CHAT[0], {"role": "assistant", "content": "Well, "}]
+    no = {"role": "assistant", "content": "Well, no."}
+    whole = [*begun, {"role": "assistant", "content": "no."}]
+    for answer in ("no.", whole[2:], whole):
+        row = {"prompt": begun, "chosen": answer, "rejected": "yes."}
+        section = PairDataSection(path=write(tmp_path, [row]))
+        (found,) = read_rows(section, render=str, seed=0)
+        assert (found["prompt"], found["chosen"]) == (CHAT[:1], [no])
+        assert found["rejected"] == [{"role": "assistant", "content": "Well, yes."}]
+        (plain,) = read_rows(section, render=None, seed=0)
+        assert plain["prompt"] + plain["chosen"] == joined(CHAT[:1], "Well, no.")
+    row = {"prompt": begun, "completion": "no."}
+    section = SFTDataSection(path=write(tmp_path, [row]))
+    assert read_rows(section, render=str, seed=0) == [{"prompt": CHAT[:1], "completion": [no]}]
 
 
 def test_texts_and_chats_are_not_mixed(tmp_path: Path) -> None:

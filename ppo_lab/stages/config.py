@@ -51,7 +51,8 @@ class SFTDataSection:
 
     A file with `completion_column` holds prompts and completions, of which the completions are
     learnt; else one with `messages_column` holds chats; else `text_column` holds whole texts. A
-    chat is a list of messages, or one as JSON, as CSV files keep it.
+    chat is a list of messages, or one as JSON, as CSV files keep it. What the last message of a
+    prompt begins of the answer is learnt with it.
     """
 
     path: str = knob("", "file (.jsonl, .json, .csv, .parquet) that holds the examples")

@@ -169,7 +169,8 @@ def _is_chat(value: Any) -> bool:
 def _as_chats(row: Row, where: str) -> Row:
     """Every text of the row as a message: the prompt's is the user's, any other the assistant's.
 
-    Answers that are whole conversations lose the prompt that they begin with.
+    Answers that are whole conversations lose the prompt that they begin with. An answer that the
+    prompt's last message begins is one message with it, as PPO shows it to a reward.
 
     Raises:
         ConfigError: what is left of an answer does not begin with the assistant.
@@ -183,13 +184,18 @@ def _as_chats(row: Row, where: str) -> Row:
     }
     prompt = chats.get("prompt", [])
     for name in chats.keys() - {"prompt"} if prompt else ():
-        begun = chats[name][: len(prompt)] == prompt
-        chats[name] = chats[name][len(prompt) :] if begun else chats[name]
+        is_whole = chats[name][: len(prompt)] == prompt
+        chats[name] = chats[name][len(prompt) :] if is_whole else chats[name]
         if not chats[name] or chats[name][0]["role"] != "assistant":
             raise ConfigError(
                 f"{where}: the {name} answer does not go on from its prompt with an assistant's "
                 "message"
             )
+    if prompt[:-1] and prompt[-1]["role"] == "assistant":
+        begun, chats["prompt"] = prompt[-1]["content"], prompt[:-1]
+        for name in chats.keys() - {"prompt"}:
+            first, *others = chats[name]
+            chats[name] = [{**first, "content": begun + first["content"]}, *others]
     return chats
 
 
