@@ -39,19 +39,22 @@ from ppo_lab.secrecy import secret_overrides
 Job = Callable[[Any, Path, list[str]], float | None]
 
 
-def launch(job: Job, *, check: Check, config_name: str = "config") -> None:
+def launch(
+    job: Job, *, check: Check, config_name: str = "config", direction: str = "maximize"
+) -> None:
     """Run `job(config, folder, overrides)` as the command line says, or say what is wrong with it.
 
     `check(config, stated)` gives the problems of a composed configuration; `stated` are the keys
-    that the command line sets. A wrong command ends with exit code 1 and a message, no traceback;
-    so does a job that raises `ConfigError`.
+    that the command line sets; `direction` is where what `job` returns gets better, for a search. A
+    wrong command ends with exit code 1 and a message, no traceback; so does a job that raises
+    `ConfigError`.
     """
     register_schema()
     try:
         given = flags_first(sys.argv[1:])
         missing_only = {f"resume={value}" for value in MISSING_ONLY} & set(given)
         resumed = resumed_sweep if missing_only else resumed_command
-        sys.argv[1:] = with_search_defaults(resumed(given))
+        sys.argv[1:] = with_search_defaults(resumed(given), direction=direction)
         if found := list(secret_overrides(sys.argv[1:])):
             raise ConfigError(found)
         if found := command_problems(sys.argv[1:], check=check, config_name=config_name):

@@ -48,7 +48,6 @@ from ppo_lab.sweep_index import SWEEP_RECORD, states
 from ppo_lab.typed import quoted, shell_path, unquoted
 
 SWEEPS = f"outputs/multirun/*/*/{SWEEP_RECORD}"
-SEARCH = ("hydra.sweeper.direction=maximize", "hydra.sweeper.max_failure_rate=1.0")
 GRID = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
 MOST_TOLD = 30  # runs that did not finish; `python -m ppo_lab.runs` lists them all
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -82,15 +81,17 @@ def resumed_sweep(argv: Sequence[str]) -> list[str]:
     raise ConfigError("resume=true: outputs/multirun holds no sweep by this command; leave it out")
 
 
-def with_search_defaults(argv: Sequence[str]) -> list[str]:
-    """The command line of a search by Optuna, which maximises and takes a failed run for a trial.
+def with_search_defaults(argv: Sequence[str], *, direction: str = "maximize") -> list[str]:
+    """The command line of a search by Optuna, which takes a failed run for a trial, and goes where
+    what the runs return gets better: `direction` is `minimize` where that is a loss.
 
     The plugin's own defaults minimise, and end the search at the first failure.
     """
+    search = (f"hydra.sweeper.direction={direction}", "hydra.sweeper.max_failure_rate=1.0")
     stated = {key_of(text) for text in argv}
     if "hydra/sweeper=optuna" not in argv:
         return list(argv)
-    return [*argv, *(text for text in SEARCH if key_of(text) not in stated)]
+    return [*argv, *(text for text in search if key_of(text) not in stated)]
 
 
 # ---- The runs of a sweep

@@ -86,9 +86,11 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     return {**own, "HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
-def ppo_lab(folder: Path, *overrides: str, **more: str) -> subprocess.CompletedProcess[str]:
+def ppo_lab(
+    folder: Path, *overrides: str, module: str = "ppo_lab", **more: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "ppo_lab", *overrides],
+        [sys.executable, "-m", module, *overrides],
         cwd=folder,
         env=environment(folder, **more),
         capture_output=True,
@@ -434,6 +436,9 @@ def test_a_search_maximises_and_goes_on_after_a_failure_unless_told_otherwise() 
     assert with_search_defaults(["-m", "seed=0,1"]) == ["-m", "seed=0,1"]
     command = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.direction=minimize"]
     assert with_search_defaults(command) == [*command, "hydra.sweeper.max_failure_rate=1.0"]
+    for direction in ("maximize", "minimize"):
+        _, chosen, _ = with_search_defaults(["hydra/sweeper=optuna"], direction=direction)
+        assert chosen == f"hydra.sweeper.direction={direction}"
 
 
 def test_a_new_sweep_is_refused_in_the_folder_of_another(tmp_path: Path) -> None:
@@ -644,6 +649,22 @@ def test_optuna_maximises_and_goes_on_with_its_study(tmp_path: Path) -> None:
         found = optuna.load_study(study_name="a", storage=f"sqlite:///{tmp_path}/study.db")
         assert len(found.trials) == trials
         assert found.direction.name == "MAXIMIZE"
+
+
+def test_a_search_over_fine_tuning_looks_for_the_smallest_loss(
+    assets: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    (tmp_path / "texts.jsonl").write_text('{"text": "Once upon a time."}\n' * 12)
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
+    model = ["model=local", f"model.path={assets / 'stories260K'}", "lora=none", "device=cpu"]
+    space = "fit.learning_rate=tag(log, interval(1e-6, 1e-1))"
+    data = ["data.path=texts.jsonl", "hydra.sweep.dir=swept"]
+    done = ppo_lab(tmp_path, "-m", *search, *model, *data, space, module="ppo_lab.sft")
+    assert done.returncode == 0, done.stderr
+    reports = [json.loads(file.read_text()) for file in tmp_path.glob("swept/*/model/report.json")]
+    found = yaml.safe_load((tmp_path / "swept/optimization_results.yaml").read_text())
+    assert found["best_value"] == min(report["held_out_loss"] for report in reports)
 
 
 def test_a_missing_launcher_names_the_extra_that_brings_it() -> None:

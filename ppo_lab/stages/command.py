@@ -14,7 +14,8 @@ from ppo_lab.stages.jobs import problems, run_reward_model, run_sft
 
 def sft() -> None:
     """`python -m ppo_lab.sft`."""
-    _run("sft", "Fine-tunes a language model on texts, completions or chats.", SFTConfig(), run_sft)
+    purpose = "Fine-tunes a language model on texts, completions or chats."
+    _run("sft", purpose, SFTConfig(), run_sft, direction="minimize")  # a loss
 
 
 def reward_model() -> None:
@@ -23,10 +24,12 @@ def reward_model() -> None:
     _run("reward_model", purpose, RewardModelConfig(), run_reward_model)
 
 
-def _run(name: str, purpose: str, settings: Any, job: Callable[..., Any]) -> None:
+def _run(
+    name: str, purpose: str, settings: Any, job: Callable[..., Any], *, direction: str = "maximize"
+) -> None:
     """Run the stage, or say what it is."""
     if {"--help", "-h"} & set(sys.argv[1:]):
         print_stage(f"ppo_lab.{name}", purpose, settings)
         return
     register_stages()
-    launch(job, check=problems, config_name=name)
+    launch(job, check=problems, config_name=name, direction=direction)
