@@ -30,7 +30,7 @@ from ppo_lab.models.loading import (
     load_config,
     max_context,
 )
-from ppo_lab.models.lora import wrap_lora
+from ppo_lab.models.lora import merged, wrap_lora
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
 from ppo_lab.ppo_config import PPOConfig
 from ppo_lab.processes.alone import Alone
@@ -77,8 +77,7 @@ def load_policy(config: Config, tokenizer: Any, device: str) -> AutoModelForCaus
     if config.model.eos_token and model.generation_config:  # saved with the model
         (end,) = eos_ids(tokenizer, model, eos_token=config.model.eos_token)
         model.generation_config.eos_token_id = end
-    if config.lora.r:
-        model = wrap_lora(model, config.lora)
+    model = wrap_lora(model, config.lora) if config.lora.r else merged(model)
     head = config.critic if isinstance(config.critic, HeadCritic) else HeadCritic()
     policy = AutoModelForCausalLMWithValueHead(
         model, v_head_init=head.v_head_init, v_head_init_std=head.v_head_init_std

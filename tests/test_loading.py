@@ -383,6 +383,19 @@ def test_an_adapter_folder_gives_its_base_and_trains_its_adapter(folder, tmp_pat
         wrap_lora(loaded, LoraSection(r=16, alpha=8.0))
 
 
+def test_without_lora_the_adapter_of_a_folder_is_merged_and_every_weight_trained(folder, tmp_path):
+    wrapped = wrap_lora(load_causal_lm(section(folder), device="cpu"), LoraSection(r=4))
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    config = Config(model=section(tmp_path / "adapter"), lora=LoraSection(r=0), critic=HeadCritic())
+    policy = load_policy(config, load_tokenizer(config.model), "cpu")
+    assert not policy.is_peft_model
+    assert all(weight.requires_grad for weight in policy.parameters())
+    torch.testing.assert_close(policy(IDS)[0], wrapped.eval()(IDS).logits)
+
+
 def test_an_adapter_is_loaded_from_any_folder_whatever_names_its_base(
     folder, tmp_path, monkeypatch
 ):

@@ -398,6 +398,21 @@ def test_prompts_that_are_too_long_are_counted_and_not_as_examples(
     assert f"{report['examples_too_long']} prompts as long as" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("r", [0, 2])
+def test_a_model_that_is_an_adapter_is_fine_tuned_on(assets: Path, tmp_path: Path, r: int) -> None:
+    from ppo_lab.models.loading import load_causal_lm
+    from ppo_lab.models.lora import wrap_lora
+
+    config = prompted(assets, tmp_path, [3] * 24)
+    wrapped = wrap_lora(load_causal_lm(config.model, device="cpu"), LoraSection(r=4))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    config.model, config.lora = ModelSection(path=str(tmp_path / "adapter")), LoraSection(r=r)
+    config.model.tokenizer = str(assets / "stories260K")
+    run_sft(config, tmp_path, [])
+    report = json.loads((tmp_path / "model/report.json").read_text())
+    assert report["held_out_loss"] < report["held_out_loss_before"]
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward_model"])
 def test_an_adapter_alone_learns_faster_by_its_factor(
     assets: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch

@@ -82,6 +82,15 @@ def wrap_lora(model: PreTrainedModel | PeftModel, section: LoraSection) -> PeftM
         ) from error
 
 
+def merged(model: Any) -> Any:
+    """The model with the adapter that it may have come with in its weights, all of which are to be
+    trained.
+    """
+    if not hasattr(model, "merge_and_unload"):  # plain, or a learnt prompt, which is refused later
+        return model
+    return model.merge_and_unload().requires_grad_(True)  # what lay under the adapter was frozen
+
+
 @contextmanager
 def unmerged_exactly(model: nn.Module) -> Iterator[None]:
     """Weights that adapters are merged into and taken out of again inside are what they were.

@@ -13,6 +13,7 @@ from transformers import (
 from ppo_lab.config import ModelSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.loading import disable_dropout, load_causal_lm, load_config
+from ppo_lab.models.lora import merged
 
 
 def classifier_from(
@@ -31,9 +32,7 @@ def classifier_from(
             f"model.path={section.path}: transformers has no sequence classifier of "
             f"{architecture.model_type}; start a reward model from another architecture"
         )
-    causal: Any = load_causal_lm(section, device=device, dtype=dtype, seed=seed)
-    if hasattr(causal, "merge_and_unload"):
-        causal = causal.merge_and_unload()
+    causal: Any = merged(load_causal_lm(section, device=device, dtype=dtype, seed=seed))
     config = causal.config
     config.num_labels = 1
     with torch.random.fork_rng():

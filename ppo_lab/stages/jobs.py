@@ -58,15 +58,17 @@ def _output_problems(output: str) -> Iterator[str]:
 def run_sft(config: SFTConfig, folder: Path, overrides: list[str]) -> float:
     """Fine-tune as configured, say what came out, and return the held-out loss (nats per token)."""
     from ppo_lab.models.loading import load_causal_lm
+    from ppo_lab.models.lora import merged
     from ppo_lab.stages.sft import fit_sft
 
     parts = _Parts(config)
-    model = load_causal_lm(
+    loaded = load_causal_lm(
         parts.model_section, device=parts.device, dtype=parts.dtype, seed=config.seed
     )
+    model = merged(loaded)
     out, arguments = _output(config, folder), parts.arguments(model)
     with _whole(out):
-        report = fit_sft(parts.merged(model), folder=out, **arguments)
+        report = fit_sft(model, folder=out, **arguments)
     if report["examples_too_long"]:
         print(f"left out        {report['examples_too_long']} prompts as long as fit.max_length")
     if "held_out_loss" in report:
@@ -152,10 +154,6 @@ class _Parts:
             raise ConfigError(
                 "model.eos_token: this tokenizer has none; name the token that ends a text"
             )
-
-    def merged(self, model: Any) -> Any:
-        """The model without the adapter that it may have come with."""
-        return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
     def arguments(self, model: Any, task: str = "CAUSAL_LM") -> dict[str, Any]:
         """The arguments that both fits share."""
