@@ -383,6 +383,28 @@ def test_an_adapter_folder_gives_its_base_and_trains_its_adapter(folder, tmp_pat
         wrap_lora(loaded, LoraSection(r=16, alpha=8.0))
 
 
+@pytest.mark.parametrize("own", [["dense"], ["dense", "query_key_value"], ["all-linear"]])
+def test_an_adapter_is_trained_on_where_it_is_and_nowhere_else(folder, tmp_path, own):
+    base = load_causal_lm(section(folder), device="cpu")
+    wrap_lora(base, LoraSection(r=4, target_modules=own)).save_pretrained(tmp_path / "adapter")
+
+    def wrapped(*targets):
+        loaded = load_causal_lm(section(tmp_path / "adapter"), device="cpu")
+        return wrap_lora(loaded, LoraSection(r=4, target_modules=list(targets)))
+
+    for same in (
+        [],
+        own,
+        list(reversed(own)),
+        [f"self_attention.{n}" for n in own if "-" not in n],
+    ):
+        assert isinstance(wrapped(*same), PeftModel)
+    for other in (["dense_h_to_4h"], ["query_key_value"], {"all-linear"} - set(own)):
+        if other:
+            with pytest.raises(ConfigError, match=r"lora.target_modules=\[.*\]: the adapter in"):
+                wrapped(*other)
+
+
 def test_without_lora_the_adapter_of_a_folder_is_merged_and_every_weight_trained(folder, tmp_path):
     wrapped = wrap_lora(load_causal_lm(section(folder), device="cpu"), LoraSection(r=4))
     for name, weight in wrapped.named_parameters():

@@ -213,5 +213,27 @@ def _check_same_adapter(model: PeftModel, section: LoraSection) -> None:
         for name, value in settings.items()
         if getattr(section, name) != value
     ]
+    targets, theirs = section.target_modules, _adapted(model)
+    if targets and not _same_leaves(targets, theirs, model):
+        stated, own_names = ",".join(targets), ",".join(theirs)
+        problems.append(
+            f"lora.target_modules=[{stated}]: the adapter in model.path has [{own_names}]; "
+            f"set lora.target_modules=[{own_names}] to go on training it"
+        )
     if problems:
         raise ConfigError(problems)
+
+
+def _adapted(model: PeftModel) -> list[str]:
+    """The last parts of the names of the layers that an adapter is on."""
+    layers = model.get_base_model().named_modules()
+    return _leaves([name for name, module in layers if hasattr(module, "lora_A")])
+
+
+def _same_leaves(targets: list[str], adapted: list[str], model: PeftModel) -> bool:
+    """Whether targets name, by their last parts, the layers that an adapter is on."""
+    if list(targets) == [ALL_LINEAR]:
+        base: Any = model.get_base_model()
+        others = [name for name in linear_names(base) if "lora_" not in name]
+        return set(_leaves([name.removesuffix(".base_layer") for name in others])) <= set(adapted)
+    return set(_leaves(list(targets))) == set(adapted)
