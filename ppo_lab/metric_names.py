@@ -89,4 +89,27 @@ METRICS: dict[str, tuple[str, str]] = {
     "time/update": ("s", "clipped updates"),
     "time/iteration": ("s", "one iteration"),
     "peak_memory_gb": ("GiB", "the run's peak memory so far: the GPU's, or the resident set"),
+    "eval/mean_reward": ("score", "mean score on held-out prompts, as mean_reward"),
+    "eval/std_reward": ("score", "standard deviation of those scores over prompts"),
+    "eval/kl": ("nats/sequence", "KL(policy || reference) on held-out prompts, k1 estimate"),
+    "eval/objective": ("score", "held-out mean score less beta in force times held-out KL"),
+    "eval/gold": (
+        "score",
+        "the embedded world's rules on held-out prompts; absent with other data",
+    ),
+    "eval/response_length": ("tokens", "mean length of held-out responses, EOS included"),
+    "eval/eos_rate": ("share of samples", "held-out responses that a stop condition ended"),
+    "eval/distinct_2": ("share", "distinct among all pairs of neighbouring words"),
 }
+
+# Beginning of a name that ends in a reward's own -> (unit, meaning).
+OF_EACH_REWARD = {
+    "reward/": ("score", "mean of what this reward gave, before any weight"),
+    "eval/reward/": ("score", "the same on held-out prompts"),
+}
+
+
+def described(name: str) -> tuple[str, str]:
+    """Unit and meaning of a metric; empty texts for one that is not ours."""
+    prefix = name[: name.find("reward/") + len("reward/")]
+    return METRICS.get(name) or OF_EACH_REWARD.get(prefix, ("", ""))

@@ -10,6 +10,7 @@ import torch
 from tiny_models import EOS, PAD, QUERIES, policy, step, timeless, train_adapter, trainer
 
 from ppo_lab.evaluation import Evaluator, as_text, distinct
+from ppo_lab.metric_names import METRICS, described
 from ppo_lab.rollout import Sampling
 from ppo_lab.rules import EVALUATED
 from ppo_lab.types import Prompts, Scores
@@ -63,6 +64,14 @@ def test_every_number_is_what_its_name_says() -> None:
     assert abs(kl) > 0.01
     own = {name for name in found.metrics if not name.startswith("reward/")}
     assert own == {*EVALUATED, "gold"}  # what `objective` may name
+
+
+def test_every_number_is_documented_with_its_unit() -> None:
+    measured = {f"eval/{name}" for name in evaluator()().metrics}
+    assert {name for name in METRICS if name.startswith("eval/")} < measured
+    assert all(unit and meaning for unit, meaning in map(described, measured))
+    assert described("reward/sad/vader") != described("eval/reward/sad/vader") != ("", "")
+    assert described("loss") == described("eval/loss") == described("my/reward/x") == ("", "")
 
 
 def test_policy_and_reference_answer_the_same_prompts_with_the_same_noise() -> None:

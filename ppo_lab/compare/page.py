@@ -102,11 +102,11 @@ def points_a_curve(runs: Sequence[Run]) -> int:
 
 def _metrics(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
     """Every metric that any run logged: name -> (unit, meaning), the headline ones first."""
-    from ppo_lab.metric_names import METRICS
+    from ppo_lab.metric_names import METRICS, described
 
     names = dict.fromkeys([*METRICS, *(name for run in runs for name in run.history)])
     logged = {name for run in runs for name in run.history} - {"step"}
-    return {name: METRICS.get(name, ("", "")) for name in names if name in logged}
+    return {name: described(name) for name in names if name in logged}
 
 
 def _run(run: Run, keys: Sequence[str], points: int) -> dict[str, Any]:
