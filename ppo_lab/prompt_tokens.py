@@ -98,7 +98,7 @@ class PromptEncoder:
     def _checked(self, prompt: Any, row: int) -> Any:
         """A prompt as text or as a list of messages."""
         if isinstance(prompt, str):
-            return _encodable(prompt)
+            return encodable(prompt)
         if is_chat(prompt):
             return [{k: v for k, v in message.items() if v is not None} for message in prompt]
         raise ConfigError(
@@ -299,7 +299,7 @@ def _as_shown(chat: list[dict[str, Any]], text: str, ids: list[int]) -> Encoded:
     return Encoded(ids, chat[:-1], prefill if text.endswith(prefill) else prefill.strip())
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """The text with halves of surrogate pairs, which UTF-8 cannot hold, replaced by U+FFFD."""
     if text.isascii():
         return text

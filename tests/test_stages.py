@@ -117,6 +117,42 @@ def test_an_answer_that_its_prompt_begins_is_one_message(tmp_path: Path) -> None
     assert read_rows(section, render=str, seed=0) == [{"prompt": CHAT[:1], "completion": [no]}]
 
 
+def test_no_row_is_trained_on_and_held_out(caplog: pytest.LogCaptureFixture) -> None:
+    """Of 24 rows three times over: a held-out row's copies would be learnt by heart."""
+    rows = [{"prompt": f"p{i % 24}", "chosen": "a", "rejected": "b"} for i in range(72)]
+    train, held_out = split_rows(rows, 0.25)
+    assert len(held_out) == 18 == len({row["prompt"] for row in held_out})
+    assert len(train) == 72 - 3 * 18
+    assert not [row for row in train if row in held_out]
+    assert "36 rows that are held out too are not trained on" in caplog.text
+    assert split_rows(rows, 0) == (rows, [])
+    with pytest.raises(ConfigError, match="of 72 rows, 24 of them distinct, none"):
+        split_rows(rows, 24)
+
+
+def test_a_chat_in_the_column_of_texts_is_a_chat(tmp_path: Path) -> None:
+    section = SFTDataSection(path=write(tmp_path, [{"text": CHAT}, {"text": CHAT[:2]}]))
+    assert {len(row["messages"]) for row in read_rows(section, render=str, seed=0)} == {
+        len(CHAT),
+        2,
+    }
+    assert all(isinstance(row["text"], str) for row in read_rows(section, render=None, seed=0))
+
+
+def test_half_a_surrogate_pair_is_replaced_as_in_a_run(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    half = "a \ud83d b"
+    rows = [{"prompt": half, "completion": half}]
+    rows.append({"prompt": [{"role": "user", "content": half}], "completion": half})  # type: ignore[dict-item]
+    for row in rows:
+        section = SFTDataSection(path=write(tmp_path, [row]))
+        found = read_rows(section, render=str, seed=0)
+        assert Dataset.from_list(found)[0]
+        assert "a \ufffd b" in str(found)
+        assert "\\ud83d" not in repr(found)
+
+
 def test_texts_and_chats_are_not_mixed(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 2
     rows.append({"prompt": CHAT[:1], "completion": "b"})
@@ -238,7 +274,8 @@ def test_the_held_out_loss_counts_tokens_whatever_the_batch_size(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     rows = [
-        {"prompt": "Once", "completion": " upon a time" * (1 if i % 2 else 20)} for i in range(16)
+        {"prompt": "Once", "completion": " upon a time" * (i if i % 2 else 20 + i)}
+        for i in range(16)
     ]
     section = SFTDataSection(path=write(tmp_path, rows), held_out=12)
     found = []
@@ -371,7 +408,9 @@ def test_a_stage_of_one_step_learns(assets: Path, tmp_path: Path, schedule: str)
 
 def prompted(assets: Path, folder: Path, lengths: list[int]) -> SFTConfig:
     """A stage of prompts of so many words, at 64 tokens an example."""
-    rows = [{"prompt": "once " * n, "completion": "upon a time"} for n in lengths]
+    rows = [
+        {"prompt": "once " * n, "completion": f"upon a time {i}"} for i, n in enumerate(lengths)
+    ]
     return SFTConfig(
         model=ModelSection(path=str(assets / "stories260K")),
         lora=LoraSection(r=0),

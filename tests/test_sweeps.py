@@ -655,7 +655,8 @@ def test_a_search_over_fine_tuning_looks_for_the_smallest_loss(
     assets: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    (tmp_path / "texts.jsonl").write_text('{"text": "Once upon a time."}\n' * 12)
+    texts = [json.dumps({"text": f"Once upon {i} times."}) for i in range(12)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts))
     search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
     model = ["model=local", f"model.path={assets / 'stories260K'}", "lora=none", "device=cpu"]
     space = "fit.learning_rate=tag(log, interval(1e-6, 1e-1))"

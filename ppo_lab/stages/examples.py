@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 
 from ppo_lab.data import chat_in
 from ppo_lab.errors import ConfigError
+from ppo_lab.prompt_tokens import encodable
 from ppo_lab.record import brief
 from ppo_lab.rewards.conversation import answer, as_text, is_chat
 from ppo_lab.stages.config import PairDataSection, SFTDataSection
@@ -17,6 +20,8 @@ from ppo_lab.tables import Columns, column_names, find_file, read_file, require_
 
 Row = dict[str, Any]
 Render = Callable[[list[Row]], Any]
+
+log = logging.getLogger(__name__)
 
 
 def sft_columns(section: SFTDataSection, names: Sequence[str]) -> dict[str, str]:
@@ -117,15 +122,25 @@ def _check_template(row: Row, render: Render, where: str) -> None:
 def split_rows(rows: list[Row], held_out: float) -> tuple[list[Row], list[Row]]:
     """Rows to train on and rows held out: a share below 1, a number from 1 on, 0 = none.
 
+    Rows held out are distinct, and what repeats one of them is not trained on.
+
     Raises:
         ConfigError: nothing would be left to train on.
     """
     count = int(held_out) if held_out >= 1 else round(held_out * len(rows))
-    if count >= len(rows):
+    distinct: dict[str, Row] = {}
+    for row in rows:
+        distinct.setdefault(json.dumps(row, sort_keys=True), row)
+    if count >= len(distinct):
         raise ConfigError(
-            f"data.held_out={held_out:g}: of {len(rows)} rows none would be left; lower it."
+            f"data.held_out={held_out:g}: of {len(rows)} rows, {len(distinct)} of them distinct, "
+            "none would be left to train on; lower it (0 = none is held out)."
         )
-    return rows[count:], rows[:count]
+    judging = dict(list(distinct.items())[:count])
+    train = [row for row in rows if json.dumps(row, sort_keys=True) not in judging]
+    if repeated := len(rows) - len(train) - count:
+        log.warning("data: %d rows that are held out too are not trained on", repeated)
+    return train, list(judging.values())
 
 
 def _columns_of(section: SFTDataSection | PairDataSection, names: Sequence[str]) -> dict[str, str]:
@@ -141,6 +156,8 @@ def _require(names: Sequence[str], key: str, wanted: str, path: str) -> None:
 def _row(table: Columns, wanted: dict[str, str], number: int, path: str) -> Row:
     row = {name: table[column][number] for name, column in wanted.items()}
     row = {name: value if name == "text" else chat_in(value) for name, value in row.items()}
+    if _is_chat(row.get("text")):
+        row = {"messages": row["text"]}
     for name, value in row.items():
         if not _is_chat(value) and (name == "messages" or not _is_text(value)):
             chat = "a list of messages with role and content, or one as JSON"
@@ -151,7 +168,7 @@ def _row(table: Columns, wanted: dict[str, str], number: int, path: str) -> Row:
             )
     if any(is_chat(value) for value in row.values()):
         return _as_chats(row, f"data.path={path}: row {number + 1}")
-    return row
+    return {name: encodable(text) for name, text in row.items()}
 
 
 def _is_text(value: Any) -> bool:
@@ -179,7 +196,7 @@ def _as_chats(row: Row, where: str) -> Row:
     chats = {
         name: _bare(value)
         if is_chat(value)
-        else [{**answer(value)[0], "role": roles.get(name, "assistant")}]
+        else [{**answer(encodable(value))[0], "role": roles.get(name, "assistant")}]
         for name, value in row.items()
     }
     prompt = chats.get("prompt", [])
@@ -200,7 +217,7 @@ def _as_chats(row: Row, where: str) -> Row:
 
 
 def _bare(messages: list[Row]) -> list[Row]:
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return [{"role": m["role"], "content": encodable(m["content"])} for m in messages]
 
 
 def _as_plain(row: Row) -> Row:
