@@ -77,10 +77,12 @@ def command_problems(argv: list[str], *, check: Check, config_name: str = "confi
     shows_only = arguments.help or arguments.cfg or arguments.info or arguments.hydra_help
     if arguments.multirun and (arguments.cfg or arguments.info):
         return ["-m: --cfg and --info show what one run is made of; leave -m out"]
-    if shows_only or arguments.shell_completion or arguments.config_path:
+    asks_otherwise = (shows_only and not arguments.cfg) or arguments.shell_completion
+    if asks_otherwise or arguments.config_path:
         return []
     with a_hydra(arguments.config_dir) as composer:
-        reader = CommandReader(composer, arguments.config_name or config_name, check)
+        rules = (lambda config, stated: []) if arguments.cfg else check  # shown, not run
+        reader = CommandReader(composer, arguments.config_name or config_name, rules)
         return reader.problems(arguments.overrides, multirun=arguments.multirun)
 
 

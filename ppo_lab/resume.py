@@ -16,7 +16,7 @@ import yaml
 from ppo_lab.config import Config
 from ppo_lab.errors import ConfigError
 from ppo_lab.record import write_atomically
-from ppo_lab.run_state import RECORD, key_of, read_summary, work_in
+from ppo_lab.run_state import RECORD, is_stage, key_of, read_summary, work_in
 from ppo_lab.secrecy import BLOT, hidden
 from ppo_lab.typed import leave_shell_for, quoted, shell_override, unquoted
 
@@ -41,10 +41,11 @@ FREE = (
     "generation.batch_size",
 )
 FREE_IN_WORDS = (
-    "ppo.steps, ppo.max_kl, ppo.max_skipped_updates, ppo.micro_batch_tokens, "
-    "ppo.gradient_checkpointing, generation.batch_size, evaluation.every, evaluation.samples, "
-    "tracking, checkpoint, processes, device, name and objective may change"
+    "ppo.max_kl, ppo.max_skipped_updates, ppo.micro_batch_tokens, ppo.gradient_checkpointing, "
+    "generation.batch_size, evaluation.every, evaluation.samples, tracking, checkpoint, processes, "
+    "device, profile, name and objective may change"
 )
+STEPS_TOO = ", and ppo.steps where ppo.lr_schedule=constant"
 
 
 def run_folder(resume: str) -> Path:
@@ -99,6 +100,10 @@ def resumed_command(argv: Sequence[str]) -> list[str]:
     if {"-m", "--multirun"} & set(argv):
         raise ConfigError(f"resume={value}: a run goes on by itself, without -m")
     folder = run_folder(value)
+    if is_stage(folder):
+        raise ConfigError(
+            f"resume={value}: is a stage before PPO and no run; a stage is started anew"
+        )
     own = [text for text in _recorded(folder, "overrides") if isinstance(text, str)]
     flags = [text for text in argv if text.startswith("-")]
     given = [text for text in argv if not text.startswith(("-", "resume=", "hydra.run.dir="))]
@@ -140,7 +145,7 @@ def differences(config: Config) -> list[str]:
             f"its learning rate follows ppo.lr_schedule={schedule} to that end"
         )
     if found:
-        return [*found, f"a run goes on with its own numbers; {FREE_IN_WORDS}"]
+        return [*found, f"a run goes on with its own numbers; {FREE_IN_WORDS}{STEPS_TOO}"]
     return list(_already_done(config, folder))
 
 

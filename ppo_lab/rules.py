@@ -6,6 +6,7 @@ imports torch unless the configuration asks for a GPU.
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import math
 import os
@@ -13,6 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import Field, fields, is_dataclass
+from fnmatch import fnmatchcase
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -360,10 +362,21 @@ def nearby(path: Path) -> str:
 
 
 def cuda_devices() -> int:
-    """The number of CUDA GPUs here. Slow: imports torch."""
+    """The number of CUDA GPUs here. Slow where there is a driver: imports torch."""
+    if not has_driver():
+        return 0
     import torch
 
     return torch.cuda.device_count()
+
+
+def has_driver() -> bool:
+    """Whether a driver of NVIDIA's, or of AMD's, is here: without one torch finds no GPU."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()
+    return True
 
 
 def device_rules(config: Config) -> Problems:
@@ -565,13 +578,26 @@ def dead_settings(config: Config, stated: Collection[str]) -> Problems:
 
 
 def matches(key: str, patterns: Collection[str]) -> bool:
-    """Whether a dotted key is one of these, or lies in a section that ends in a dot."""
-    return any(key == p or (p.endswith(".") and key.startswith(p)) for p in patterns)
+    """Whether a dotted key is one of these, in which * stands for anything, or lies in a section
+    that ends in a dot.
+    """
+    return any(fnmatchcase(key, f"{p}*" if p.endswith(".") else p) for p in patterns)
 
 
 def greedy(config: Config) -> bool:
     """Whether evaluation takes the likeliest token, so that there is nothing to restrict."""
     return config.evaluation.temperature == 0
+
+
+def is_here(path: str) -> bool:
+    """Whether a model comes from no hub, but from a folder or with the package."""
+    return path == "embedded" or Path(path).expanduser().is_dir()
+
+
+def starts_from_embedded(config: Config) -> bool:
+    """Whether a critic of its own starts from the embedded reward model."""
+    path = getattr(config.critic, "path", "")
+    return path == "embedded" or (not path and isinstance(config.reward, EmbeddedReward))
 
 
 DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
@@ -619,6 +645,11 @@ DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         "since no prompt is a chat; add data.chat=true",
     ),
     (
+        ("reward.parts.*.name",),
+        lambda c: isinstance(c.reward, WeightedReward),
+        "since a part is called as its key is",
+    ),
+    (
         ("reward.retry_wait",),
         lambda c: isinstance(c.reward, FunctionReward) and c.reward.retries == 0,
         "since there are no further attempts; add reward.retries=1",
@@ -629,9 +660,29 @@ DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         "since the value head starts at zero; add critic.v_head_init=normal",
     ),
     (
+        ("critic.warmup_steps", "critic.epochs", "critic.learning_rate"),
+        lambda c: isinstance(c.critic, HeadCritic) and c.ppo.vf_coef == 0,
+        "since ppo.vf_coef=0 teaches the value head nothing",
+    ),
+    (
         ("critic.revision",),
         lambda c: isinstance(c.critic, ModelCritic) and not c.critic.path,
         "since the critic starts from the reward's own model; add critic.path=HUB_ID",
+    ),
+    (
+        ("critic.revision",),
+        lambda c: isinstance(c.critic, ModelCritic) and is_here(c.critic.path),
+        "since critic.path is no hub id",
+    ),
+    (
+        ("critic.label",),
+        lambda c: isinstance(c.critic, ModelCritic) and starts_from_embedded(c),
+        "since the embedded reward model has one output",
+    ),
+    (
+        ("reward.revision",),
+        lambda c: isinstance(c.reward, ModelReward) and is_here(c.reward.path),
+        "since reward.path is no hub id",
     ),
     (
         ("ppo.vf_coef",),
@@ -644,7 +695,12 @@ DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         "since the embedded policy comes from no hub",
     ),
     (
-        ("evaluation.top_k", "evaluation.top_p"),
+        ("model.revision",),
+        lambda c: c.model.path != "embedded" and is_here(c.model.path),
+        "since model.path is no hub id",
+    ),
+    (
+        ("evaluation.top_k", "evaluation.top_p", "evaluation.seed"),
         greedy,
         "since evaluation.temperature=0 takes the likeliest token",
     ),

@@ -307,6 +307,8 @@ _PLACES = {
     "model": "the trained model or adapter",
     "checkpoints": "to resume from",
     "wandb": "what W&B holds",
+    "tensorboard": "what TensorBoard shows",
+    "profile": "a trace of some iterations",
     ".hydra": "the composed config",
 }
 

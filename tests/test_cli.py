@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from ppo_lab.command_line import command_problems, flags_first
 from ppo_lab.command_reader import CommandReader, a_hydra
 from ppo_lab.config import ConfigError, conf_folder, register_schema
-from ppo_lab.rules import problems
+from ppo_lab.rules import has_driver, problems
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "wandb", "accelerate")
@@ -87,7 +87,12 @@ def test_everything_wrong_is_said_at_once_in_one_message_without_traceback(tmp_p
     assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
 
 
-@pytest.mark.parametrize("words", [["ppo.cliprange=7"], ["--help"], ["--version"]])
+WITHOUT_A_DRIVER = [["device=cuda"], ["generation=vllm"]] if not has_driver() else []
+
+
+@pytest.mark.parametrize(
+    "words", [["ppo.cliprange=7"], ["--help"], ["--version"], *WITHOUT_A_DRIVER]
+)
 def test_answers_come_without_importing_anything_heavy(words, tmp_path):
     done = command(*words, folder=tmp_path, program=("-X", "importtime", "-m", "ppo_lab"))
     loaded = {
@@ -200,6 +205,25 @@ def test_a_sweep_without_runs_is_refused(word):
 def test_what_shows_one_run_is_no_sweep(flag):
     assert refused("-m", "seed=0,1", flag)[0].startswith("-m: --cfg and --info show what one run")
     assert refused("seed=0", flag) == []
+
+
+def test_a_configuration_is_shown_with_its_mistakes_and_no_key_that_is_none():
+    assert refused("--cfg=job", "ppo.stepz=3") == [
+        "ppo.stepz=3: no such key; did you mean ppo.steps?"
+    ]
+    assert refused("--cfg=job", "ppo.cliprange=7") == []
+
+
+def test_a_stage_is_not_resumed(tmp_path):
+    done = command(f"resume={tmp_path}", folder=tmp_path, program=("-m", "ppo_lab.sft"))
+    assert done.returncode == 1
+    assert f"resume={tmp_path}: a stage is started anew; leave it out" in done.stderr
+    (tmp_path / ".hydra").mkdir()
+    for name in ("config", "overrides"):
+        (tmp_path / f".hydra/{name}.yaml").write_text("seed: 0\nfit:\n  epochs: 1\n")
+    done = command(f"resume={tmp_path}", folder=tmp_path)
+    assert done.returncode == 1
+    assert "is a stage before PPO and no run" in done.stderr
 
 
 def test_runs_of_a_sweep_share_no_id():

@@ -271,6 +271,18 @@ RULES = [
     # the critic
     (["critic=reward_model", "ppo.vf_coef=0.5"], "ppo.vf_coef: has no effect"),
     (["critic=reward_model", "critic.revision=main"], "critic.revision: has no effect"),
+    (["critic=reward_model", "critic.label=x"], "critic.label: has no effect, since the embedded"),
+    (
+        ["critic=reward_model", "critic.path=embedded", "critic.revision=main"],
+        "critic.revision: has no effect, since critic.path is no hub id",
+    ),
+    (["ppo.vf_coef=0", "critic.warmup_steps=2"], "critic.warmup_steps: has no effect"),
+    (["ppo.vf_coef=0", "critic.learning_rate=0.1"], "teaches the value head nothing"),
+    (["evaluation.temperature=0", "evaluation.seed=4"], "evaluation.seed: has no effect"),
+    (
+        ["reward=weighted", "reward.parts.length.name=words"],
+        "reward.parts.length.name: has no effect, since a part is called as its key is",
+    ),
     (["critic=reward_model", "reward=length"], "this reward is no single reward model"),
     (["critic=reward_model", "reward=weighted"], "critic.path=FOLDER"),
     (["critic=reward_model", "critic.path=./nowhere"], "critic.path=./nowhere: no such folder"),
@@ -370,6 +382,22 @@ def test_a_file_without_the_prompt_column_is_refused_with_the_columns_it_has(tmp
     (line,) = refused("data=file", f"data.path={file}", "reward=length")
     assert "data.prompt_column=prompt" in line
     assert "promt" in line.replace("prompt", "")
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    for name in ("model", "reward", "critic"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    found = refused(
+        *("model=local", f"model.path={tmp_path}/model", "model.revision=v9"),
+        *("reward=model", f"reward.path={tmp_path}/reward", "reward.revision=v9"),
+        *("critic=reward_model", f"critic.path={tmp_path}/critic", "critic.revision=v9"),
+    )
+    for key in ("model", "reward", "critic"):
+        (line,) = [line for line in found if line.startswith(f"{key}.revision")]
+        assert line == f"{key}.revision: has no effect, since {key}.path is no hub id"
+    on_the_hub = ("model=local", "model.path=some/model", "model.revision=v9")
+    assert not [line for line in refused(*on_the_hub) if "revision" in line]
 
 
 def test_a_misspelt_path_is_answered_with_what_lies_beside_it(tmp_path):

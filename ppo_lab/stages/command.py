@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ppo_lab.command_line import launch
+from ppo_lab.errors import ConfigError, refuse
 from ppo_lab.help import print_stage
 from ppo_lab.stages.config import RewardModelConfig, SFTConfig, register_stages
 from ppo_lab.stages.jobs import problems, run_reward_model, run_sft
@@ -31,5 +32,7 @@ def _run(
     if {"--help", "-h"} & set(sys.argv[1:]):
         print_stage(f"ppo_lab.{name}", purpose, settings)
         return
+    if given := [text for text in sys.argv[1:] if text.startswith("resume=")]:
+        refuse(ConfigError(f"{given[-1]}: a stage is started anew; leave it out"))
     register_stages()
     launch(job, check=problems, config_name=name, direction=direction)
