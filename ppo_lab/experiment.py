@@ -42,6 +42,7 @@ from ppo_lab.guards import (
     warn_of_escapes,
     warn_of_large_scores,
     warn_of_remote_code,
+    warn_of_scaled_critic,
     warn_of_weak_penalty,
 )
 from ppo_lab.memory import check_fits, forget_peak
@@ -249,6 +250,7 @@ def build(
         warn_of_remote_code(config.model, say)
         warn_of_weak_penalty(config.ppo, say)
         warn_of_escapes(config.generation, say)
+        warn_of_scaled_critic(config, say)
         check_fits(config, device, processes=processes.here)
         tokenizer = load_tokenizer(config.model)
         prompts = load_prompts(

@@ -86,6 +86,20 @@ def warn_of_large_scores(config: Config, metrics: Mapping[str, float], say: Say)
         )
 
 
+def warn_of_scaled_critic(config: Config, say: Say) -> None:
+    """Say that a critic starts from scores as they are, and is to predict other ones."""
+    changed = {
+        "ppo.use_score_scaling=true": config.ppo.use_score_scaling,
+        f"ppo.score_clip={config.ppo.score_clip:g}": config.ppo.score_clip > 0,
+    }
+    if isinstance(config.critic, ModelCritic) and any(changed.values()):
+        say(
+            f"{' '.join(key for key, is_set in changed.items() if is_set)}: a critic that starts "
+            "from the reward model starts from its scores as they are, and must first learn the "
+            "changed ones; explained_variance tells when it has"
+        )
+
+
 def warn_of_escapes(section: GenerationSection, say: Say) -> None:
     """Say that a stop string holds a backslash where a line break or a tab may be meant."""
     for text in section.stop_strings:

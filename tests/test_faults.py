@@ -43,6 +43,7 @@ from ppo_lab.guards import (
     warn_of_escapes,
     warn_of_large_scores,
     warn_of_remote_code,
+    warn_of_scaled_critic,
     warn_of_weak_penalty,
 )
 from ppo_lab.memory import Passes, check_fits
@@ -206,7 +207,8 @@ def test_ctrl_c_before_there_is_a_run_ends_with_a_line_and_no_traceback(
 def stage(folder: Path, row: dict[str, str]) -> list[str]:
     """The command line of a stage before PPO on twenty such rows."""
     model, data = tiny_runs.inputs(folder)[0], folder / "rows.jsonl"
-    data.write_text(f"{json.dumps(row)}\n" * 20)
+    rows = ({name: text + "." * i for name, text in row.items()} for i in range(20))
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return [f"model.path={model}", "model.weights=random", f"data.path={data}", "hydra.run.dir=run"]
 
 
@@ -879,6 +881,20 @@ def test_a_stop_string_with_a_backslash_for_a_line_break_is_announced() -> None:
     (read,) = OverridesParser.create().parse_overrides([r'stop_strings=["\nHuman:"]'])
     warn_of_escapes(GenerationSection(stop_strings=list(map(str, read.value()))), said.append)
     assert r"'\nHuman:' holds a backslash and the letter n" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("ppo", "named"),
+    [({}, ""), ({"use_score_scaling": True}, "use_score"), ({"score_clip": 0.5}, "score_clip=0.5")],
+)
+def test_a_critic_that_starts_on_another_scale_than_it_is_to_learn_is_announced(
+    ppo: dict[str, Any], named: str
+) -> None:
+    said: list[str] = []
+    warn_of_scaled_critic(Config(ppo=PPOSection(**ppo)), said.append)
+    assert said == []
+    warn_of_scaled_critic(Config(ppo=PPOSection(**ppo), critic=ModelCritic()), said.append)
+    assert [named in line for line in said] == ([True] if named else [])
 
 
 # ---- Slow: real processes, really killed
