@@ -13,7 +13,16 @@ from torch.testing import assert_close
 
 from ppo_lab.arrivals import Asked
 from ppo_lab.models.choice import LEVELS
-from ppo_lab.rollout import AllEnded, NoiseKey, Sampling, draw, keep_likely, sample
+from ppo_lab.rollout import (
+    AllEnded,
+    Answers,
+    NoiseKey,
+    Sampling,
+    StopStrings,
+    draw,
+    keep_likely,
+    sample,
+)
 from ppo_lab.types import Tokens
 
 WHOLE = Sampling(max_new_tokens=12, eos_ids=(EOS,), pad_id=PAD)
@@ -382,6 +391,53 @@ def test_no_stop_string_counts_before_the_least_number_of_tokens() -> None:
         held = replace(whole, stop_strings=(stop,), min_new_tokens=least)
         tokens, _ = drawn(model, held, decode=words.decode)
         assert tokens.response_lists()[1] == row[:length]
+
+
+PIECES = ["", "", "a", "b", "ab", "ba", "c", "\n", "\n\n", "abc", "xaby", " a", "<|e|>", "aa"]
+STOPS = ["a", "ab", "\n\n", "aba", "abab", "<|e|>", "b\n", "aaa", "abcab"]
+
+
+def said(ids: list[int]) -> str:
+    return "".join(PIECES[i] for i in ids)
+
+
+def ends_at(ids: list[int], stops: tuple[str, ...], least: int) -> int:
+    """The place of the first token after which a stop string is there that did not end before."""
+    held = len(said(ids[:least]))
+    for place in range(least, len(ids)):
+        text = said(ids[: place + 1])
+        if any(
+            text[i:].startswith(s) and i + len(s) > held for s in stops for i in range(len(text))
+        ):
+            return place
+    return len(ids)
+
+
+def stopped_at(ids: list[int], stops: tuple[str, ...], least: int) -> int:
+    """The same, by what is asked after every token."""
+    sampling = replace(WHOLE, min_new_tokens=least, stop_strings=stops)
+    asked, answers = StopStrings(sampling, said), Answers.room(1, len(ids), torch.device("cpu"))
+    answers.ended.fill_(False)
+    answers.tokens.copy_(torch.tensor(ids)[:, None])
+    for place in range(least, len(ids)):
+        asked.end(answers, place)
+        if answers.ended:
+            return place
+    return len(ids)
+
+
+def test_stop_strings_are_found_where_the_whole_text_holds_them() -> None:
+    """Though little of it is read: pieces that lie across, within and beyond a string, or say
+    nothing.
+    """
+    draw = np.random.default_rng(0)
+    for _ in range(400):
+        ids = draw.integers(len(PIECES), size=draw.integers(1, 24)).tolist()
+        stops = tuple(draw.choice(STOPS, size=draw.integers(1, 3)).tolist())
+        least = int(draw.choice([0, 0, 1, 3, 6]))
+        assert stopped_at(ids, stops, least) == ends_at(ids, stops, least), (ids, stops, least)
+    spread = [2, *[0] * 5, 3, *[0] * 4, 2, 3]  # a, nothing, b, nothing, ab
+    assert stopped_at(spread, ("abab",), 0) == ends_at(spread, ("abab",), 0) == len(spread) - 1
 
 
 def test_what_departs_from_the_whole_distribution_is_named() -> None:
