@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from ppo_lab.metrics import known_metrics
 from ppo_lab.models.fast.decoder import FastDecoder
 from ppo_lab.packing import pack_by_tokens
 from ppo_lab.processes.alone import Whole
-from ppo_lab.steps import SUMS
+from ppo_lab.steps import SUMS, may_be_taken
 from ppo_lab.types import Batch, Scores, Tokens, tensors_of
 from ppo_lab.update import ClippedUpdates, TrainingDiverged, hash_seed
 
@@ -251,6 +252,23 @@ def test_a_skipped_step_moves_nothing_not_even_moments(fault: str, device: str) 
     state = made.optimizer.state_dict()["state"]
     assert all(not moment.any() for of_one in state.values() for moment in of_one.values())
     assert all(torch.equal(p, before[n]) for n, p in weights(made.policy).items())
+
+
+@pytest.mark.parametrize(
+    ("threshold", "taken"), [(0.0, True), (2.5, True), (2.0, True), (1.9, False)]
+)
+def test_a_step_is_taken_by_its_mean_ratio_if_all_its_numbers_are_finite(
+    threshold: float, taken: bool
+) -> None:
+    """N-22: sums over four tokens whose ratios are 2 on average; a threshold of 0 is none."""
+    numbers = torch.ones(len(SUMS) + 4, dtype=torch.float64)
+    numbers[SUMS.index("tokens")], numbers[SUMS.index("ratio")] = 4.0, 8.0
+    assert bool(may_be_taken(numbers, ratio_threshold=threshold)) == taken
+    for place in range(len(numbers)):
+        for wrong in (math.nan, math.inf, -math.inf):
+            broken = numbers.clone()
+            broken[place] = wrong
+            assert not may_be_taken(broken, ratio_threshold=threshold), (place, wrong)
 
 
 @pytest.mark.usefixtures("device")
