@@ -149,6 +149,16 @@ def load_prompts(
     return keep_apart(prompts, held_out)
 
 
+def judging(section: DataSection, held_out: Prompts, count: int) -> Prompts:
+    """Of the prompts held out those by which a run is judged, so many or all: of a file spread over
+    its length, since files are sorted, by label or by source, and their beginning stands for itself
+    alone. The embedded ones are in no order.
+    """
+    if not isinstance(section, FileData) or count >= len(held_out):
+        return held_out[:count]
+    return held_out[[i * len(held_out) // count for i in range(count)]]
+
+
 def judged_by(section: FileData) -> FileData | None:
     """Where the prompts are that judge the run, if not among those of `path`."""
     other = section.held_out_path

@@ -241,7 +241,7 @@ def build(
     Trackers are given the configuration as it was asked for: where a machine keeps the embedded
     policy would tell its runs from those of the others.
     """
-    from ppo_lab.data import PromptStream, load_prompts
+    from ppo_lab.data import PromptStream, judging, load_prompts
 
     asked, config = config, processes.from_main(lambda: resolve(config))
     device, say = pick_device(config.device, processes), to_stderr if processes.is_main else silent
@@ -269,7 +269,7 @@ def build(
     trainer = make_trainer(config, policy, tokenizer, reward, device, processes)
     evaluator = Evaluator(
         trainer,
-        prompts.held_out[: config.evaluation.prompts],
+        judging(config.data, prompts.held_out, config.evaluation.prompts),
         sampling=evaluation_sampling(config.evaluation, trainer.sampling),
         seed=config.evaluation.seed,
         kept=config.evaluation.samples,

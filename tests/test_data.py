@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ppo_lab import data
 from ppo_lab.config import EmbeddedData, FileData, HubData
-from ppo_lab.data import PromptStream, load_prompts, problems, split_prompts
+from ppo_lab.data import PromptStream, judging, load_prompts, problems, split_prompts
 from ppo_lab.errors import ConfigError
 from ppo_lab.prompt_tokens import PromptEncoder, continuation, written_by
 from ppo_lab.rollout import Answers, Sampling, StopStrings
@@ -158,6 +158,17 @@ def test_a_share_is_held_out_by_seed() -> None:
     picks = [split_prompts(numbered(100), held_out=0.1, seed=s).held_out.indices for s in (0, 0, 1)]
     assert len(picks[0]) == 10
     assert picks[0] == picks[1] != picks[2]
+
+
+@pytest.mark.parametrize("count", [1, 7, 64, 199, 200, 300])
+def test_a_run_is_judged_by_prompts_of_all_parts_of_a_sorted_file(count: int) -> None:
+    held_out = split_prompts(numbered(1000), held_out=200, seed=0).held_out
+    rows = judging(FileData(), held_out, count).indices
+    assert rows == sorted(set(rows))
+    assert len(rows) == min(count, 200)
+    for part in range(5 if count > 7 else 1):  # none is left out
+        assert any(1000 * part // 5 <= row < 1000 * (part + 1) // 5 for row in rows)
+    assert judging(EmbeddedData(), held_out, count).indices == held_out.indices[:count]
 
 
 def test_nothing_need_be_held_out() -> None:

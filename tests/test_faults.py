@@ -439,6 +439,14 @@ def test_the_best_is_what_the_disk_took(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "run/checkpoints/step-000002/model").is_dir()
 
 
+def test_a_part_of_the_prompts_held_out_is_taken_from_all_over_the_file(tmp_path: Path) -> None:
+    judged = [
+        build(tiny(tmp_path, evaluation={"prompts": n}), tmp_path / f"run{n}").evaluator.prompts.ids
+        for n in (2, 4)
+    ]
+    assert judged[0] == judged[1][::2]
+
+
 @pytest.mark.parametrize(
     ("watched", "best"), [("eval/mean_reward", 2), ("eval/response_length", 7), ("", 2)]
 )
