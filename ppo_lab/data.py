@@ -330,8 +330,9 @@ def _refuse_unknown_column(names: Sequence[str], section: FileData) -> None:
 
 
 def _wanted(held_out: float, count: int) -> int:
-    """How many of `count` prompts are held out."""
-    return int(held_out) if held_out >= 1 else math.ceil(held_out * count)
+    """How many of `count` prompts are held out: of a share, rounded up."""
+    # Rounding alone adds none: 0.07 * 100 is 7.000000000000001.
+    return int(held_out) if held_out >= 1 else math.ceil(round(held_out * count, 9))
 
 
 def _cuts(section: FileData, count: int, seed: int, stream: int) -> list[int]:

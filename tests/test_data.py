@@ -160,6 +160,15 @@ def test_a_share_is_held_out_by_seed() -> None:
     assert picks[0] == picks[1] != picks[2]
 
 
+@pytest.mark.parametrize(
+    ("share", "count", "held_out"), [(0.1, 100, 10), (0.1, 101, 11), (0.07, 100, 7), (0.001, 50, 1)]
+)
+def test_a_share_is_rounded_up_and_by_no_more_than_it_is(
+    share: float, count: int, held_out: int
+) -> None:
+    assert len(split_prompts(numbered(count), held_out=share, seed=0).held_out) == held_out
+
+
 @pytest.mark.parametrize("count", [1, 7, 64, 199, 200, 300])
 def test_a_run_is_judged_by_prompts_of_all_parts_of_a_sorted_file(count: int) -> None:
     held_out = split_prompts(numbered(1000), held_out=200, seed=0).held_out
