@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ppo_lab import core
+from ppo_lab.rewards.conversation import content_of
 from ppo_lab.rollout import NoiseKey, Sampling
 from ppo_lab.types import Prompts, Sample, Scores, Tokens
 
@@ -161,4 +162,4 @@ def distinct(texts: Sequence[str], *, n: int) -> float:
 
 def as_text(prompt: Any) -> str:
     """A prompt as one string; of a chat, its last message."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", prompt[-1]))
+    return prompt if isinstance(prompt, str) else content_of(prompt[-1])

@@ -130,6 +130,8 @@ def test_distinct_counts_different_pairs_of_words_over_all_texts() -> None:
 
 def test_a_chat_is_shown_by_its_last_message() -> None:
     assert as_text("How?") == "How?"
+    parts = [{"type": "text", "text": "How "}, {"type": "text", "text": "much?"}]
+    assert as_text([{"role": "user", "content": parts}]) == "How much?"
     assert (
         as_text([{"role": "system", "content": "x"}, {"role": "user", "content": "How?"}]) == "How?"
     )

@@ -25,7 +25,7 @@ def as_text(prompt: Any) -> str:
     """A prompt as plain text: the messages of a chat stand on lines of their own."""
     if not is_chat(prompt):
         return str(prompt)
-    return "\n".join(_content(message) for message in prompt)
+    return "\n".join(content_of(message) for message in prompt)
 
 
 def joined(prompt: Any, completion: str) -> str:
@@ -33,7 +33,7 @@ def joined(prompt: Any, completion: str) -> str:
     return f"{as_text(prompt)}\n{completion}" if is_chat(prompt) else prompt + completion
 
 
-def _content(message: Any) -> str:
+def content_of(message: Any) -> str:
     """The text of a message, its parts joined where it has several."""
     content = message.get("content", "") if isinstance(message, dict) else message
     if isinstance(content, list):
