@@ -9,6 +9,7 @@ import torch
 
 from ppo_lab.config import (
     Config,
+    EmbeddedData,
     EmbeddedReward,
     EvaluationSection,
     GenerationSection,
@@ -19,7 +20,7 @@ from ppo_lab.config import (
 )
 from ppo_lab.continuation import seed_random_state
 from ppo_lab.errors import ConfigError
-from ppo_lab.evaluation import Gold
+from ppo_lab.evaluation import Gold, as_text
 from ppo_lab.local_model import no_room
 from ppo_lab.models.critic import Critic, check_shared_vocabulary
 from ppo_lab.models.fitness import steady_context
@@ -197,12 +198,14 @@ def evaluation_sampling(section: EvaluationSection, training: Sampling) -> Sampl
 
 
 def gold_scorer(config: Config) -> Gold | None:
-    """The embedded world's rules, where its prompts are used; other data has no gold score."""
-    if type(config.data).__name__ != "EmbeddedData":
+    """The embedded world's rules, where its prompts are used, as texts or as chats; other data has
+    no gold score.
+    """
+    if not isinstance(config.data, EmbeddedData):
         return None
     from ppo_lab import embedded
 
-    return embedded.gold
+    return lambda prompts, answers: embedded.gold([as_text(p) for p in prompts], answers)
 
 
 def pick_device(wanted: str, processes: Alone) -> str:

@@ -15,7 +15,7 @@ from ppo_lab.rewards.conversation import content_of
 from ppo_lab.rollout import NoiseKey, Sampling
 from ppo_lab.types import Prompts, Sample, Scores, Tokens
 
-Gold = Callable[[list[str], list[str]], list[float]]
+Gold = Callable[[list[Any], list[str]], list[float]]
 
 # The stream of noise that evaluations draw from: no iteration has this number.
 EVALUATION_STREAM = 2**63

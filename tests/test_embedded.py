@@ -11,6 +11,8 @@ from random import Random
 import pytest
 
 from ppo_lab import embedded
+from ppo_lab.assembly import gold_scorer
+from ppo_lab.config import Config, EmbeddedData, FileData
 from ppo_lab.embedded.answers import KINDS, answer
 from ppo_lab.embedded.cache import built, cache_folder, fingerprint
 from ppo_lab.embedded.corpus import preference_rows, sft_rows
@@ -86,6 +88,16 @@ def test_the_same_seed_gives_the_same_corpora_and_another_seed_others() -> None:
 )
 def test_gold_scores_are_the_sums_of_their_rules(completion: str, expected: float) -> None:
     assert embedded.gold([RESET], [completion]) == pytest.approx([expected])
+
+
+def test_gold_is_the_same_of_a_question_that_is_a_chat() -> None:
+    """As data.chat=true makes of it, for a policy with a chat template."""
+    score = gold_scorer(Config(data=EmbeddedData(chat=True)))
+    assert score is not None
+    asked = [RESET, [{"role": "user", "content": RESET}]]
+    assert len(set(score(asked, [HELPFUL] * 2))) == 1
+    assert score(asked, [HELPFUL] * 2)[0] > 2.0
+    assert gold_scorer(Config(data=FileData())) is None
 
 
 def test_gold_tires_of_thanks_and_of_repetition() -> None:
