@@ -297,6 +297,11 @@ def generation_rules(config: Config) -> Problems:
                 f"generation.min_new_tokens={training.min_new_tokens}: must be at most "
                 f"{name}.max_new_tokens={longest.max_new_tokens}"
             )
+    if "" in training.stop_strings:
+        yield (
+            "generation.stop_strings: an empty text is in every response, and would end it at its "
+            "first token; leave it out ([] = none)"
+        )
 
 
 def sampler_rules(config: Config) -> Problems:

@@ -231,6 +231,7 @@ RULES = [
     (["generation=vllm", "generation.server=http://a:1", "generation.sleep=true"], "keeps its"),
     (["generation.min_new_tokens=99"], "at most generation.max_new_tokens"),
     (["generation.min_new_tokens=9", "evaluation.max_new_tokens=5"], "evaluation.max_new_tokens=5"),
+    (["generation.stop_strings=['']"], "an empty text is in every response"),
     (["generation.temperature=0"], "generation.temperature=0.0: must be above 0"),
     (["generation.temperature=0", "generation.top_k=5"], "generation.top_k: has no effect"),
     (["evaluation.temperature=0", "evaluation.top_k=5"], "evaluation.top_k: has no effect"),
