@@ -208,12 +208,12 @@ def test_prompts_of_a_file_of_their_own_judge_the_run_and_are_not_trained_on(
     tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     train = [{"prompt": text, "n": n} for n, text in enumerate("abcab")]
-    section = tables(tmp_path, train, [{"prompt": text, "n": 9} for text in ("x", "b", "x")])
-    section.limit = 4
+    section = tables(tmp_path, train, [{"prompt": text, "n": 9} for text in "xbxyzv"])
+    section.limit = 4  # of what is trained on alone
     sets = load_prompts(section, tokenizer)
     assert sets.train.texts == ["a", "c", "a"]
-    assert sets.held_out.texts == ["x", "b"], "each once, all of them, in their order"
-    assert sets.held_out.columns == {"n": [9, 9]}
+    assert sets.held_out.texts == [*"xbyzv"], "each once, all of them, in their order"
+    assert sets.held_out.columns == {"n": [9] * 5}
     assert "1 prompts that are held out too are not trained on" in caplog.text
     with pytest.raises(ConfigError, match="every prompt is held out too"):
         load_prompts(tables(tmp_path, train[:1], train), tokenizer)

@@ -591,6 +591,16 @@ def test_the_last_tokens_are_the_ones_that_a_long_text_keeps() -> None:
     assert first == second != scorer(["a"], ["the sane"])[0]
 
 
+def test_what_the_tokenizer_puts_before_a_long_text_stays_and_counts() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
+    scorer = Classifier(tiny_classifier("llama"), tokenizer, max_length=8, append_eos="never")
+    kept = tokenizer("letters", add_special_tokens=False)["input_ids"]
+    assert scorer._encode("a prompt, and seven ", "letters") == [256, *kept]
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "mpt"])
 def test_the_models_own_limit_holds_where_none_is_set(kind: str) -> None:
     scorer = Classifier(tiny_classifier(kind), byte_tokenizer())
