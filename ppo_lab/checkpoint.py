@@ -248,6 +248,8 @@ def _leads_out(folder: Path, path: Path) -> bool:
 def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """The value as JSON can hold it, its tensors put into `tensors` under dotted names."""
     if isinstance(value, Tensor):
+        while name in tensors:  # keys may hold dots, and 0 and "0" read alike
+            name += "_"
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):

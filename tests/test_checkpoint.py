@@ -61,6 +61,20 @@ def test_tensors_come_out_to_the_bit(tmp_path: Path, tensor: torch.Tensor) -> No
     torch.testing.assert_close(found, tensor, rtol=0, atol=0, equal_nan=True)
 
 
+def test_tensors_that_share_memory_come_out_each_by_itself(tmp_path: Path) -> None:
+    whole = torch.arange(6.0)
+    state = {"a": whole, "b": whole, "c": whole[2:], "d": whole.view(2, 3).T}
+    found = checkpoint.read(checkpoint.save(tmp_path, state, step=1))
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_keys_that_read_alike_keep_their_tensors(tmp_path: Path) -> None:
+    one, two, three = torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)
+    state = {"a.b": one, "a": {"b": two}, "a_": three, "of": {0: one, "0": two, "0_": three}}
+    found = checkpoint.read(checkpoint.save(tmp_path, state, step=1))
+    assert found == state
+
+
 def test_infinities_and_the_last_bit_of_a_float_come_out(tmp_path: Path) -> None:
     state = {"x": [float("inf"), 0.1 + 0.2, 5e-324]}
     assert checkpoint.read(checkpoint.save(tmp_path, state, step=1)) == state
