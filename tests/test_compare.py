@@ -96,11 +96,11 @@ def test_a_thinned_curve_holds_means_of_equal_stretches() -> None:
 # ---- Over-optimisation -------------------------------------------------------------------------
 
 
-def exact_run(folder: Path, kl: np.ndarray, **scores: np.ndarray) -> Run:
-    """A run whose evaluations lie exactly on curves; the first is the reference's."""
+def exact_run(folder: Path, kl: np.ndarray, **gains: np.ndarray) -> Run:
+    """A run whose evaluations lie exactly on curves, by these gains over the reference."""
+    first = {"kl": 0.0, "mean_reward": -2.0, "gold": 0.5}
     history = {"step": np.arange(1.0, len(kl) + 1), "eval/kl": kl}
-    history |= {f"eval/{name}": values for name, values in scores.items()}
-    first = {"kl": 0.0, "mean_reward": 0.0, "gold": 0.0}
+    history |= {f"eval/{name}": first[name] + gain for name, gain in gains.items()}
     return Run(folder.name, str(folder), history=history, summary={"eval": {"first": first}})
 
 
