@@ -193,6 +193,27 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert len(run.samples) == 4
 
 
+@pytest.mark.parametrize(
+    ("fractions", "way"),
+    [((0.3, 0.2, 0.1), "falls"), ((0.3, 0.1, 0.1), "does not fall"), ((0.2, 0.3, 0.1), "does not")],
+)
+def test_what_does_not_fall_with_every_step_is_not_said_to_fall(
+    fractions: tuple[float, ...], way: str
+) -> None:
+    runs = [
+        Run(
+            f"{n}",
+            f"/{n}",
+            status="finished",
+            config={"ppo.cliprange": 0.1 * (n + 1)},
+            summary={"train": {"clip_fraction": fraction}},
+        )
+        for n, fraction in enumerate(fractions)
+    ]
+    (said,) = [line for line in remarks(compare(runs)) if "monotonically" in line]
+    assert said.startswith(f"clip_fraction {way}")
+
+
 def test_an_evaluation_in_a_second_row_of_its_iteration_counts() -> None:
     """As loops write it that log what they evaluate by itself."""
     rows = [{"step": 1, "kl": 0.1}, {"step": 2, "kl": 0.2}]
