@@ -214,6 +214,13 @@ def test_what_does_not_fall_with_every_step_is_not_said_to_fall(
     assert said.startswith(f"clip_fraction {way}")
 
 
+def test_a_run_without_a_summary_is_told_by_the_last_tenth_of_its_iterations() -> None:
+    rows = [{"step": n, "kl": float(n), "mean_reward": -float(n)} for n in range(1, 41)]
+    found = outcomes(Run("a", "a", history=columns(rows)))
+    assert (found["kl"], found["mean_reward"]) == (38.5, -38.5)
+    assert outcomes(Run("a", "a", history=columns(rows[:3])))["kl"] == 3.0
+
+
 def test_an_evaluation_in_a_second_row_of_its_iteration_counts() -> None:
     """As loops write it that log what they evaluate by itself."""
     rows = [{"step": 1, "kl": 0.1}, {"step": 2, "kl": 0.2}]

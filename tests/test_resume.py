@@ -139,6 +139,16 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(
     assert outcome(folder) == outcome(finished / "run")
 
 
+def test_samples_of_training_are_kept_where_there_are_none_of_an_evaluation(tmp_path: Path) -> None:
+    config = tiny(tmp_path, ppo={"steps": 4})
+    run(replace(config, tracking=replace(config.tracking, samples_every=1)), tmp_path / "run")
+    rows = read_json_lines(tmp_path / "run/samples.jsonl")
+    evaluated = [row["step"] for row in rows if row["reference_response"] is not None]
+    trained = [row["step"] for row in rows if row["reference_response"] is None]
+    assert sorted(set(evaluated)) == [0, 2, 4]
+    assert sorted(set(trained)) == [1, 3]
+
+
 def test_more_steps_go_on_where_a_finished_run_ended(again: tuple[Any, Path]) -> None:
     config, folder = again
     before = metrics(folder)

@@ -175,6 +175,10 @@ def test_an_adaptive_beta_stays_where_the_penalty_s_kl_is_the_target() -> None:
     assert adaptive.kl_controller.value == pytest.approx(before, rel=1e-5)
 
 
+def test_the_learning_rate_that_is_told_is_the_policy_s() -> None:
+    assert step(trainer(learning_rate=1e-3, value_learning_rate=1e-2))["ppo/learning_rate"] == 1e-3
+
+
 # --- scores
 
 

@@ -17,6 +17,7 @@ from tiny_models import (
     policy,
     ragged,
     step,
+    tensors,
     timeless,
     trainer,
     weights,
@@ -252,6 +253,19 @@ def test_a_skipped_step_moves_nothing_not_even_moments(fault: str, device: str) 
     state = made.optimizer.state_dict()["state"]
     assert all(not moment.any() for of_one in state.values() for moment in of_one.values())
     assert all(torch.equal(p, before[n]) for n, p in weights(made.policy).items())
+
+
+@pytest.mark.usefixtures("device")
+def test_a_masked_end_is_as_if_it_were_not_there() -> None:
+    """The loss is a mean over the trained tokens, not over all that were attended to."""
+    longer = [row + [33] * (1 + i) for i, row in enumerate(RESPONSES)]
+    masks = [[True] * len(row) + [False] * (1 + i) for i, row in enumerate(RESPONSES)]
+    masked, cut = trainer(), trainer()
+    found = step(masked, responses=tensors(longer), response_masks=list(map(torch.tensor, masks)))
+    expected = step(cut)
+    names = ("ppo/grad_norm", "ppo/loss/policy", "ppo/loss/value", "ppo/returns/var", "kl")
+    for name in names:
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.parametrize(
