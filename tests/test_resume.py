@@ -149,6 +149,17 @@ def test_samples_of_training_are_kept_where_there_are_none_of_an_evaluation(tmp_
     assert sorted(set(trained)) == [1, 3]
 
 
+def test_a_summary_holds_means_over_the_last_tenth_and_over_all(tmp_path: Path) -> None:
+    ppo = {"steps": 20, "ppo_epochs": 1}
+    run(tiny(tmp_path, ppo=ppo, evaluation={"every": 0}), tmp_path / "run")
+    found = json.loads((tmp_path / "run/summary.json").read_text())
+    rows = metrics(tmp_path / "run")
+    for name in ("kl", "mean_reward"):
+        assert found["train"][name] == pytest.approx((rows[-2][name] + rows[-1][name]) / 2)
+    clipped = sum(row["clip_fraction"] for row in rows) / 20
+    assert found["train"]["clip_fraction"] == pytest.approx(clipped)
+
+
 def test_more_steps_go_on_where_a_finished_run_ended(again: tuple[Any, Path]) -> None:
     config, folder = again
     before = metrics(folder)
