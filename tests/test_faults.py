@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from tiny_runs import command, metrics, outcome, start, tiny
 
 from ppo_lab import checkpoint, experiment, secrecy
+from ppo_lab.assembly import longest_prompt
 from ppo_lab.compare.outcomes import outcomes
 from ppo_lab.compare.runs import read_runs
 from ppo_lab.config import (
@@ -437,6 +438,20 @@ def test_the_best_is_what_the_disk_took(tmp_path: Path, monkeypatch: pytest.Monk
     run(tiny(tmp_path, **WATCHED), tmp_path / "run")
     assert [best["step"] for best in evaluated] == [1, 2, 2]
     assert (tmp_path / "run/checkpoints/step-000002/model").is_dir()
+
+
+def test_the_longest_prompt_and_the_longest_response_just_fit_into_the_context(
+    tmp_path: Path,
+) -> None:
+    """96 tokens, of which evaluations or training take the most for a response."""
+    for training, evaluation in ((6, 6), (6, 20), (20, 6)):
+        config = tiny(
+            tmp_path,
+            generation={"max_new_tokens": training},
+            evaluation={"max_new_tokens": evaluation},
+        )
+        assert longest_prompt(config) == 96 - max(training, evaluation)
+    assert longest_prompt(replace(config, data=replace(config.data, max_prompt_tokens=9))) == 9
 
 
 def test_a_part_of_the_prompts_held_out_is_taken_from_all_over_the_file(tmp_path: Path) -> None:

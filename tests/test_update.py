@@ -255,6 +255,17 @@ def test_a_skipped_step_moves_nothing_not_even_moments(fault: str, device: str) 
     assert all(torch.equal(p, before[n]) for n, p in weights(made.policy).items())
 
 
+@pytest.mark.parametrize("limit", [1, 8, 16, 40])
+def test_no_pass_holds_more_tokens_than_it_may_prompts_included(limit: int) -> None:
+    made, tokens = trainer(micro_batch_tokens=limit), ragged()
+    zeros = torch.zeros(tokens.mask.shape)
+    groups = made.updates._groups(Batch(tokens, zeros, zeros, zeros, zeros))
+    texts = tokens.query_mask.sum(1) + tokens.lengths
+    assert sorted(torch.cat(groups).tolist()) == list(range(len(texts)))
+    for rows in groups:
+        assert len(rows) == 1 or int(texts[rows].max()) * len(rows) <= limit
+
+
 @pytest.mark.usefixtures("device")
 def test_a_masked_end_is_as_if_it_were_not_there() -> None:
     """The loss is a mean over the trained tokens, not over all that were attended to."""
