@@ -315,6 +315,19 @@ def test_scores_are_scaled_by_running_moments_by_hand() -> None:
     assert math.isfinite(stats["ppo/mean_scores"])
 
 
+def test_generate_goes_on_with_new_noise_where_the_state_was_left() -> None:
+    first, second = trainer(), trainer()
+    queries = [torch.tensor(query) for query in QUERIES]
+
+    def drawn(made: Any) -> list[list[int]]:
+        return [row.tolist() for row in made.generate(queries, max_new_tokens=8)]
+
+    before = drawn(first)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    after = drawn(first)
+    assert drawn(second) == after != before
+
+
 def test_moments_travel_with_the_state() -> None:
     """N-17, C-01: and so do beta, schedule, optimizer and noise; the next numbers are the same."""
     settings = {
