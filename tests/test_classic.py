@@ -103,6 +103,11 @@ def test_the_length_sampler_draws_the_number_of_new_tokens() -> None:
             tensors([[5]]), lambda: next(lengths), return_prompt=False, eos_token_id=None
         )
         assert len(row) == expected
+    several = iter([3, 1, 5])
+    rows = made.generate(
+        tensors([[5], [6], [7]]), lambda: next(several), return_prompt=False, eos_token_id=None
+    )
+    assert [len(row) for row in rows] == [3, 1, 5], "one draw a query"
 
 
 def test_the_references_responses_come_from_the_reference() -> None:
