@@ -52,19 +52,37 @@ def resolve(config: Config) -> Config:
     return replace(config, model=replace(config.model, path=str(embedded.policy_path())))
 
 
-def ppo_config(config: Config) -> PPOConfig:
-    """The `ppo` section as the trainer takes it; an adapter has a step size of its own."""
+# How far a step of Adam moves the values of a new head, whose inputs are of the order of 1.
+VALUES_MOVE = 0.2
+
+
+def ppo_config(config: Config, *, width: int) -> PPOConfig:
+    """The `ppo` section as the trainer takes it, for a trunk with states of `width` numbers; an
+    adapter has a step size of its own, and so has a critic.
+    """
     settings = asdict(config.ppo)
     if config.lora.r:
         settings["learning_rate"] = config.ppo.learning_rate * config.lora.learning_rate_factor
     return PPOConfig(
         **settings,
-        value_learning_rate=config.critic.learning_rate or config.ppo.learning_rate,
+        value_learning_rate=critic_step(config, width),
         critic_warmup_steps=config.critic.warmup_steps,
         critic_epochs=config.critic.epochs,
         seed=config.seed,
         model_name=config.model.name,
     )
+
+
+def critic_step(config: Config, width: int) -> float:
+    """The step size of the critic.
+
+    Adam moves every weight of a head by its step size, and with it the values by up to `width`
+    times as much: what suits a head goes with one over the width, whatever suits the trunk.
+    """
+    if config.critic.learning_rate:
+        return config.critic.learning_rate
+    is_apart = isinstance(config.critic, ModelCritic)
+    return config.ppo.learning_rate if is_apart else VALUES_MOVE / width
 
 
 def load_policy(config: Config, tokenizer: Any, device: str) -> AutoModelForCausalLMWithValueHead:

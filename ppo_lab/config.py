@@ -410,7 +410,12 @@ class CriticSection:
     its own keys.
     """
 
-    learning_rate: float = knob(0.0, "step size of the critic; 0 = ppo.learning_rate", at_least=0)
+    learning_rate: float = knob(
+        0.0,
+        "step size of the critic; 0 = ppo.learning_rate for a model of its own, 0.2 / width of the "
+        "model's states for a value head",
+        at_least=0,
+    )
     warmup_steps: int = knob(
         0, "first iterations in which the critic learns and the policy does not", at_least=0
     )

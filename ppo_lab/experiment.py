@@ -296,7 +296,7 @@ def make_trainer(
 ) -> PPOTrainer:
     """The trainer of a run, with its critic and its sampler."""
     trainer = PPOTrainer(
-        ppo_config(config),
+        ppo_config(config, width=policy.v_head.summary.in_features),
         policy,
         tokenizer=tokenizer,
         critic=load_critic(config, tokenizer, device),

@@ -36,8 +36,18 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
 from ppo_lab import AutoModelForCausalLMWithValueHead, experiment
-from ppo_lab.assembly import load_critic
-from ppo_lab.config import ConfigError, FunctionReward, ModelCritic, ModelReward, ModelSection
+from ppo_lab.assembly import load_critic, ppo_config
+from ppo_lab.config import (
+    Config,
+    ConfigError,
+    CriticSection,
+    FunctionReward,
+    HeadCritic,
+    ModelCritic,
+    ModelReward,
+    ModelSection,
+    PPOSection,
+)
 from ppo_lab.memory import GIB, check_fits
 from ppo_lab.models.byte_tokenizer import byte_tokenizer
 from ppo_lab.models.critic import Critic
@@ -195,6 +205,23 @@ def test_policy_and_critic_learn_at_their_own_rates_and_the_value_head_rests(lor
     assert all(("lora" in n) == lora for n in moved)
     assert {n for n, p in weights(made.critic).items() if torch.equal(p, judge[n])} == set()
     assert not any("lora" in n for n, _ in made.critic.named_parameters())
+
+
+def test_a_head_s_step_goes_with_the_width_and_a_model_s_with_the_policy_s(tmp_path: Path) -> None:
+    def step_size(critic: CriticSection, width: int, **ppo: float) -> float:
+        config = Config(critic=critic, ppo=PPOSection(**ppo))
+        return ppo_config(config, width=width).value_learning_rate
+
+    assert step_size(HeadCritic(), 64) == pytest.approx(2 * step_size(HeadCritic(), 128))
+    assert step_size(HeadCritic(), 64, learning_rate=1.0) == pytest.approx(0.2 / 64)
+    assert step_size(HeadCritic(learning_rate=0.5), 64) == 0.5
+    assert step_size(ModelCritic(), 64, learning_rate=1e-3) == 1e-3
+    assert step_size(ModelCritic(learning_rate=0.5), 64) == 0.5
+    made = experiment.build(tiny(tmp_path), tmp_path / "run").trainer
+    assert [group["lr"] for group in made.optimizer.param_groups] == [
+        made.config.learning_rate,
+        pytest.approx(0.2 / tiny_runs.ARCHITECTURE["hidden_size"]),
+    ]
 
 
 def test_a_critic_apart_has_no_part_in_the_policy_s_step() -> None:

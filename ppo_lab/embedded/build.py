@@ -53,10 +53,11 @@ class Recipe:
 def folder_of_this_version() -> Path:
     """Where the models of exactly these sources and library versions lie, or will."""
     package = Path(__file__).resolve().parent
-    stages = package.parent / "stages"
+    home, stages = package.parent, package.parent / "stages"
     sources = [
         *package.glob("*.py"),
-        *(stages / f"{n}.py" for n in ("sft", "reward_model", "fitting")),
+        *(stages / f"{n}.py" for n in ("sft", "reward_model", "fitting", "config")),
+        *(home / f"{n}.py" for n in ("optim", "trl_parts")),
     ]
     return cache_folder() / f"embedded-{fingerprint(sources, packages=PACKAGES)}"
 
