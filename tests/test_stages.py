@@ -24,7 +24,13 @@ from ppo_lab.stages.config import (
     SFTConfig,
     SFTDataSection,
 )
-from ppo_lab.stages.examples import chat_template, data_problems, read_rows, split_rows
+from ppo_lab.stages.examples import (
+    chat_template,
+    data_problems,
+    merging_prompts,
+    read_rows,
+    split_rows,
+)
 from ppo_lab.stages.jobs import problems, run_reward_model, run_sft
 
 CHAT = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
@@ -137,6 +143,27 @@ def test_a_chat_in_the_column_of_texts_is_a_chat(tmp_path: Path) -> None:
         2,
     }
     assert all(isinstance(row["text"], str) for row in read_rows(section, render=None, seed=0))
+
+
+def test_prompts_that_end_within_a_token_are_counted(
+    assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"Once {i}: ", "completion": "upon a time"} for i in range(12)]
+    config = SFTConfig(
+        model=ModelSection(path=str(assets / "stories260K")),
+        lora=LoraSection(r=0),
+        data=SFTDataSection(path=write(tmp_path, rows), held_out=2),
+        fit=FitSection(epochs=0.1),
+        device="cpu",
+    )
+    run_sft(config, tmp_path / "a", [])
+    assert "10 of 10 end within a token" in capsys.readouterr().out
+    apart = [{"prompt": row["prompt"][:-1], "completion": " upon a time"} for row in rows]
+    write(tmp_path, apart)
+    run_sft(config, tmp_path / "b", [])
+    assert "within a token" not in capsys.readouterr().out
+    chats = [{"prompt": CHAT[:1], "completion": CHAT[1:2]}, {"text": "a"}]
+    assert merging_prompts(chats, tokenizer()) == 0
 
 
 def test_half_a_surrogate_pair_is_replaced_as_in_a_run(tmp_path: Path) -> None:

@@ -143,6 +143,22 @@ def split_rows(rows: list[Row], held_out: float) -> tuple[list[Row], list[Row]]:
     return train, list(judging.values())
 
 
+def merging_prompts(rows: Sequence[Row], tokenizer: Any) -> int:
+    """How many prompts that are texts end within a token which their completion goes on with, as
+    after a space that most tokenizers put before the next word: no run goes on from such tokens.
+    """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    found = 0
+    for row in rows:
+        if isinstance(row.get("prompt"), str):
+            prompt = ids(row["prompt"])
+            found += ids(row["prompt"] + row["completion"])[: len(prompt)] != prompt
+    return found
+
+
 def _columns_of(section: SFTDataSection | PairDataSection, names: Sequence[str]) -> dict[str, str]:
     if isinstance(section, SFTDataSection):
         return sft_columns(section, names)

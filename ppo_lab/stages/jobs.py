@@ -17,9 +17,16 @@ from ppo_lab.on_disk import unwritable
 from ppo_lab.record import brief
 from ppo_lab.rules import device_problem, illegal_values, matches, model_folder
 from ppo_lab.stages.config import RewardModelConfig, SFTConfig, StageSection
-from ppo_lab.stages.examples import chat_template, data_problems, read_rows, split_rows
+from ppo_lab.stages.examples import (
+    chat_template,
+    data_problems,
+    merging_prompts,
+    read_rows,
+    split_rows,
+)
 from ppo_lab.typed import shell_override
 
+MOST_LOOKED_AT = 1000  # prompts of which is asked how their tokens end
 UNREAD_OF_MODEL = ("model.torch_compile", "model.fast_layers", "model.cuda_graphs")
 UNREAD = ("ppo.", "generation.", "evaluation.", "critic.", *UNREAD_OF_MODEL)
 
@@ -62,6 +69,13 @@ def run_sft(config: SFTConfig, folder: Path, overrides: list[str]) -> float:
     from ppo_lab.stages.sft import fit_sft
 
     parts = _Parts(config)
+    looked_at = parts.train[:MOST_LOOKED_AT]
+    if merging := merging_prompts(looked_at, parts.tokenizer):
+        print(
+            f"prompts         {merging} of {len(looked_at)} end within a token that their "
+            "completion goes on with, and a run goes on from other tokens; let the completion "
+            "begin with the space"
+        )
     loaded = load_causal_lm(
         parts.model_section, device=parts.device, dtype=parts.dtype, seed=config.seed
     )
