@@ -34,10 +34,12 @@ def main() -> None:
 
 def train(config: Config, folder: Path, overrides: list[str]) -> float:
     """Train as configured and return the objective."""
+    from ppo_lab.console import plain_warnings
     from ppo_lab.errors import ConfigError
     from ppo_lab.run_lock import early_lock
 
-    with early_lock(folder):  # imports take seconds, in which the process may be killed
+    # Imports take seconds, in which the process may be killed.
+    with early_lock(folder), plain_warnings():
         from ppo_lab.experiment import run
         from ppo_lab.memory import OutOfMemoryError, ways_out
         from ppo_lab.update import TrainingDiverged

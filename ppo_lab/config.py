@@ -186,7 +186,9 @@ class ModelSection:
     trust_remote_code: bool = knob(False, "run Python code that comes with the model")
     load_in_4bit: bool = knob(False, "QLoRA: keep the frozen trunk in 4 bits; needs a GPU")
     attn_implementation: str = knob(
-        "", "transformers' attention kernel, such as sdpa or eager; empty = its choice"
+        "",
+        "transformers' attention kernel, such as sdpa or eager; empty = its choice; fast layers "
+        "have their own",
     )
     torch_compile: bool = knob(
         False,

@@ -4,12 +4,15 @@ import io
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from ppo_lab import summary
+from ppo_lab.console import plain_warnings
 from ppo_lab.display import TerminalTracker, has_terminal
 from ppo_lab.summary import (
     duration,
@@ -339,6 +342,17 @@ def test_numbers_are_short_and_rounding_noise_is_zero():
     shown = [number(x) for x in (5.9e-08, -5.9e-08, 0.00123456, -1.23456, 12345.6)]
     assert shown == ["0", "0", "0.00123", "-1.23", "12,346"]
     assert [number(x) for x in (999.4, 999.6, -999.96, 1000)] == ["999", "1,000", "-1,000", "1,000"]
+
+
+def test_our_own_warnings_are_said_without_a_place_in_the_code():
+    def shown(filename):
+        return warnings.formatwarning("too dear", RuntimeWarning, filename, 7, "line")
+
+    usual = shown("/somewhere/else.py")
+    with plain_warnings():
+        assert shown(summary.__file__) == "warning: too dear\n"
+        assert shown("/somewhere/else.py") == usual
+    assert shown(summary.__file__) != "warning: too dear\n"
 
 
 def test_durations_read_like_a_clock():
