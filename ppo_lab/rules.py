@@ -596,7 +596,7 @@ def greedy(config: Config) -> bool:
 
 def is_here(path: str) -> bool:
     """Whether a model comes from no hub, but from a folder or with the package."""
-    return path == "embedded" or Path(path).expanduser().is_dir()
+    return path == "embedded" or (bool(path) and Path(path).expanduser().is_dir())
 
 
 def starts_from_embedded(config: Config) -> bool:

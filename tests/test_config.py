@@ -397,6 +397,11 @@ def test_a_folder_has_no_revision(tmp_path):
     for key in ("model", "reward", "critic"):
         (line,) = [line for line in found if line.startswith(f"{key}.revision")]
         assert line == f"{key}.revision: has no effect, since {key}.path is no hub id"
+    bare = refused("critic=reward_model", "critic.revision=v9")
+    assert [line for line in bare if "revision" in line] == [
+        "critic.revision: has no effect, since the critic starts from the reward's own model; add "
+        "critic.path=HUB_ID"
+    ]
     on_the_hub = ("model=local", "model.path=some/model", "model.revision=v9")
     assert not [line for line in refused(*on_the_hub) if "revision" in line]
 
