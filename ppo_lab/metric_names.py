@@ -29,7 +29,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "ppo/std_scores": ("score", "their standard deviation"),
     "ppo/loss/policy": ("score", "clipped surrogate loss"),
     "ppo/loss/value": ("score^2", "clipped value loss, before vf_coef"),
-    "ppo/loss/total": ("-", "policy + vf_coef value - entropy_coef entropy"),
+    "ppo/loss/total": (
+        "-",
+        "policy + vf_coef value - entropy_coef entropy; vf_coef is 1 for a critic of its own",
+    ),
     "ppo/policy/entropy": (
         "nats/token",
         "entropy of the sampling policy's next-token distribution",

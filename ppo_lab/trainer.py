@@ -240,7 +240,7 @@ class PPOTrainer(ScriptAttributes):
             update,
             returns_var=metrics["ppo/returns/var"],
             cliprange=self.config.cliprange,
-            vf_coef=self.config.vf_coef,
+            vf_coef=1.0 if self.updates.apart else self.config.vf_coef,
             entropy_coef=self.config.entropy_coef,
         )
         metrics["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]

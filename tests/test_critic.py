@@ -224,6 +224,14 @@ def test_a_head_s_step_goes_with_the_width_and_a_model_s_with_the_policy_s(tmp_p
     ]
 
 
+def test_the_loss_in_all_is_the_one_that_is_trained_on() -> None:
+    for made, weight in ((judged(vf_coef=0.3), 1.0), (trainer(vf_coef=0.3), 0.3)):
+        stats = step(made)
+        total = stats["ppo/loss/policy"] + weight * stats["ppo/loss/value"]
+        assert stats["ppo/loss/value"] > 0.01
+        assert stats["ppo/loss/total"] == pytest.approx(total)
+
+
 def test_a_critic_apart_has_no_part_in_the_policy_s_step() -> None:
     """Whatever returns it regresses on: neither its gradient nor its norm touches the policy."""
     moved = []
