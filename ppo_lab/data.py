@@ -139,7 +139,7 @@ def load_prompts(
         from ppo_lab import embedded
 
         train, kept = (embedded.prompts(split) for split in ("train", "held_out"))
-        kept = kept[: _wanted(section.held_out, len(train) + len(kept))]
+        kept = kept[: held_out_count(section.held_out, len(train) + len(kept))]
         return PromptSets(encoder.encode(train, {}), encoder.encode(kept, {}))
     prompts = _encoded(section, encoder, seed, _CUT)
     if (judged := judged_by(section)) is None:
@@ -200,7 +200,7 @@ def split_prompts(prompts: Prompts, *, held_out: float, seed: int) -> PromptSets
     Raises:
         ConfigError: there are not enough distinct prompts.
     """
-    wanted = _wanted(held_out, len(prompts))
+    wanted = held_out_count(held_out, len(prompts))
     first_rows: dict[tuple[int, ...], int] = {}
     for row, ids in enumerate(prompts.ids):
         first_rows.setdefault(tuple(ids), row)
@@ -329,7 +329,7 @@ def _refuse_unknown_column(names: Sequence[str], section: FileData) -> None:
     require_column(names, getattr(section, key), key=f"data.{key}", path=section.path)
 
 
-def _wanted(held_out: float, count: int) -> int:
+def held_out_count(held_out: float, count: int) -> int:
     """How many of `count` prompts are held out: of a share, rounded up."""
     # Rounding alone adds none: 0.07 * 100 is 7.000000000000001.
     return int(held_out) if held_out >= 1 else math.ceil(round(held_out * count, 9))

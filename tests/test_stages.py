@@ -132,6 +132,7 @@ def test_no_row_is_trained_on_and_held_out(caplog: pytest.LogCaptureFixture) -> 
     assert not [row for row in train if row in held_out]
     assert "36 rows that are held out too are not trained on" in caplog.text
     assert split_rows(rows, 0) == (rows, [])
+    assert len(split_rows(rows, 0.001)[1]) == 1
     with pytest.raises(ConfigError, match="of 72 rows, 24 of them distinct, none"):
         split_rows(rows, 24)
 
@@ -395,7 +396,7 @@ def test_an_architecture_that_cannot_do_what_is_asked_is_told_so(tmp_path: Path)
         config = transformers.AutoConfig.for_model(kind, **sizes)
         config.save_pretrained(tmp_path / kind)
     fit = FitSection(gradient_checkpointing=True)
-    data = PairDataSection(path=write(tmp_path, [{"chosen": "a", "rejected": "b"}] * 4))
+    data = PairDataSection(path=write(tmp_path, [{"chosen": "a", "rejected": "b"}] * 4), held_out=0)
     for kind, problem in (
         ("ctrl", r"^fit\.gradient_checkpointing=true: this architecture"),
         ("mamba", r"^model\.path=.*mamba: transformers has no sequence classifier of mamba"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ppo_lab.data import chat_in
+from ppo_lab.data import chat_in, held_out_count
 from ppo_lab.errors import ConfigError
 from ppo_lab.prompt_tokens import encodable
 from ppo_lab.record import brief
@@ -122,12 +122,13 @@ def _check_template(row: Row, render: Render, where: str) -> None:
 def split_rows(rows: list[Row], held_out: float) -> tuple[list[Row], list[Row]]:
     """Rows to train on and rows held out: a share below 1, a number from 1 on, 0 = none.
 
-    Rows held out are distinct, and what repeats one of them is not trained on.
+    A share is rounded up. Rows held out are distinct, and what repeats one of them is not trained
+    on.
 
     Raises:
         ConfigError: nothing would be left to train on.
     """
-    count = int(held_out) if held_out >= 1 else round(held_out * len(rows))
+    count = held_out_count(held_out, len(rows))
     distinct: dict[str, Row] = {}
     for row in rows:
         distinct.setdefault(json.dumps(row, sort_keys=True), row)
