@@ -22,7 +22,7 @@ from ppo_lab.errors import ConfigError
 from ppo_lab.models.loading import choose_dtype, load_config
 from ppo_lab.optim import is_8bit
 from ppo_lab.plan.architecture import architecture_of, blueprint
-from ppo_lab.plan.memory import MOMENTS, SHARE_OF_FREE, standing_bytes
+from ppo_lab.plan.memory import SHARE_OF_FREE, moment_bytes, standing_bytes
 from ppo_lab.plan.trace import peak_bytes
 from ppo_lab.processes import launch
 from ppo_lab.rewards.loading import classifier_bytes
@@ -186,12 +186,11 @@ def tokens_that_fit(
 
 def bytes_to_come(optimizer: torch.optim.Optimizer) -> float:
     """Bytes that gradients and Adam's moments will take and do not yet."""
-    moments = MOMENTS["8bit" if is_8bit(optimizer) else "torch"]
+    in_8_bits = is_8bit(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return sum(
-        p.numel() * ((p.grad is None) * p.element_size() + (p not in optimizer.state) * moments)
-        for p in parameters
-    )
+    gradients = sum(p.nbytes for p in parameters if p.grad is None)
+    fresh = [p for p in parameters if p not in optimizer.state]
+    return gradients + sum(moment_bytes(p.numel(), p.nbytes, in_8_bits=in_8_bits) for p in fresh)
 
 
 def free_on(device: torch.device) -> float:

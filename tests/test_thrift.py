@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
-from tiny_models import VOCABULARY, policy, ragged, timeless, trainer, weights
+from tiny_models import VOCABULARY, causal_lm, policy, ragged, timeless, trainer, weights
 from tiny_runs import metrics, tiny
 from torch.testing import assert_close
 
 from ppo_lab import checkpoint, memory
 from ppo_lab.experiment import build, run
 from ppo_lab.optim import is_8bit, make_optimizer
+from ppo_lab.plan.architecture import architecture_of
+from ppo_lab.plan.memory import critic_bytes, standing_bytes
 from ppo_lab.plan.trace import tracked
 from ppo_lab.rules import problems
 from ppo_lab.types import Scores, Tokens
@@ -137,6 +139,20 @@ def test_more_memory_means_more_tokens_and_what_is_to_come_is_left_free() -> Non
     assert memory.bytes_to_come(optimizer) == 8 * numbers
     optimizer.step()
     assert memory.bytes_to_come(optimizer) == 0
+
+
+def test_moments_are_counted_in_the_precision_that_adam_keeps_them_in() -> None:
+    model = causal_lm("gpt2").to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters())
+    expected, sizes = memory.bytes_to_come(optimizer), architecture_of(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    moments = [state[m] for state in optimizer.state.values() for m in ("exp_avg", "exp_avg_sq")]
+    held = sum(m.nbytes for m in moments)
+    assert expected == held + sum(p.nbytes for p in model.parameters())
+    assert standing_bytes(sizes)["Adam's moments"] == held
+    assert critic_bytes(sizes) == held + 2 * sizes.weight_bytes
 
 
 def test_a_resumed_run_keeps_to_the_passes_that_it_chose(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ppo_lab.models.logprobs import TILE
 from ppo_lab.plan import work
 from ppo_lab.plan.architecture import Architecture
-from ppo_lab.plan.memory import Memory, cache_bytes, standing_bytes, update_bytes
+from ppo_lab.plan.memory import Memory, cache_bytes, critic_bytes, standing_bytes, update_bytes
 from ppo_lab.plan.rehearsal import Held
 from ppo_lab.plan.subject import Subject, seen
 from ppo_lab.plan.work import Amount, Work
@@ -110,7 +110,7 @@ def memory_of(subject: Subject, peaks: Peaks, around: dict[str, float]) -> Memor
     if subject.rewards:
         standing["reward model"] = float(sum(reward.weight_bytes for reward in subject.rewards))
     if subject.critic:
-        standing["critic"] = subject.critic.weight_bytes + 12.0 * subject.critic.parameters
+        standing["critic"] = critic_bytes(subject.critic, adam=config.ppo.adam)
     update = update_bytes(of, peaks.held, peaks.learnt)
     if subject.critic:
         update["critic's activations"] = update["activations"] * _relative_size(subject.critic, of)

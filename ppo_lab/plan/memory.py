@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 
-# Bytes of Adam's two moments a trained weight, by `ppo.adam`.
-MOMENTS = {"torch": 8.0, "tf": 8.0, "8bit": 2.04}
+# Bytes of Adam's two moments a trained weight where they lie in 8 bits.
+MOMENTS_IN_8_BITS = 2.04
 
 # Bytes of a weight in 4 bits, its quantised constants included (QLoRA: Dettmers et al. 2023,
 # arXiv:2305.14314, section 3).
@@ -47,7 +47,7 @@ def standing_bytes(
     weights: float = of.weight_bytes - adapter
     if in_4_bits:
         weights += (of.matrices - of.in_experts) * (IN_4_BITS - of.bytes_per_weight)
-    moments = MOMENTS[adam] * of.trained
+    moments = moment_bytes(of.trained, of.trained_bytes, in_8_bits=adam == "8bit")
     if of.has_own_reference:
         return {
             "weights": weights,
@@ -56,6 +56,19 @@ def standing_bytes(
             "Adam's moments": moments,
         }
     return {"weights": weights, "adapter and optimizer": 2 * adapter + moments}
+
+
+def moment_bytes(weights: int, size: int, *, in_8_bits: bool = False) -> float:
+    """Bytes of Adam's two moments of so many trained weights, which themselves take `size` bytes:
+    but for 8 bits, moments are in the precision of what they are of.
+    """
+    return MOMENTS_IN_8_BITS * weights if in_8_bits else 2.0 * size
+
+
+def critic_bytes(of: Architecture, *, adam: str = "torch") -> float:
+    """Bytes of a critic of its own, which is trained whole: weights, gradients, Adam's moments."""
+    size = of.weight_bytes
+    return 2.0 * size + moment_bytes(of.parameters, size, in_8_bits=adam == "8bit")
 
 
 @dataclass(frozen=True)
