@@ -15,7 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import (
+    AutoPeftModelForCausalLM,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+)
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -403,6 +409,25 @@ def test_an_adapter_is_trained_on_where_it_is_and_nowhere_else(folder, tmp_path,
         if other:
             with pytest.raises(ConfigError, match=r"lora.target_modules=\[.*\]: the adapter in"):
                 wrapped(*other)
+
+
+def test_an_adapter_that_is_no_lora_is_refused_with_a_way_out(folder, tmp_path):
+    base = load_causal_lm(section(folder), device="cpu")
+    other = IA3Config(target_modules=["dense"], feedforward_modules=[], task_type="CAUSAL_LM")
+    get_peft_model(base, other).save_pretrained(tmp_path / "adapter")
+    loaded = load_causal_lm(section(tmp_path / "adapter"), device="cpu")
+    with pytest.raises(ConfigError, match=r"lora.r=4: .* is IA3, .*; lora=none merges"):
+        wrap_lora(loaded, LoraSection(r=4))
+
+
+@pytest.mark.parametrize("layers", [1, [1]])
+def test_an_adapter_of_one_layer_is_trained_on_however_it_says_so(folder, layers):
+    base = load_causal_lm(section(folder), device="cpu")
+    own = LoraConfig(r=4, lora_alpha=8, target_modules=["dense"], layers_to_transform=layers)
+    adapted = get_peft_model(base, own)
+    assert wrap_lora(adapted, LoraSection(r=4, alpha=8.0, top_layers=1)) is adapted
+    with pytest.raises(ConfigError, match=r"lora.top_layers=0: .* has 1"):
+        wrap_lora(adapted, LoraSection(r=4, alpha=8.0))
 
 
 def test_without_lora_the_adapter_of_a_folder_is_merged_and_every_weight_trained(folder, tmp_path):

@@ -205,8 +205,13 @@ def _head_name(model: PreTrainedModel) -> str:
 
 def _check_same_adapter(model: PeftModel, section: LoraSection) -> None:
     own: Any = model.peft_config[model.active_adapter]
+    if not isinstance(own, LoraConfig):
+        raise ConfigError(
+            f"lora.r={section.r}: the adapter in model.path is {own.peft_type.value}, and of those "
+            "LoRA's alone go on training; lora=none merges one into the weights where PEFT can"
+        )
     settings = {"r": own.r, "alpha": own.lora_alpha, "use_rslora": own.use_rslora}
-    settings |= {"use_dora": own.use_dora, "top_layers": len(own.layers_to_transform or ())}
+    settings |= {"use_dora": own.use_dora, "top_layers": _how_many(own.layers_to_transform)}
     problems = [
         f"lora.{name}={getattr(section, name)}: the adapter in model.path has {value}; "
         f"set lora.{name}={value} to go on training it"
@@ -222,6 +227,11 @@ def _check_same_adapter(model: PeftModel, section: LoraSection) -> None:
         )
     if problems:
         raise ConfigError(problems)
+
+
+def _how_many(layers: list[int] | int | None) -> int:
+    """How many layers PEFT's setting names, 0 where it leaves it open: one may stand by itself."""
+    return 1 if isinstance(layers, int) else len(layers or ())
 
 
 def _adapted(model: PeftModel) -> list[str]:
