@@ -494,6 +494,13 @@ def test_the_model_itself_cannot_be_its_own_reference() -> None:
     assert any(p.requires_grad for p in model.pretrained_model.parameters())
 
 
+def test_a_reference_that_lacks_tokens_of_the_policy_is_refused() -> None:
+    """It would be an index error in the first step that samples one of them."""
+    with pytest.raises(ValueError, match="ref_model: its head has 60 rows and the policy's 64"):
+        trainer(policy(), causal_lm(vocab_size=60))
+    assert trainer(policy(), causal_lm(vocab_size=72)).reference.trunk.head.weight.shape[0] == 72
+
+
 def test_the_collator_that_was_given_is_the_one_used() -> None:
     """T-02."""
     seen = []

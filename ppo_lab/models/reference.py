@@ -44,6 +44,7 @@ class Reference:
         if model is not None:
             self._trunk = Trunk(_plain(model))
             self._trunk.check()
+            _check_rows(self._trunk, policy.trunk)
         elif not policy.is_peft_model or not _switches_whole(policy.pretrained_model):
             self._trunk = Trunk(_frozen(copy.deepcopy(policy.pretrained_model)))
         else:
@@ -120,6 +121,21 @@ class Reference:
                 model.set_adapter(trained)
         else:
             yield
+
+
+def _check_rows(reference: Trunk, policy: Trunk) -> None:
+    """Refuse a reference that lacks tokens which the policy may sample.
+
+    Raises:
+        ValueError: saying how many each has.
+    """
+    theirs, ours = len(reference.head.weight), len(policy.head.weight)
+    if theirs < ours:
+        raise ValueError(
+            f"ref_model: its head has {theirs} rows and the policy's {ours}, each of which the "
+            "policy may sample, those that pad its vocabulary too; the reference's must be as many "
+            "(transformers' resize_token_embeddings adds rows)"
+        )
 
 
 def _plain(model: Any) -> Any:
