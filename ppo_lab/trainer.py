@@ -126,6 +126,7 @@ class PPOTrainer(ScriptAttributes):
                 trained.gradient_checkpointing_enable()
         classic.check_optimizer(optimizer, self.policy, self.critic)
         classic.check_schedule(lr_scheduler)
+        self.policy.trunk.kept_below = 0  # as a trainer before this one may have left it
         if self.config.cache_trunk:
             self.policy.trunk.keep_below()
         self.optimizer = optimizer or _optimizer(self.policy, self.critic, self.config)

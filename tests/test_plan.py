@@ -854,6 +854,16 @@ def test_utilisation_counts_the_exact_kl_as_the_planner_does(cached: bool, tmp_p
     assert planned == pytest.approx(counted + work.full_kl_flops(plan.of, rows, cached=cached))
 
 
+def test_what_one_trainer_kept_of_a_trunk_the_next_does_not_count_on() -> None:
+    upper = lora_config("llama", layers_to_transform=[1])
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(causal_lm("llama"), peft_config=upper)
+    tokens, counted = ragged(), []
+    for cached in (False, True, False):
+        made = trainer(model, cache_trunk=cached)
+        counted.append(made.meter.flops(tokens, epochs=2, critic_epochs=2))
+    assert counted[0] == counted[2] > counted[1]
+
+
 def test_a_value_head_that_learns_alone_costs_the_passes_of_its_trunk() -> None:
     made = trainer(critic_warmup_steps=1, steps=2)
     made.clock._peak_flops = lambda **_: PEAK
