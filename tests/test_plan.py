@@ -696,6 +696,23 @@ def test_a_measurement_is_believed_for_a_while(
     assert len(made) == 2
 
 
+@pytest.mark.parametrize("part", ["processor", "gpu"])
+def test_a_measurement_is_that_of_one_kind_of_machine(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache may lie on a disk that several machines share."""
+    gpu = ["NVIDIA H100 80GB HBM3"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu[0])
+    here = measured_module._place("a run")
+    assert measured_module._place("a run") == here
+    if part == "gpu":
+        gpu[0] = "NVIDIA L4"
+    else:
+        monkeypatch.setattr(machine, "processor", lambda: "another")
+    assert measured_module._place("a run") != here
+
+
 def test_a_machine_is_measured_with_the_layers_that_the_run_would_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

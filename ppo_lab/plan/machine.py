@@ -71,10 +71,22 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def kind_of_machine() -> tuple[str, ...]:
+    """What seconds that were measured here depend on: a cache may lie on a disk of several
+    machines.
+    """
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return _kind_of_processor(), gpu
+
+
+def _kind_of_processor() -> str:
+    """Its name, what its instructions can do, and how many threads it is given."""
+    return f"{processor()}-{torch.backends.cpu.get_cpu_capability()}-{torch.get_num_threads()}"
+
+
 def _kept(name: str, measure: Callable[[], float], *, again: bool) -> float:
     """The largest number that was measured on processors of this kind, for so many threads."""
-    kind = f"{processor()}-{torch.backends.cpu.get_cpu_capability()}-{torch.get_num_threads()}"
-    kind = "".join(c if c.isalnum() else "-" for c in kind)
+    kind = "".join(c if c.isalnum() else "-" for c in _kind_of_processor())
     place = cache_folder() / "plan" / f"{name}-{kind}-torch{torch.__version__}.json"
     found = 0.0
     with suppress(OSError, ValueError):

@@ -24,7 +24,7 @@ from ppo_lab.plan.heads import (
     sampling_bytes,
     sampling_seconds,
 )
-from ppo_lab.plan.machine import Rates, measure_rates, seconds_of
+from ppo_lab.plan.machine import Rates, kind_of_machine, measure_rates, seconds_of
 from ppo_lab.plan.rehearsal import ByDepth, Held, Rehearsal
 from ppo_lab.plan.workload import Workload
 from ppo_lab.record import write_atomically
@@ -139,6 +139,5 @@ def _place(key: Any) -> Path:
     package = Path(ppo_lab.__file__).parent
     sources = [*(package / "models").rglob("*.py"), *(package / "plan").glob("*.py")]
     code = fingerprint([*sources, package / "rollout.py"], packages=PACKAGES)
-    machine = (torch.get_num_threads(), torch.backends.cpu.get_cpu_capability())
-    text = json.dumps([key, machine, code], sort_keys=True, default=str)
+    text = json.dumps([key, kind_of_machine(), code], sort_keys=True, default=str)
     return cache_folder() / "plan" / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
