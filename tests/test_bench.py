@@ -320,6 +320,15 @@ def test_options_are_measured_behind_an_open_gate_alone(
     assert len(measured) == found.passed
 
 
+def test_of_two_pairs_the_middle_between_them_is_shown() -> None:
+    ratios: dict[str, Any] = {"wall": [3.0, 1.0], "cpu": [1.0, 4.0, 2.0], "memory": [1.0]}
+    console = Console(record=True, width=110)
+    options.show({"shape": "tiny", "options": {"fast road": ratios}}, console)
+    said = console.export_text()
+    for text in ("2.00 (1.00-3.00)", "2.00 (1.00-4.00)", "1.00 (1.00-1.00)"):
+        assert text in said
+
+
 def test_a_phase_takes_wall_and_cpu_seconds_of_its_own() -> None:
     meter = metering.Meter()
     meter.switch("waits")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import product
+from statistics import median
 from typing import Any
 
 import torch
@@ -144,5 +145,4 @@ def show(kept: dict[str, Any], console: Console) -> None:
 
 
 def _median_and_range(ratios: list[float]) -> str:
-    ordered = sorted(ratios)
-    return f"{ordered[len(ordered) // 2]:.2f} ({ordered[0]:.2f}-{ordered[-1]:.2f})"
+    return f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
