@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ppo_lab.plan.estimate import Plan
+from ppo_lab.trainer import PASS_TOKENS
 
 # A sharded model gathers one layer while it computes another.
 GATHERED_LAYERS = 2
@@ -83,7 +84,7 @@ def _sent(name: str, plan: Plan, count: int) -> float:
     ring = (count - 1) / count
     sent = steps * 2 * ring * 4.0 * of.trained
     if "weights" in SHARDED[name]:
-        forward_passes = len(load.chunks()) * load.longest + len(load.reading(2048))
+        forward_passes = len(load.chunks()) * load.longest + len(load.reading(PASS_TOKENS))
         passes = forward_passes + 2 * load.epochs * len(load.passes())
         sent += passes * ring * of.weight_bytes
     return sent
