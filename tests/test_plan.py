@@ -19,6 +19,7 @@ from tiny_models import causal_lm, lora_config, policy, ragged, train_adapter, t
 from tiny_runs import command, inputs, tiny
 from transformers import (
     DeepseekV3Config,
+    FalconConfig,
     GPTNeoConfig,
     HunYuanMoEV1Config,
     Lfm2Config,
@@ -238,6 +239,16 @@ def test_only_layers_that_attend_count_as_such_at_the_widths_of_their_heads(
     model = blueprint(config, ModelSection(path=""), LoraSection(r=0), dtype=torch.float32)
     of = architecture_of(model)
     assert (of.queries, of.cached) == (queries, cached)
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_a_falcon_s_cache_is_counted_as_transformers_fills_it(new: bool) -> None:
+    config = FalconConfig(new_decoder_architecture=new, num_kv_heads=2 if new else None, **SMALL)
+    model = blueprint(config, ModelSection(path=""), LoraSection(r=0), dtype=torch.float32)
+    ids = torch.zeros(1, 5, dtype=torch.long, device="meta")
+    filled = model(ids, use_cache=True).past_key_values.layers
+    held = sum(x.numel() for layer in filled for x in (layer.keys, layer.values))
+    assert 5 * architecture_of(model).cached == held
 
 
 def test_experts_may_be_counted_layer_by_layer() -> None:

@@ -77,7 +77,7 @@ def architecture_of(model: Any) -> Architecture:
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     heads = getattr(text, "num_attention_heads", 0)
-    groups = getattr(text, "num_key_value_heads", None) or heads
+    groups = _groups(text, heads)
     attending, (keys, values) = _attending(model, text), _head_widths(text, heads)
     return Architecture(
         layers=text.num_hidden_layers,
@@ -178,6 +178,15 @@ def _attending(model: Any, text: PreTrainedConfig) -> int:
         if attention.search(type(module).__name__) and (numbered := re.findall(r"\.(\d+)\.", name))
     }
     return len(found) if found else text.num_hidden_layers
+
+
+def _groups(text: PreTrainedConfig, heads: int) -> int:
+    """How many heads of keys and values there are. The first Falcons have one, whatever number
+    stands beside the word for it.
+    """
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        return 1
+    return getattr(text, "num_key_value_heads", None) or heads
 
 
 def _head_widths(text: PreTrainedConfig, heads: int) -> tuple[int, int]:
