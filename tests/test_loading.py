@@ -45,6 +45,7 @@ from ppo_lab.models.loading import (
 )
 from ppo_lab.models.lora import lora_config, wrap_lora
 from ppo_lab.models.policy import AutoModelForCausalLMWithValueHead
+from ppo_lab.models.value_head import ValueHead, save_value_head
 
 CPU = torch.device("cpu")
 IDS = torch.arange(12).reshape(2, 6) + 3
@@ -664,6 +665,27 @@ def test_a_damaged_folder_is_said_to_be_so(folder, what, message):
         load_causal_lm(section(broken(folder, what)), device="cpu")
     assert str(caught.value).startswith(f"model.path={folder}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_config_whose_sizes_do_not_go_together_is_said_to_be_so(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    sizes = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"num_attention_heads": 3}))
+    with pytest.raises(ConfigError, match=r"^model\.path=.*: the config is not valid: .*16.*3"):
+        load_causal_lm(section(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("what", ["cut", "of another width"])
+def test_a_value_head_that_cannot_be_taken_is_said_to_be_so(folder, tmp_path, what):
+    policy = AutoModelForCausalLMWithValueHead(load_causal_lm(section(folder), device="cpu"))
+    policy.save_pretrained(tmp_path)
+    file = tmp_path / "value_head.safetensors"
+    if what == "cut":
+        file.write_bytes(file.read_bytes()[:20])
+    else:
+        save_value_head(ValueHead(8).state_dict(), tmp_path)
+    with pytest.raises(ConfigError, match=r"value head .* cannot be taken .*remove value_head"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
 
 
 def test_a_folder_without_tokenizer_says_which_key_names_one(folder):

@@ -461,6 +461,7 @@ def _embedding_rows(model: Any) -> int:
 @contextmanager
 def _reading(setting: str, what: str) -> Iterator[None]:
     """Turn what a damaged or foreign file raises into a sentence; a lack of memory stays itself."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
@@ -474,6 +475,8 @@ def _reading(setting: str, what: str) -> Iterator[None]:
             f"{setting}: the {what} holds more than tensors, or is damaged; such a file could run "
             "code and is not read: convert it to safetensors"
         ) from error
+    except StrictDataclassError as error:  # sizes that do not go together, or of another type
+        raise ConfigError(f"{setting}: the {what} is not valid: {_sentence(error)}") from error
     except (SafetensorError, AttributeError) as error:
         raise ConfigError(f"{setting}: the {what} is damaged: {_sentence(error)}") from error
 

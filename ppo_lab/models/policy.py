@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.loading import disable_dropout
 from ppo_lab.models.logprobs import token_logprobs
 from ppo_lab.models.trunk import Trunk
-from ppo_lab.models.value_head import ValueHead, find_value_head, save_value_head
+from ppo_lab.models.value_head import (
+    VALUE_HEAD_FILE,
+    ValueHead,
+    find_value_head,
+    save_value_head,
+)
 from ppo_lab.types import Forward, Tokens
 
 
@@ -99,11 +106,24 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         return policy
 
     def load_value_head(self, folder: Any) -> bool:
-        """Take the value head that lies in `folder`; False where there is none."""
+        """Take the value head that lies in `folder`; False where there is none.
+
+        Raises:
+            ConfigError: it is damaged, or of another model.
+        """
         path = Path(folder) if isinstance(folder, (str, Path)) else None
-        weights = find_value_head(path) if path is not None and path.is_dir() else None
-        if weights is not None:
-            self.v_head.load_state_dict(weights)
+        if path is None or not path.is_dir():
+            return False
+        try:
+            weights = find_value_head(path)
+            if weights is not None:
+                self.v_head.load_state_dict(weights)
+        except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError) as error:
+            said = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"{path}: the value head beside the model cannot be taken ({said}); remove "
+                f"{VALUE_HEAD_FILE} there, and a new one is drawn"
+            ) from error
         return weights is not None
 
     def save_pretrained(
