@@ -688,6 +688,16 @@ def test_a_value_head_that_cannot_be_taken_is_said_to_be_so(folder, tmp_path, wh
         AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
 
 
+def test_a_folder_in_the_home_folder_brings_its_value_head(folder, tmp_path, monkeypatch):
+    policy = AutoModelForCausalLMWithValueHead(load_causal_lm(section(folder), device="cpu"))
+    policy.save_pretrained(tmp_path / "saved")
+    load_tokenizer(section(folder)).save_pretrained(tmp_path / "saved")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = Config(model=section("~/saved"), lora=LoraSection(r=0), critic=HeadCritic())
+    loaded = load_policy(config, load_tokenizer(config.model), "cpu")
+    assert torch.equal(loaded.v_head.summary.weight, policy.v_head.summary.weight)
+
+
 def test_a_folder_without_tokenizer_says_which_key_names_one(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()

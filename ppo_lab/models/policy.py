@@ -111,7 +111,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         Raises:
             ConfigError: it is damaged, or of another model.
         """
-        path = Path(folder) if isinstance(folder, (str, Path)) else None
+        path = Path(folder).expanduser() if isinstance(folder, (str, Path)) else None
         if path is None or not path.is_dir():
             return False
         try:
