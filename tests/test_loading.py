@@ -782,10 +782,23 @@ def test_a_hub_that_cannot_be_reached_is_given_up_in_seconds():
 
 def test_a_silent_hub_is_waited_for_no_longer_than_the_deadline(monkeypatch, hub):
     monkeypatch.setattr(sources, "DEADLINE", 0.3)
+    monkeypatch.setattr(sources, "_SILENT", set())
     start = time.monotonic()
     with pytest.raises(ModelUnavailable, match="cannot be reached"):
         sources.locate("slow/model")
     assert time.monotonic() - start < 5
+
+
+def test_a_silent_hub_is_waited_for_once_whatever_is_asked_of_it(monkeypatch, hub):
+    monkeypatch.setattr(sources, "DEADLINE", 0.3)
+    monkeypatch.setattr(sources, "_SILENT", set())
+    asked = []
+    head = sources._commit_at
+    monkeypatch.setattr(sources, "_commit_at", lambda url: asked.append(url) or head(url))
+    for entries in (("config.json",), ("tokenizer.json",)):
+        with pytest.raises(ModelUnavailable, match="cannot be reached"):
+            sources.locate("slow/model", entries=entries)
+    assert len(asked) == 1
 
 
 def test_what_has_no_timeout_of_its_own_gets_one_and_errors_pass_through():

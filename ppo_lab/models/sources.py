@@ -21,6 +21,9 @@ from ppo_lab.errors import ConfigError
 DEADLINE = 10.0
 """Longest wait for the hub's first answer, seconds; a name server that stays silent included."""
 
+_SILENT: set[str] = set()
+"""Hubs that gave no answer once: this process does not wait for them again."""
+
 _CONFIGS = Path(__file__).parent / "configs"
 _PACKAGED = {
     "bigscience/bloom-560m": "bloom-560m",
@@ -113,7 +116,7 @@ def _in_folder(folder: Path, entries: tuple[str, ...], setting: str, wanted: str
     raise ConfigError(f"{setting}: this folder holds no {wanted}")
 
 
-@functools.cache  # a hub that was silent once is not waited for again
+@functools.cache
 def _on_hub(path: str, revision: str, entries: tuple[str, ...], key: str, wanted: str) -> Source:
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -164,13 +167,21 @@ def _cached_commit(path: str, revision: str, entry: str) -> str:
 
 def _ask_hub(path: str, revision: str, entry: str) -> str:
     """The commit of this revision on the hub, or what huggingface_hub raises, within DEADLINE."""
+    import httpx
     from huggingface_hub import constants, hf_hub_url
 
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError("HF_HUB_OFFLINE is set")
     endpoint = os.environ.get("HF_ENDPOINT") or None
     url = hf_hub_url(path, entry, revision=revision or None, endpoint=endpoint)
-    return _within(DEADLINE, lambda: _commit_at(url))
+    hub = endpoint or constants.ENDPOINT
+    if hub in _SILENT:
+        raise TimeoutError("it was silent when it was asked before")
+    try:
+        return _within(DEADLINE, lambda: _commit_at(url))
+    except (TimeoutError, httpx.TimeoutException):
+        _SILENT.add(hub)
+        raise
 
 
 def _commit_at(url: str) -> str:
