@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from ppo_lab.config import (
 )
 from ppo_lab.memory import GIB, check_fits
 from ppo_lab.models.byte_tokenizer import byte_tokenizer
-from ppo_lab.models.critic import Critic
+from ppo_lab.models.critic import Critic, check_shared_vocabulary
 from ppo_lab.models.loading import load_tokenizer
 from ppo_lab.types import Scores, Tokens
 
@@ -154,6 +155,23 @@ def test_of_several_outputs_the_one_that_is_the_score_is_kept(tmp_path: Path) ->
     assert_close(value, full(torch.tensor([QUERIES[0]])).logits[0, 2])
     critic.save_pretrained(tmp_path)
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path).config.num_labels == 1
+
+
+@torch.no_grad()
+def test_the_bias_that_is_kept_is_that_of_the_score() -> None:
+    model = classifier(labels=3)
+    model.score = torch.nn.Linear(16, 3)
+    weight, bias = model.score.weight[1].clone(), model.score.bias.copy_(torch.arange(3.0))[1]
+    head = Critic(model, index=1).model.score
+    assert_close(head.weight[0], weight)
+    assert head.bias.tolist() == [bias]
+
+
+@pytest.mark.parametrize("rows", [258, 259])
+def test_a_critic_has_a_row_for_every_token(rows: int) -> None:
+    """The byte tokenizer's last token is 258."""
+    with nullcontext() if rows == 259 else pytest.raises(ConfigError, match="has 258 rows for 259"):
+        check_shared_vocabulary("judge", byte_tokenizer(), byte_tokenizer(), rows)
 
 
 @torch.no_grad()

@@ -453,6 +453,25 @@ def test_a_trunk_that_changes_while_training_is_not_kept(monkeypatch: pytest.Mon
         upper.keep_below()
 
 
+def test_alibi_s_numbers_are_rounded_as_transformers_rounds_them() -> None:
+    slopes, real = torch.tensor([0.5, 0.25]), torch.ones(1, 400, dtype=torch.bool)
+    shape = {"new": 1, "heads": 2, "kv_heads": 2, "slopes": slopes, "dtype": torch.float32}
+    (block,) = blocks_of(real, **shape, rounded_to=torch.bfloat16)
+    exact = slopes[:, None] * torch.arange(400.0)
+    assert_close(block.bias[:, 0], exact.bfloat16().float(), rtol=0, atol=0)
+    assert not torch.equal(block.bias[:, 0], exact)
+
+
+def test_a_trunk_above_rows_that_are_trained_is_not_kept() -> None:
+    adapted = wrap_lora(tiny_bloom(), LoraSection(r=2, top_layers=1))
+    trunk = Trunk(adapted)
+    trunk.keep_below()
+    assert trunk.kept_below > 0
+    adapted.get_input_embeddings().requires_grad_(True)
+    with pytest.raises(ConfigError, match="the first layer of BloomForCausalLM is trained"):
+        trunk.keep_below()
+
+
 def test_a_trunk_that_is_not_kept_for_its_adapter_says_so() -> None:
     adapted = wrap_lora(tiny_bloom(), LoraSection(r=2, top_layers=1, use_dora=True))
     with pytest.raises(ConfigError, match=r"is DoRA \(lora\.use_dora=true\)"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from ppo_lab.assembly import longest_prompt
 from ppo_lab.config import GenerationSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.critic import Critic
-from ppo_lab.models.fitness import what_fails
+from ppo_lab.models.fitness import steady_context, what_fails
 from ppo_lab.models.loading import max_context
 from ppo_lab.models.trunk import Trunk, UnfitModel
 from ppo_lab.rollout import NoiseKey, Sampling, sample
@@ -127,6 +128,57 @@ def test_half_precision_may_send_some_tokens_to_other_experts(share: float, fit:
     words = torch.zeros(64, 16, dtype=torch.bfloat16)
     half = [nn.Parameter(words)]
     assert (what_fails(passes, lambda: None, words, half) == "") is fit
+
+
+@pytest.mark.parametrize(("off", "fit"), [(1e-5, True), (1e-3, False)])
+def test_in_full_precision_states_agree_but_for_rounding(off: float, fit: bool) -> None:
+    states = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
+
+    def passes(ids: Any, attention: Any, cache: Any) -> Any:
+        """Those of its columns, off a little whenever not all are passed."""
+        begin = attention.shape[1] - ids.shape[1] if len(ids) == 2 else 3
+        found = states[2 - len(ids) :, begin : begin + ids.shape[1]]
+        return found if ids.shape[1] == 9 else found * (1 + off)
+
+    words = torch.zeros(64, 16)
+    assert (what_fails(passes, lambda: None, words, [nn.Parameter(words)]) == "") is fit
+
+
+def test_of_two_kinds_of_angles_the_one_that_turns_by_the_batch_first_bounds() -> None:
+    long = {"rope_type": "longrope", "original_max_position_embeddings": 12}
+    kinds = {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": long}
+    config = SimpleNamespace(rope_parameters=kinds, max_position_embeddings=24)
+    config.get_text_config = lambda decoder: config
+    assert steady_context(config) == 12
+
+
+def test_a_text_may_be_as_long_as_its_angles_are_its_own() -> None:
+    turned = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    trunk = Trunk(causal_lm("llama", max_position_embeddings=16, rope_parameters=turned))
+    at_most = torch.ones(1, 16, dtype=torch.bool)
+    trunk.hidden(at_most.long(), at_most)
+    beyond = torch.ones(1, 17, dtype=torch.bool)
+    with pytest.raises(ConfigError, match="a text of 17 tokens: over 16"):
+        trunk.hidden(beyond.long(), beyond)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale", "softcap"),
+    [
+        ({"logit_scale": 0.5}, 0.5, 0.0),
+        ({"logits_scaling": 4.0}, 0.25, 0.0),
+        ({"lm_head_multiplier": 3.0}, 3.0, 0.0),
+        ({"logits_scaling": 4.0, "lm_head_multiplier": 3.0}, 0.75, 0.0),
+        ({"final_logit_softcapping": 30.0, "logit_scale": None}, 1.0, 30.0),
+    ],
+    ids=str,
+)
+def test_a_head_scales_its_logits_as_the_config_has_it(
+    settings: dict[str, Any], scale: float, softcap: float
+) -> None:
+    trunk = Trunk(causal_lm())
+    trunk.model.config.update(settings)
+    assert (trunk.head.scale, trunk.head.softcap) == (scale, softcap)
 
 
 def test_a_model_that_trains_stays_in_training() -> None:

@@ -180,6 +180,35 @@ def test_tokenizers_pad_left_with_their_own_pad_token_or_another(folder, tmp_pat
     assert load_tokenizer(section(folder, tokenizer=str(tmp_path / "padless"))).pad_token == "</s>"
 
 
+def test_what_ends_a_text_pads_before_what_is_unknown_does(tmp_path):
+    padless = byte_tokenizer()
+    padless.pad_token, padless.unk_token = None, "<s>"
+    padless.save_pretrained(tmp_path)
+    assert load_tokenizer(section(tmp_path, tokenizer=str(tmp_path))).pad_token == "</s>"
+
+
+def test_an_end_without_a_row_in_the_embedding_is_none(folder):
+    tokenizer, model = load_tokenizer(section(folder)), tiny_model()
+    rows = model.get_input_embeddings().weight.shape[0]
+    model.generation_config.eos_token_id = [rows - 1, rows, -1]
+    assert eos_ids(tokenizer, model) == (rows - 1, 2)
+
+
+@pytest.mark.parametrize(("top_layers", "adapted"), [(0, {0, 1, 2}), (1, {2}), (3, {0, 1, 2})])
+def test_the_layers_that_are_adapted_are_the_upper_ones(top_layers, adapted):
+    model = tiny_model("llama", num_hidden_layers=3)
+    wrapped = wrap_lora(model, LoraSection(r=4, top_layers=top_layers))
+    names = [name for name, _ in wrapped.named_parameters() if "lora_A" in name]
+    assert {int(name.split(".layers.")[1].split(".")[0]) for name in names} == adapted
+    with pytest.raises(ConfigError, match=r"lora.top_layers=4: this model has 3 layers"):
+        lora_config(LoraSection(r=4, top_layers=4), tiny_model("llama", num_hidden_layers=3))
+
+
+def test_a_part_of_a_name_names_no_layer():
+    with pytest.raises(ConfigError, match=r"proj is no linear layer.*did you mean \w+_proj"):
+        lora_config(LoraSection(r=4, target_modules=["proj"]), tiny_model("llama"))
+
+
 def test_a_tokenizer_without_special_tokens_pads_and_never_ends(tmp_path):
     bare_tokenizer().save_pretrained(tmp_path)
     tokenizer = load_tokenizer(section(tmp_path))
@@ -388,6 +417,9 @@ def test_an_adapter_folder_gives_its_base_and_trains_its_adapter(folder, tmp_pat
     assert wrap_lora(loaded, LoraSection(r=4, alpha=8.0)) is loaded
     with pytest.raises(ConfigError, match=r"lora.r=16: .* has 4; set lora.r=4"):
         wrap_lora(loaded, LoraSection(r=16, alpha=8.0))
+    for other in ("use_dora", "use_rslora"):
+        with pytest.raises(ConfigError, match=rf"lora.{other}=True: .* has False"):
+            wrap_lora(loaded, LoraSection(r=4, alpha=8.0, **{other: True}))
 
 
 @pytest.mark.parametrize("own", [["dense"], ["dense", "query_key_value"], ["all-linear"]])

@@ -256,6 +256,7 @@ def test_kl_is_zero_at_first_whatever_adapter_the_policy_starts_from(
     [
         {"init_lora_weights": "pissa"},
         {"target_modules": ["word_embeddings", "query_key_value"]},
+        {"target_modules": ["word_embeddings"]},
         {"use_dora": True, "use_rslora": True},
         {"target_modules": ["query_key_value"], "modules_to_save": ["dense_h_to_4h"]},
         {"trainable_token_indices": [5, 6, 20]},
