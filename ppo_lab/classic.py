@@ -228,9 +228,11 @@ def generate(
     if length_sampler is not None:
         longest = [int(length_sampler()) for _ in queries]
         kwargs["max_new_tokens"] = max(longest)
+    _check_vocabulary(trainer, query_tensor=queries)
     drawn = _sampling(trainer.sampling, kwargs, batch_size)
-    if drawn.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={drawn.max_new_tokens}: must be at least 1")
+    _check_drawn(drawn, longest)
+    if not 0 <= drawn.pad_id < _rows(trainer):
+        drawn = replace(drawn, pad_id=trainer.sampling.pad_id)  # as `default_sampling` does
     if "max_length" not in kwargs:
         room = [len(query) + drawn.max_new_tokens for query in queries]
         _check_context(trainer, room, f"with its max_new_tokens={drawn.max_new_tokens}")
@@ -334,6 +336,21 @@ def _sampling(sampling: Sampling, kwargs: dict[str, Any], batch_size: int) -> Sa
         batch_size=batch_size or sampling.batch_size,
         foreign=tuple(f"{name}={given[name]!r}" for name in foreign),
     )
+
+
+def _check_drawn(drawn: Sampling, longest: Sequence[int]) -> None:
+    """Refuse numbers that no distribution can be drawn from; `longest` are the most tokens of each
+    response, where they differ.
+
+    Raises:
+        ValueError: naming the keyword.
+    """
+    if (fewest := min(longest, default=drawn.max_new_tokens)) < 1:
+        raise ValueError(f"max_new_tokens={fewest}: must be at least 1")
+    if not 0.0 <= drawn.temperature < float("inf"):
+        raise ValueError(f"temperature={drawn.temperature}: must be a number, at least 0")
+    if not 0.0 < drawn.top_p <= 1.0:
+        raise ValueError(f"top_p={drawn.top_p}: must be above 0 and at most 1")
 
 
 def _answers(
@@ -488,7 +505,7 @@ def _masks(response_masks: Any, responses: Sequence[Tensor]) -> Sequence[Tensor]
 
 
 def _check_vocabulary(trainer: PPOTrainer, **named: Sequence[Tensor]) -> None:
-    size = trainer.policy.trunk.model.get_input_embeddings().weight.shape[0]
+    size = _rows(trainer)
     for name, tensors in named.items():
         for i, ids in enumerate(tensors):
             ids = ids.long()  # of a narrower type the size would wrap around
@@ -497,6 +514,11 @@ def _check_vocabulary(trainer: PPOTrainer, **named: Sequence[Tensor]) -> None:
                 raise ValueError(
                     f"{name}[{i}] holds the token id {wrong[0]}; the model's vocabulary has {size}"
                 )
+
+
+def _rows(trainer: PPOTrainer) -> int:
+    """The tokens that the model's embedding holds."""
+    return trainer.policy.trunk.model.get_input_embeddings().weight.shape[0]
 
 
 def _check_unmerged(trainer: PPOTrainer) -> None:

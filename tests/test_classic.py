@@ -266,6 +266,8 @@ def test_texts_longer_than_the_model_reads_are_refused() -> None:
         made.step(tensors([list(range(3, 12))]), tensors([list(range(3, 12))]), [1.0])
     with pytest.raises(ValueError, match="max_new_tokens=0: must be at least 1"):
         made.generate(tensors([[5]]), max_new_tokens=0)
+    with pytest.raises(ValueError, match="max_new_tokens=0: must be at least 1"):
+        made.generate(tensors([[5], [6]]), length_sampler=iter([3, 0]).__next__)
     assert len(made.generate(tensors([list(range(3, 12))]), max_new_tokens=7)) == 1
 
 
@@ -492,6 +494,35 @@ def test_the_model_itself_cannot_be_its_own_reference() -> None:
             trainer(model, same)
     assert step(trainer(model, policy()))["kl"] == 0.0
     assert any(p.requires_grad for p in model.pretrained_model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [("temperature", -1.0), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.5)],
+)
+def test_numbers_that_nothing_can_be_drawn_by_are_refused(keyword: str, value: float) -> None:
+    """Of a temperature below 0 the likeliest tokens would be the least likely, in `step` too."""
+    made = trainer()
+    with pytest.raises(ValueError, match=rf"^{keyword}={value}: must be"):
+        made.generate(tensors([[5]]), **{keyword: value})
+    assert made.drawn == made.sampling
+
+
+@pytest.mark.parametrize("wrong", [-1, 64])
+def test_generate_refuses_ids_that_the_model_lacks(wrong: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"query_tensor\[1\] holds the token id {wrong}; .* has 64"
+    ):
+        trainer().generate(tensors([[5], [wrong]]))
+
+
+@pytest.mark.parametrize("pad", [-100, 64])
+def test_padding_by_an_id_that_the_model_lacks_changes_nothing(pad: int) -> None:
+    found = [
+        trainer(seed=1).generate(tensors(QUERIES), max_new_tokens=9, pad_token_id=pad_id)
+        for pad_id in (0, pad)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_reference_that_lacks_tokens_of_the_policy_is_refused() -> None:
