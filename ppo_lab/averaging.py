@@ -17,7 +17,8 @@ class MovingAverage:
 
     What single batches made the policy do by chance goes out of it, and with that KL which bought
     no score. Training goes on from the weights themselves. With `decay` 0 it is the weights. A step
-    that was skipped counts too, since nobody need then wait to hear of it.
+    that was skipped counts too, since nobody need then wait to hear of it. The average is float32
+    whatever the weights are: in half precision its small steps would all be lost to rounding.
 
     Source: Polyak and Juditsky 1992, SIAM J. Control Optim. 30(4); Ramé et al. 2024,
         arXiv:2406.16768, for policies under a KL penalty.
@@ -27,7 +28,9 @@ class MovingAverage:
         self.decay, self.steps = decay, 0
         trained = model.named_parameters() if decay else ()
         self.weights = {name: p for name, p in trained if p.requires_grad}
-        self.average = {name: p.detach().clone() for name, p in self.weights.items()}
+        self.average = {
+            name: p.detach().to(torch.float32, copy=True) for name, p in self.weights.items()
+        }
 
     def update(self) -> None:
         """Take in the weights after an optimizer step, taken or skipped."""
@@ -35,7 +38,11 @@ class MovingAverage:
             return
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         averages, weights = list(self.average.values()), list(self.weights.values())
-        get_ema_multi_avg_fn(decay)(averages, [p.detach() for p in weights], self.steps)
+        if all(p.dtype == torch.float32 for p in weights):
+            get_ema_multi_avg_fn(decay)(averages, [p.detach() for p in weights], self.steps)
+        else:
+            for average, p in zip(averages, weights, strict=True):  # widened one at a time
+                average.lerp_(p.detach().float(), 1.0 - decay)
         self.steps += 1
 
     @contextmanager

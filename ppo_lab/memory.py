@@ -22,7 +22,7 @@ from ppo_lab.errors import ConfigError
 from ppo_lab.models.loading import choose_dtype, load_config
 from ppo_lab.optim import is_8bit
 from ppo_lab.plan.architecture import architecture_of, blueprint
-from ppo_lab.plan.memory import SHARE_OF_FREE, moment_bytes, standing_bytes
+from ppo_lab.plan.memory import SHARE_OF_FREE, average_bytes, moment_bytes, standing_bytes
 from ppo_lab.plan.trace import peak_bytes
 from ppo_lab.processes import launch
 from ppo_lab.rewards.loading import classifier_bytes
@@ -122,9 +122,10 @@ def check_fits(config: Config, device: str, *, processes: int = 1) -> None:
         return
     dtype = choose_dtype(config.model.dtype, torch.device("cpu"))
     model = blueprint(load_config(config.model), config.model, config.lora, dtype=dtype)
-    need = standing_bytes(architecture_of(model), adam=config.ppo.adam)
-    if config.ppo.ema_decay and not config.lora.r:
-        need["moving average"] = need["weights"]
+    sizes = architecture_of(model)
+    need = standing_bytes(sizes, adam=config.ppo.adam)
+    if config.ppo.ema_decay:
+        need["moving average"] = average_bytes(sizes)
     if isinstance(config.critic, ModelCritic):
         need["critic"] = critic_bytes(config)
     free, total = free_bytes(), processes * sum(need.values())

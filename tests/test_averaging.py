@@ -34,6 +34,21 @@ def test_an_average_by_hand_and_the_weights_back_in_their_place() -> None:
     assert model.weight.item() == 2.0
 
 
+def test_an_average_of_half_precision_weights_moves_by_less_than_their_rounding() -> None:
+    model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    nn.init.constant_(model.weight, 1.0)
+    average = MovingAverage(model, decay=0.99)
+    average.steps = 10_000  # from where on it is the decay that counts
+    nn.init.constant_(model.weight, 1.0625)
+    for _ in range(100):
+        average.update()
+    expected = 1.0625 - 0.0625 * 0.99**100
+    assert_close(average.average["weight"].item(), expected, rtol=1e-5, atol=0.0)
+    with average.in_place():
+        assert_close(model.weight.item(), expected, rtol=2**-8, atol=0.0)
+    assert model.weight.item() == 1.0625
+
+
 def test_without_a_decay_there_is_no_average() -> None:
     made = trainer()
     step(made)

@@ -7,7 +7,14 @@ from typing import NamedTuple
 from ppo_lab.models.logprobs import TILE
 from ppo_lab.plan import work
 from ppo_lab.plan.architecture import Architecture
-from ppo_lab.plan.memory import Memory, cache_bytes, critic_bytes, standing_bytes, update_bytes
+from ppo_lab.plan.memory import (
+    Memory,
+    average_bytes,
+    cache_bytes,
+    critic_bytes,
+    standing_bytes,
+    update_bytes,
+)
 from ppo_lab.plan.rehearsal import Held
 from ppo_lab.plan.subject import Subject, seen
 from ppo_lab.plan.work import Amount, Work
@@ -106,7 +113,7 @@ def memory_of(subject: Subject, peaks: Peaks, around: dict[str, float]) -> Memor
     of, load, config = subject.of, subject.workload, subject.config
     standing = standing_bytes(of, adam=config.ppo.adam, in_4_bits=config.model.load_in_4bit)
     if config.ppo.ema_decay:
-        standing["moving average"] = float(of.trained_bytes)
+        standing["moving average"] = average_bytes(of)
     if subject.rewards:
         standing["reward model"] = float(sum(reward.weight_bytes for reward in subject.rewards))
     if subject.critic:

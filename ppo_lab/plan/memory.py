@@ -65,6 +65,11 @@ def moment_bytes(weights: int, size: int, *, in_8_bits: bool = False) -> float:
     return MOMENTS_IN_8_BITS * weights if in_8_bits else 2.0 * size
 
 
+def average_bytes(of: Architecture) -> float:
+    """Bytes of the policy's moving average, which is float32."""
+    return 4.0 * of.trained
+
+
 def critic_bytes(of: Architecture, *, adam: str = "torch") -> float:
     """Bytes of a critic of its own, which is trained whole: weights, gradients, Adam's moments."""
     size = of.weight_bytes
