@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from rich.console import Console
 from test_cli import command as cli
 from tiny_models import causal_lm, lora_config, policy, ragged, train_adapter, trainer
 from tiny_runs import command, inputs, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     DeepseekV3Config,
     FalconConfig,
@@ -44,7 +47,7 @@ from ppo_lab.plan.check import CASES, Held, check
 from ppo_lab.plan.devices import DEVICES, named
 from ppo_lab.plan.estimate import Plan, plan_of
 from ppo_lab.plan.graphs import Recorded, recorded_by, records_again
-from ppo_lab.plan.heads import HeadShape, logprob_bytes
+from ppo_lab.plan.heads import HeadShape, logprob_bytes, logprob_seconds, sampling_bytes
 from ppo_lab.plan.machine import product_rate
 from ppo_lab.plan.meter import Meter
 from ppo_lab.plan.parallel import fitting, ways
@@ -705,6 +708,33 @@ def test_a_measurement_is_believed_for_a_while(
     monkeypatch.setattr(measured_module, "BELIEVED_S", 0.0)
     plan_of(config, Target())
     assert len(made) == 2
+
+
+class Only(TorchDispatchMode):
+    """Notes on which devices operations work, but for those on single numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, found)) if isinstance(x, torch.Tensor)]
+        self.seen |= {x.device.type for x in tensors if x.dim()}
+        return found
+
+
+def test_what_is_measured_lies_where_the_run_will() -> None:
+    """Not on the host of a GPU. The meta device stands for one here: it is no CPU either."""
+    head = HeadShape(600, 16, trained=True, dtype=torch.float32, device="meta")
+    with Only() as used:
+        sampling_bytes(head, 3)
+        logprob_bytes(head, 5, gradients=True)
+        logprob_seconds(head, 5, gradients=True)
+    assert used.seen == {"meta"}
+    mini: Any = SimpleNamespace(policy=SimpleNamespace(device=torch.device("meta")))
+    tokens = Rehearsal(mini, mini, 1)._tokens_of([Row(3, 2)])
+    assert tokens.queries.device.type == tokens.responses.device.type == "meta"
 
 
 @pytest.mark.parametrize("part", ["processor", "gpu"])

@@ -29,12 +29,13 @@ FEW_COLUMNS = 8
 
 @dataclass(frozen=True)
 class HeadShape:
-    """A head, and whether it is trained itself."""
+    """A head, whether it is trained itself, and where it is to be measured."""
 
     vocabulary: int
     hidden: int
     trained: bool
     dtype: torch.dtype
+    device: str = "cpu"
 
 
 def sampling_seconds(head: HeadShape, rows: int) -> float:
@@ -44,8 +45,8 @@ def sampling_seconds(head: HeadShape, rows: int) -> float:
     with torch.no_grad():
         logits = seconds_of(lambda: whole.logits(hidden)) * head.vocabulary / len(weight)
         some = max(1, min(rows, MOST_DRAWN // head.vocabulary))
-        z = torch.randn(some, head.vocabulary)
-        uniforms = torch.full((some, LEVELS), 0.5, dtype=torch.float64)
+        z = torch.randn(some, head.vocabulary, device=head.device)
+        uniforms = _uniforms(head, some)
         return logits + seconds_of(lambda: draw_from(z, uniforms)) * rows / some
 
 
@@ -56,7 +57,7 @@ def logprob_seconds(head: HeadShape, tokens: int, *, gradients: bool) -> float:
     weight, hidden = _slice(head, some)
     weight.requires_grad_(gradients and head.trained)
     hidden.requires_grad_(gradients)
-    targets = torch.arange(some) % columns
+    targets = torch.arange(some, device=head.device) % columns
     whole = Head(torch.empty(head.vocabulary, 0, device="meta"))
     twice = gradients and head.trained and walks_twice(whole, tokens)
 
@@ -83,12 +84,13 @@ def full_kl_seconds(head: HeadShape, tokens: int) -> float:
 
 def logprob_bytes(head: HeadShape, tokens: int, *, gradients: bool) -> int:
     """The most that log-probs of so many tokens hold, the head's own gradient left out."""
-    weight = torch.zeros(head.vocabulary, FEW_COLUMNS, dtype=head.dtype)
+    weight = torch.zeros(head.vocabulary, FEW_COLUMNS, dtype=head.dtype, device=head.device)
     weight.requires_grad_(gradients and head.trained)
-    hidden = torch.zeros(tokens, FEW_COLUMNS, requires_grad=gradients)
+    hidden = torch.zeros(tokens, FEW_COLUMNS, requires_grad=gradients, device=head.device)
+    targets = torch.zeros(tokens, dtype=torch.long, device=head.device)
     tracker = tracked()
     with torch.set_grad_enabled(gradients), tracker as live:
-        found = _any_road(hidden, Head(weight), torch.zeros(tokens, dtype=torch.long))
+        found = _any_road(hidden, Head(weight), targets)
         if gradients:
             found.backward(torch.ones_like(found))
     own = [t.grad for t in (weight, hidden) if t.grad is not None]
@@ -98,9 +100,9 @@ def logprob_bytes(head: HeadShape, tokens: int, *, gradients: bool) -> int:
 
 def sampling_bytes(head: HeadShape, rows: int) -> int:
     """The most that drawing a token for each row holds, logits included."""
-    hidden = torch.zeros(rows, FEW_COLUMNS, dtype=head.dtype)
-    uniforms = torch.full((rows, LEVELS), 0.5, dtype=torch.float64)
-    whole = Head(torch.zeros(head.vocabulary, FEW_COLUMNS, dtype=head.dtype))
+    at = {"dtype": head.dtype, "device": head.device}
+    hidden, uniforms = torch.zeros(rows, FEW_COLUMNS, **at), _uniforms(head, rows)
+    whole = Head(torch.zeros(head.vocabulary, FEW_COLUMNS, **at))
     with torch.no_grad(), tracked() as live:
         draw_from(whole.logits(hidden), uniforms)
     return live.peak()
@@ -108,10 +110,14 @@ def sampling_bytes(head: HeadShape, rows: int) -> int:
 
 def _slice(head: HeadShape, rows: int) -> tuple[Tensor, Tensor]:
     """A part of the head's weight, and hidden states: small numbers, and no two rows alike."""
-    block = torch.randn(256, head.hidden) * 0.02
+    block = torch.randn(256, head.hidden, device=head.device) * 0.02
     columns = min(head.vocabulary, SLICE)
     weight = block.repeat(-(-columns // 256), 1)[:columns].to(head.dtype)
-    return weight, torch.randn(rows, head.hidden)
+    return weight, torch.randn(rows, head.hidden, device=head.device)
+
+
+def _uniforms(head: HeadShape, rows: int) -> Tensor:
+    return torch.full((rows, LEVELS), 0.5, dtype=torch.float64, device=head.device)
 
 
 def _any_road(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def estimate_here(subject: Subject) -> Estimate:
     room = free_bytes() + around.get("Python and libraries", 0) if on_cpu else _gpu_bytes()
     found = measured(
         lambda: _rehearsal(subject, device),
-        subject.head,
+        replace(subject.head, device=device),
         subject.workload,
         key=_key(subject),
         pass_tokens=PASS_TOKENS,
@@ -54,7 +54,7 @@ def estimate_here(subject: Subject) -> Estimate:
         if on_cpu
         else CUDA_HOLES * memory.tensors,
     )
-    return Estimate(memory, room, _measured_phases(subject, found))
+    return Estimate(memory, room, _measured_phases(subject, found, device))
 
 
 def _rehearsal(subject: Subject, device: str) -> Rehearsal:
@@ -77,7 +77,7 @@ def _rehearsal(subject: Subject, device: str) -> Rehearsal:
     return Rehearsal(one, two, subject.of.matrices // subject.of.layers)
 
 
-def _measured_phases(subject: Subject, found: Measured) -> dict[str, Phase]:
+def _measured_phases(subject: Subject, found: Measured, device: str) -> dict[str, Phase]:
     load, of = subject.workload, subject.of
     counted = work_of(subject)
     epoch = sum(map(seen, load.passes())) / seen(subject.largest_pass)
@@ -102,7 +102,7 @@ def _measured_phases(subject: Subject, found: Measured) -> dict[str, Phase]:
     rate = (counted["reference"].flops - exact) / seconds["reference"]
     seconds["score"] = counted["score"].flops / rate
     if exact:
-        seconds["reference"] += _full_kl_seconds(subject, found)
+        seconds["reference"] += _full_kl_seconds(subject, found, device)
     if subject.critic:
         seconds["reference"] += critic_work(subject, reading=True).flops / rate
         seconds["update"] += critic_work(subject, reading=False).flops / rate
@@ -120,7 +120,7 @@ def _measured_phases(subject: Subject, found: Measured) -> dict[str, Phase]:
     }
 
 
-def _full_kl_seconds(subject: Subject, found: Measured) -> float:
+def _full_kl_seconds(subject: Subject, found: Measured, device: str) -> float:
     """Seconds of the exact KL: two more passes through the trunk, and the vocabulary of both."""
     load, of = subject.workload, subject.of
     reading = load.reading(PASS_TOKENS)
@@ -128,7 +128,7 @@ def _full_kl_seconds(subject: Subject, found: Measured) -> float:
     scored = sum(row.response for row in load.rows)
     layers = of.reached if subject.config.ppo.cache_trunk else of.layers
     trunks = 2 * passes * found.reading.at(layers)
-    return trunks + full_kl_seconds(subject.head, scored)
+    return trunks + full_kl_seconds(replace(subject.head, device=device), scored)
 
 
 def _reading_a_layer(subject: Subject, found: Measured) -> float:

@@ -138,7 +138,7 @@ class Rehearsal:
     def held(self, rows: Sequence[Row]) -> Held:
         """What a pass over these rows holds."""
         some, factor = self._some(rows, passes=4)
-        tokens = tokens_of(some, VOCABULARY_OF_A_MINIATURE)
+        tokens = self._tokens_of(some)
         pairs = zip(self.one.held(tokens), self.two.held(tokens), strict=True)
         return Held(*(ByDepth.of(a, b) for a, b in pairs)).times(factor)
 
@@ -171,8 +171,12 @@ class Rehearsal:
         self, rows: Sequence[Row], work: Callable[[Miniature, Tokens], None], *, passes: int
     ) -> ByDepth:
         some, factor = self._some(rows, passes=passes)
-        tokens = tokens_of(some, VOCABULARY_OF_A_MINIATURE)
+        tokens = self._tokens_of(some)
         return self._both(lambda mini: work(mini, tokens)).times(factor)
+
+    def _tokens_of(self, rows: Sequence[Row]) -> Tokens:
+        """Tokens of these lengths, where the miniatures are."""
+        return tokens_of(rows, VOCABULARY_OF_A_MINIATURE).to(self.one.policy.device)
 
     def _both(self, work: Callable[[Miniature], object]) -> ByDepth:
         one, two = (seconds_of(lambda mini=mini: work(mini)) for mini in (self.one, self.two))  # type: ignore[misc]
