@@ -85,9 +85,15 @@ class _Lines:
         self.path = path
         self.waiting: list[str] = []
         self._whole = 0
+        self._resume_step: int | None = None  # while the older rows have not been gone over
 
     def start(self, *, resume_step: int | None) -> None:
-        """Empty; or the older rows up to `resume_step`."""
+        """Empty; or the older rows up to `resume_step`.
+
+        Raises:
+            OSError: when the disk refuses; the file is as it was, and the next rows try again.
+        """
+        self._resume_step = resume_step
         if resume_step is None:
             assert not self.path.exists(), f"{self.path}: a new run would lose these rows"
             return
@@ -95,7 +101,7 @@ class _Lines:
             row for row in read_json_lines(self.path) if row.get("step", math.inf) <= resume_step
         ]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._whole = self.path.stat().st_size
+        self._whole, self._resume_step = self.path.stat().st_size, None
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write these rows after those that are still waiting.
@@ -104,6 +110,8 @@ class _Lines:
             OSError: when the disk refuses; the rows then wait.
         """
         self.waiting += [json.dumps(strict(row), allow_nan=False) + "\n" for row in rows]
+        if self._resume_step is not None:
+            self.start(resume_step=self._resume_step)
         if not self.waiting:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)

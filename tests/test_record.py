@@ -77,6 +77,28 @@ def test_the_summary_is_strict_json_with_the_status_and_leaves_no_scraps(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
+def test_a_disk_that_is_full_when_a_run_goes_on_costs_no_earlier_row(tmp_path, monkeypatch):
+    record = JsonLines(tmp_path)
+    for step in range(1, 8):
+        record.log({"kl": float(step)}, step)
+        record.log_samples([Sample("p", "r", float(step))], step)
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    said: list[str] = []
+    with monkeypatch.context() as refusing:
+        refusing.setattr("ppo_lab.record.write_atomically", full)
+        resumed = JsonLines(tmp_path, resume_step=5, say=said.append)
+        resumed.log({"kl": 6.0}, 6)
+        assert steps(tmp_path) == list(range(1, 8))
+    resumed.log({"kl": 7.0}, 7)
+    resumed.finish("finished", {})
+    assert steps(tmp_path) == list(range(1, 8))
+    assert steps(tmp_path, "samples.jsonl") == [1, 2, 3, 4, 5]
+    assert len(said) == 1
+
+
 def test_a_resumed_run_has_no_summary_until_it_ends(tmp_path):
     JsonLines(tmp_path).finish("preempted", {})
     JsonLines(tmp_path, resume_step=0)
