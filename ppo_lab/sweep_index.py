@@ -83,7 +83,7 @@ def states(sweep: Path) -> list[RunState]:
     known, planned = read(sweep)
     folders = {path.relative_to(sweep).as_posix(): path for path in run_folders(sweep)}
     found = [_agreed(path, known.get(name), name) for name, path in folders.items()]
-    append(sweep, [new for new in found if new.mark and new.mark != _mark(known, new)])
+    append(sweep, [new for new in found if _is_news(new, known.get(new.run))])
     return sorted([*found, *_missing(planned or [], found)], key=lambda s: numerically(s.run))
 
 
@@ -144,8 +144,12 @@ def _agreed(folder: Path, known: RunState | None, name: str) -> RunState:
     return replace(known, status=status, reason=reason)
 
 
-def _mark(known: dict[str, RunState], state: RunState) -> tuple[int, ...]:
-    return known[state.run].mark if state.run in known else ()
+def _is_news(state: RunState, known: RunState | None) -> bool:
+    """Whether a summary is to be put into the index: not that which a run left before it went on,
+    whose line would say that it is running as long as the summary is there.
+    """
+    before = known.mark if known else ()
+    return state.status != "running" and state.mark not in ((), before)
 
 
 def _missing(planned: Plan, found: Iterable[RunState]) -> Iterator[RunState]:

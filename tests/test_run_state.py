@@ -261,6 +261,16 @@ def test_a_folder_that_says_otherwise_is_believed_and_the_index_put_right(sweep:
     assert read(sweep)[0]["1"].status == "finished"
 
 
+def test_a_run_seen_as_it_goes_on_and_killed_before_it_logs_is_not_running(tmp_path: Path) -> None:
+    (tmp_path / "multirun.yaml").write_text("hydra: {}")
+    folder = ended(tmp_path / "0", "seed=0", status="failed", reason="NaN")
+    append(tmp_path, [RunState("0", "running", ("seed=0",))])
+    with holder(folder) as process:  # whose summary is still that of before
+        assert fates(tmp_path) == {"0": "running"}
+        process.kill()
+    assert fates(tmp_path) == {"0": "failed"}
+
+
 def test_after_a_torn_line_the_next_one_is_whole(tmp_path: Path) -> None:
     append(tmp_path, [RunState("0", "finished")])
     with (tmp_path / INDEX).open("ab") as file:
