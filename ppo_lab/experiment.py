@@ -32,6 +32,7 @@ from ppo_lab.continuation import (
     random_state,
     restore,
     seed_random_state,
+    set_random_state,
     summarised,
 )
 from ppo_lab.errors import ConfigError
@@ -282,12 +283,16 @@ def build(
         shuffle=config.data.shuffle,
     )
     begun = processes.from_main(lambda: find(config.resume, folder)) if config.resume else None
-    trackers = make_trackers(asked, folder, overrides, begun, is_main=processes.is_main)
-    keeper = Keeper(config.checkpoint, folder, trackers.say)
-    lab = Lab(config, folder, trainer, stream, evaluator, trackers, keeper, start, processes)
+    keeper, none = Keeper(config.checkpoint, folder, say), Composite([], say=say)
+    lab = Lab(config, folder, trainer, stream, evaluator, none, keeper, start, processes)
     seed_random_state(config.seed)  # again: libraries draw numbers while they are first imported
     if begun:
         go_on(lab, begun)
+    numbers = random_state()
+    # Not before: trackers change what a run has left, and one that is refused keeps all of it.
+    trackers = make_trackers(asked, folder, overrides, begun, is_main=processes.is_main)
+    lab.trackers, keeper.say = trackers, trackers.say
+    set_random_state(numbers)
     return lab
 
 

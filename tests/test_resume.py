@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ppo_lab.resume import (
 )
 from ppo_lab.run_lock import alone_in
 from ppo_lab.run_state import WORK
+from ppo_lab.wandb_mirror import THREAD_NAME
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Could not find a config file:UserWarning"  # PEFT, of a model that has no folder
@@ -36,6 +38,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 # Two evaluations come before the first iteration (policy and reference), one every two iterations.
 CALLS_BEFORE_THE_FIFTH_ITERATION = 2 + 4 + 2
+RESULTS = ("metrics.jsonl", "samples.jsonl", "summary.json")
 
 
 @pytest.fixture(autouse=True)
@@ -318,8 +321,31 @@ def test_other_prompts_in_the_same_file_are_noticed(
     recorded = folder / ".hydra/config.yaml"
     recorded.write_text(recorded.read_text().replace(config.data.path, str(data)))
     moved = replace(config, data=replace(config.data, path=str(data)))
+    (folder / "summary.json").write_text('{"status": "preempted", "steps": 7}')
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7}\n')
+    kept = {name: (folder / name).read_bytes() for name in RESULTS}
     with pytest.raises(ConfigError, match="the prompts are not those"):
         run(moved, folder)
+    assert {name: (folder / name).read_bytes() for name in RESULTS} == kept
+
+
+def test_a_run_that_may_not_go_on_after_all_leaves_wandb_to_the_next_in_the_process(
+    again: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config, folder = again
+    config = replace(config, tracking=replace(config.tracking, type="wandb"))
+    monkeypatch.setattr("ppo_lab.experiment.restore", refused)
+    with pytest.raises(ConfigError, match="not to be"):
+        run(config, folder)
+    assert THREAD_NAME not in {thread.name for thread in threading.enumerate()}
+    assert not (folder / "wandb").exists()
+
+
+def refused(*_: object) -> None:
+    raise ConfigError("not to be")
 
 
 def test_checkpoints_behind_a_link_are_refused(again: tuple[Any, Path], tmp_path: Path) -> None:
