@@ -8,6 +8,7 @@ vocabulary and tokens alone, so that a head of few columns tells them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ def logprob_bytes(head: HeadShape, tokens: int, *, gradients: bool) -> int:
 
 def sampling_bytes(head: HeadShape, rows: int) -> int:
     """The most that drawing a token for each row holds, logits included."""
-    at = {"dtype": head.dtype, "device": head.device}
+    at: Any = {"dtype": head.dtype, "device": head.device}
     hidden, uniforms = torch.zeros(rows, FEW_COLUMNS, **at), _uniforms(head, rows)
     whole = Head(torch.zeros(head.vocabulary, FEW_COLUMNS, **at))
     with torch.no_grad(), tracked() as live:
