@@ -210,8 +210,12 @@ class WandbTracker:
         parts = self._earlier_parts("offline-run") if run.offline else {}
         later = f"{why}; upload: wandb sync {' '.join(map(shell_path, _to_upload(parts, run)))}"
         self._tell(f"W&B: {mode}, {later if mode == 'offline' else run.url}")
-        self._sent_through = self._held(run, parts)
-        self._prepare(run)
+        try:
+            self._sent_through = self._held(run, parts)
+            self._prepare(run)
+        except Exception:
+            run.finish(exit_code=1)  # left open, it would take the rows of this process's next run
+            raise
         return run
 
     def _earlier_parts(self, kind: str) -> dict[Path, int]:
@@ -307,23 +311,26 @@ class WandbTracker:
         return not (self._aside and self._aside.is_alive())
 
     def _end(self, run: Any, status: str, summary: Mapping[str, Any]) -> None:
-        run.summary.update(_flat({**summary, "status": status}))
-        model = self.folder / "model"
-        if self._is_free(self._aside_timeout):
-            self._send_samples(run)
-            if self._is_free(self._aside_timeout) and self.section.log_model and model.is_dir():
-                self._go_aside(lambda: _send_model(run, model, status))
-                self._is_free(self._aside_timeout)
         # A run that a sweep ends early is done; any other that was preempted waits to be resumed.
         stopped = status == "preempted" and not ended_by_agent(str(summary.get("reason", "")))
-        if stopped:
-            run.mark_preempting()
+        self._try(lambda: self._send_last(run, {**summary, "status": status}, stopped=stopped))
         try:
             run.finish(exit_code=1 if stopped or status == "failed" else 0)
         except TimeoutError:  # the client has said it; `wandb sync` sends the rest
             return
         if not run.offline:
             _mark_as_sent(self.folder / "wandb", run.id)
+
+    def _send_last(self, run: Any, summary: Mapping[str, Any], *, stopped: bool) -> None:
+        run.summary.update(_flat(summary))
+        model = self.folder / "model"
+        if self._is_free(self._aside_timeout):
+            self._send_samples(run)
+            if self._is_free(self._aside_timeout) and self.section.log_model and model.is_dir():
+                self._go_aside(lambda: _send_model(run, model, str(summary["status"])))
+                self._is_free(self._aside_timeout)
+        if stopped:
+            run.mark_preempting()
 
 
 @contextmanager

@@ -285,6 +285,22 @@ def test_what_did_not_arrive_in_time_is_left_to_be_sent(server, logged_out, monk
     assert not list((logged_out / "wandb").glob("*/*.synced"))
 
 
+@pytest.mark.parametrize("broken", ["_prepare", "_send_last"])
+def test_a_mirror_that_breaks_leaves_no_open_run_to_the_next(
+    server, logged_out, monkeypatch, tmp_path, broken
+):
+    def breaks(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as context:
+        context.setattr(WandbTracker, broken, breaks)
+        said, _, _ = train(logged_out, range(1, 3))
+    assert "RuntimeError: a bug" in said[-1]
+    train(tmp_path / "next", range(1, 4), config={**CONFIG, "seed": 7})
+    runs = server.recorded()["runs"].values()
+    assert [arrived(run) for run in runs if run["config"]["seed"] == 7] == [[1, 2, 3]]
+
+
 @pytest.mark.parametrize(("stated", "found"), [("", "from-env"), ("mine", "mine")])
 def test_the_project_is_the_environment_s_where_none_is_named(
     server, logged_out, monkeypatch, stated, found
