@@ -36,6 +36,7 @@ TABLE_TIMEOUT = 5.0
 ARTIFACT_TIMEOUT = 120.0
 LONGEST_NAME = 128  # characters, by W&B's own rule
 THREAD_NAME = "ppo_lab-wandb"
+HOME = "wandb_project"  # the file in a run's folder that says where the server keeps it
 
 
 def uploaded_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,6 +92,16 @@ def run_id(folder: Path, chosen: str = "") -> str:
         with suppress(OSError):
             write_atomically(folder / WANDB_ID, found + "\n")
     return found
+
+
+def home_of(folder: Path) -> tuple[str, str]:
+    """Entity and project of a run that the server has, empty where it has none: an agent's
+    environment, say, is not there when the run goes on by hand.
+    """
+    with suppress(OSError):
+        entity, _, project = (folder / HOME).read_text().strip().rpartition("/")
+        return entity, project
+    return "", ""
 
 
 class WandbTracker:
@@ -210,6 +221,9 @@ class WandbTracker:
         parts = self._earlier_parts("offline-run") if run.offline else {}
         later = f"{why}; upload: wandb sync {' '.join(map(shell_path, _to_upload(parts, run)))}"
         self._tell(f"W&B: {mode}, {later if mode == 'offline' else run.url}")
+        if not run.offline:
+            with suppress(OSError):
+                write_atomically(self.folder / HOME, f"{run.entity}/{run.project}\n")
         try:
             self._sent_through = self._held(run, parts)
             self._prepare(run)
@@ -229,8 +243,12 @@ class WandbTracker:
 
     def _options(self, wandb: Any, mode: str) -> dict[str, Any]:
         section, sweep = self.section, os.environ.get("WANDB_SWEEP_ID")
-        project = section.project or os.environ.get("WANDB_PROJECT") or "ppo_lab"
-        own = {"project": project, "entity": section.entity, "id": run_id(self.folder, section.id)}
+        entity, project = home_of(self.folder) if self._resumed else ("", "")
+        own = {
+            "project": section.project or project or os.environ.get("WANDB_PROJECT") or "ppo_lab",
+            "entity": section.entity or ("" if section.project else entity),
+            "id": run_id(self.folder, section.id),
+        }
         goes_on = bool(sweep or self._resumed or not section.id)
         group = section.group or os.environ.get("WANDB_RUN_GROUP") or (sweep and f"sweep-{sweep}")
         return {

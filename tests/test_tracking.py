@@ -333,6 +333,23 @@ def test_inside_a_sweep_the_agent_names_the_run_and_the_group_is_the_sweeps(
     assert (logged_out / "wandb_run_id").read_text() == "byagent1\n"
 
 
+def test_a_run_of_a_sweep_that_goes_on_by_hand_stays_in_its_project(
+    server, logged_out, monkeypatch
+):
+    import wandb
+
+    with monkeypatch.context() as agent:
+        agent.setenv("WANDB_SWEEP_ID", "sw33p")
+        agent.setenv("WANDB_RUN_ID", "byagent2")
+        agent.setenv("WANDB_PROJECT", "sweeps")
+        train(logged_out, range(1, 4), status="preempted")
+    wandb.teardown()  # as a new process would begin
+    said, _, _ = train(logged_out, range(4, 6), resume_step=3)
+    assert said[0].startswith("W&B: online")
+    run = only_run(server)
+    assert (run["project"], arrived(run)) == ("sweeps", [1, 2, 3, 4, 5])
+
+
 def test_a_run_of_a_sweep_whose_scheduler_warned_it_is_to_be_handed_out_again(
     server, logged_out, monkeypatch
 ):
