@@ -31,6 +31,7 @@ from ppo_lab.config import Config
 from ppo_lab.errors import ConfigError
 from ppo_lab.processes.launch import is_main
 from ppo_lab.record import to_stderr, write_atomically, write_summary
+from ppo_lab.resume import sources
 from ppo_lab.run_lock import in_use
 from ppo_lab.run_state import (
     RECORD,
@@ -76,9 +77,20 @@ def resumed_sweep(argv: Sequence[str]) -> list[str]:
     if any(key_of(text) == "hydra.sweep.dir" for text in argv):
         return kept
     for record in sorted(Path().glob(SWEEPS), key=lambda file: file.stat().st_mtime, reverse=True):
-        if settings(overrides_in(record)) == settings(argv):
+        if settings(overrides_in(record)) == settings(argv) and _is_of(record, argv):
             return [*kept, f"hydra.sweep.dir={quoted(record.parent)}"]
     raise ConfigError("resume=true: outputs/multirun holds no sweep by this command; leave it out")
+
+
+def _is_of(record: Path, argv: Sequence[str]) -> bool:
+    """Whether a sweep's configuration came from where a command line says: --config-name, say."""
+    said = (text.partition("=") for text in argv if text.startswith("--config-"))
+    asked = {
+        f"{flag}={Path(value).absolute() if flag == '--config-dir' else value}"
+        for flag, _, value in said
+    } - {"--config-name=config"}
+    found = yaml.load(record.read_bytes(), Loader=_LOADER)  # noqa: S506 (the safe loader, in C)
+    return asked == set(sources(found["hydra"], ()))
 
 
 def with_search_defaults(argv: Sequence[str], *, direction: str = "maximize") -> list[str]:

@@ -115,7 +115,7 @@ def resumed_command(argv: Sequence[str]) -> list[str]:
         leave_shell_for(hydra["runtime"]["cwd"])
     return [
         *flags,
-        *_sources(hydra, flags),
+        *sources(hydra, flags),
         *kept,
         *given,
         f"resume={quoted(checkpoint)}",
@@ -157,7 +157,7 @@ def record_again(folder: Path, config: Config, overrides: Sequence[str]) -> None
     write_atomically(folder / RECORD / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
 
-def _sources(hydra: Mapping[str, Any], flags: Sequence[str]) -> Iterator[str]:
+def sources(hydra: Mapping[str, Any], flags: Sequence[str]) -> Iterator[str]:
     """The flags that say where a run's configuration came from, but for those given anew."""
     given = {flag.partition("=")[0] for flag in flags}
     name = hydra.get("job", {}).get("config_name")

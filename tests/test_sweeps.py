@@ -385,6 +385,25 @@ def test_the_same_command_finds_its_sweep_again(
         resumed_sweep(["-m", "seed=0,1,2", "ppo.steps=3", "resume=true"])
 
 
+def test_a_sweep_of_another_configuration_is_not_the_same_command_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = recorded_sweep(tmp_path, "seed=0,1")
+    file = place / "multirun.yaml"
+    record = yaml.safe_load(file.read_text())
+    record["hydra"]["job"] = {"config_name": "mine"}
+    own = {"provider": "command-line", "path": str(tmp_path / "conf")}
+    record["hydra"]["runtime"] = {"config_sources": [own]}
+    file.write_text(yaml.safe_dump(record))
+    flags = ["--config-name=mine", "--config-dir=conf"]
+    command = ["-m", "seed=0,1", "resume=true"]
+    assert resumed_sweep([*flags, *command])[-1] == f"hydra.sweep.dir={place}"
+    for others in ([], flags[:1], ["--config-name=other", flags[1]]):
+        with pytest.raises(ConfigError, match="holds no sweep by this command"):
+            resumed_sweep([*others, *command])
+
+
 def test_only_a_sweep_of_hydras_own_goes_on_by_resume_true() -> None:
     with pytest.raises(ConfigError, match="needs -m"):
         resumed_sweep(["resume=true"])
