@@ -334,6 +334,21 @@ def test_the_listing_tells_counts_objectives_settings_and_reasons(
     assert lines[7] == "3 missing seed=3 not begun"
 
 
+def test_runs_are_listed_by_number_and_the_highest_objective_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "multirun.yaml").write_text("hydra: {}")
+    for number, objective in ((10, -1.0), (9, 2.5), (2, 0.5)):
+        ended(tmp_path / str(number), f"seed={number}", objective=objective)
+    main([str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "highest objective: 2.5, run 9\n" in said
+    rows = [line.split()[0] for line in said.splitlines() if "seed=" in line]
+    assert rows == ["2", "9", "10"]
+    main([str(tmp_path / "9")])
+    assert "highest" not in capsys.readouterr().out
+
+
 def test_a_search_before_its_first_run_is_listed_beside_the_others(
     sweep: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:

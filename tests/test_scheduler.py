@@ -20,8 +20,9 @@ from tiny_runs import outcome, tiny
 
 from ppo_lab import checkpoint, gpus
 from ppo_lab.config import Config, conf_folder
+from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import run
-from ppo_lab.folders import OneRun, OwnFolder
+from ppo_lab.folders import OneRun, OwnFolder, begin_in, check_new_sweep
 from ppo_lab.multirun import Sweep, planned, unfinished, what_is_missing
 from ppo_lab.run_lock import alone_in, in_use
 from ppo_lab.run_state import RunState, read_summary
@@ -267,6 +268,19 @@ def test_a_folder_that_was_chosen_and_that_of_an_agents_run_are_taken_as_they_ar
     assert config.hydra.run.dir == f"{tmp_path}/run1"
 
 
+def test_a_folder_in_which_somebody_works_is_refused_before_there_is_any_work(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "0"
+    folder.mkdir()
+    with alone_in(folder):
+        with pytest.raises(ConfigError, match=r"holds runs of a sweep already \(0\)"):
+            check_new_sweep(tmp_path)
+        with pytest.raises(ConfigError, match="another process is training"):
+            begin_in(folder, new=True)
+    check_new_sweep(tmp_path)
+
+
 def test_a_job_that_is_requeued_may_go_on_in_the_folder_of_its_run_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -330,6 +344,12 @@ def test_a_resumed_sweep_knows_its_runs_by_their_settings_though_it_has_grown(
         ["seed=3", "resume=true", "hydra.sweep.subdir=4"],
     ]
     assert "run 2 is left alone, somebody is at work: on node7" in capsys.readouterr().err
+
+
+def test_a_new_run_of_a_resumed_sweep_takes_no_folder_of_a_sweep_that_was_larger() -> None:
+    found = [RunState(str(n), "finished", (f"seed={n}",)) for n in range(3)]
+    left = list(unfinished([["seed=9"], ["seed=8"]], found, numbered=True))
+    assert left == [["seed=9", "hydra.sweep.subdir=3"], ["seed=8", "hydra.sweep.subdir=4"]]
 
 
 def test_a_run_that_others_are_at_work_on_is_not_called_failed(tmp_path: Path) -> None:
