@@ -34,6 +34,7 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer, GenerationConfig
 
 from ppo_lab import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_lab.classic import _until
 from ppo_lab.models.critic import Critic
 
 
@@ -623,6 +624,24 @@ def test_what_no_step_here_could_serve_is_refused_before_one() -> None:
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(sgd)
     with pytest.raises(ValueError, match="ReduceLROnPlateau"):
         trainer(model, optimizer=sgd, lr_scheduler=plateau)
+
+
+def test_an_optimizer_may_leave_some_of_the_weights_as_they_are() -> None:
+    model = policy()
+    some = [p for p in model.parameters() if p.dim() > 1]
+    made = trainer(model, optimizer=torch.optim.Adam(some, lr=0.1))
+    before = weights(model)
+    step(made)
+    moved = {n for n, p in weights(model).items() if not torch.equal(p, before[n])}
+    assert moved
+    assert all(before[name].dim() > 1 for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("ids", "cut"), [([5, 1, 6, 1], [5, 1]), ([1], [1]), ([5, 6], [5, 6])], ids=str
+)
+def test_what_ends_a_response_is_part_of_it(ids: list[int], cut: list[int]) -> None:
+    assert _until(1, torch.tensor(ids)).tolist() == cut
 
 
 def test_an_optimizer_that_leaves_somebody_as_he_is_is_refused() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import get_peft_model
 from rich.console import Console
 from test_cli import command as cli
 from tiny_models import causal_lm, lora_config, policy, ragged, train_adapter, trainer
@@ -49,9 +50,11 @@ from ppo_lab.plan.estimate import Plan, plan_of
 from ppo_lab.plan.graphs import Recorded, recorded_by, records_again
 from ppo_lab.plan.heads import HeadShape, logprob_bytes, logprob_seconds, sampling_bytes
 from ppo_lab.plan.machine import product_rate
+from ppo_lab.plan.memory import update_bytes
 from ppo_lab.plan.meter import Meter
 from ppo_lab.plan.parallel import fitting, ways
 from ppo_lab.plan.rehearsal import ByDepth, Miniature, Rehearsal
+from ppo_lab.plan.rehearsal import Held as HeldBytes
 from ppo_lab.plan.report import Planned, show
 from ppo_lab.plan.request import read
 from ppo_lab.plan.subject import Subject, Target, subject_of
@@ -252,6 +255,31 @@ def test_a_falcon_s_cache_is_counted_as_transformers_fills_it(new: bool) -> None
     filled = model(ids, use_cache=True).past_key_values.layers
     held = sum(x.numel() for layer in filled for x in (layer.keys, layer.values))
     assert 5 * architecture_of(model).cached == held
+
+
+@pytest.mark.parametrize(
+    ("changes", "reached"),
+    [
+        ({}, 3),
+        ({"layers_to_transform": [2]}, 1),
+        ({"layers_to_transform": [2], "trainable_token_indices": [5]}, 3),
+    ],
+)
+def test_gradients_reach_down_to_what_is_trained(changes: dict[str, Any], reached: int) -> None:
+    """To the rows of single tokens too, which stand below all layers."""
+    model = causal_lm("llama", num_hidden_layers=3)
+    assert (
+        architecture_of(get_peft_model(model, lora_config("llama", **changes))).reached == reached
+    )
+
+
+def test_a_trained_head_holds_its_gradient_beside_the_tiles() -> None:
+    none = ByDepth(0.0, 0.0)
+    held = HeldBytes(kept=ByDepth(5.0, 3.0), passing=ByDepth(7.0, 0.0), churned=none, reading=none)
+    assert update_bytes(SIZES, held, 100.0) == {"activations": 8.0, "log-prob tiles": 100.0}
+    assert update_bytes(SIZES, held, 1.0)["log-prob tiles"] == 7.0
+    whole = update_bytes(replace(WHOLE, reached=2), held, 100.0)
+    assert whole["log-prob tiles"] == 100.0 + 4 * WHOLE.head
 
 
 def test_experts_may_be_counted_layer_by_layer() -> None:

@@ -306,6 +306,24 @@ def test_a_reference_keeps_the_rows_of_tokens_that_an_adapter_trains(
     assert_close(made.reference.logprobs(ragged(), temperature=1.0), start)
 
 
+def test_a_value_head_starts_as_wide_as_its_source_has_it() -> None:
+    """Ziegler et al. 2019's code: 1 / sqrt(hidden_size + 1), and no bias."""
+    torch.manual_seed(4)
+    head = ValueHead(3).summary
+    torch.manual_seed(4)
+    torch.nn.Linear(3, 1)  # draws as often as the head does before it is given its own numbers
+    assert_close(head.weight, torch.nn.init.normal_(torch.empty(1, 3), std=0.5))
+    assert head.bias.tolist() == [0.0]
+
+
+def test_a_model_that_is_put_in_later_goes_the_road_that_was_chosen() -> None:
+    model = policy()
+    model.trunk.fast_layers = model.trunk.records_graphs = False
+    model.pretrained_model = get_peft_model(model.pretrained_model, lora_config())
+    assert model.trunk.is_of(model.pretrained_model)
+    assert (model.trunk.fast_layers, model.trunk.records_graphs) == (False, False)
+
+
 def test_a_second_trainer_may_start_from_the_first_ones_policy() -> None:
     """P-01: each has a reference of its own."""
     model = policy(lora=True)

@@ -41,6 +41,12 @@ from ppo_lab import (
 )
 from ppo_lab.errors import ConfigError
 
+
+def test_lengths_are_drawn_below_the_largest() -> None:
+    draw = LengthSampler(2, 5)
+    assert {draw() for _ in range(200)} == {2, 3, 4}
+
+
 # ------ The settings ---------------------------------------------------------------------------
 
 
