@@ -26,7 +26,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file
 from tiny_runs import command, metrics, outcome, start, tiny
 
-from ppo_lab import checkpoint, experiment, secrecy
+from ppo_lab import checkpoint, experiment, memory, secrecy
 from ppo_lab.assembly import longest_prompt
 from ppo_lab.compare.outcomes import outcomes
 from ppo_lab.compare.runs import read_runs
@@ -712,6 +712,16 @@ def test_processes_that_cannot_try_again_together_do_not() -> None:
     with pytest.raises(torch.OutOfMemoryError, match="4 do not fit"):
         Passes("a test", room.let_go).until_it_fits(room.attempt, 4, None)
     assert room.tried == [4]
+
+
+def test_processes_that_share_a_machine_need_its_memory_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(tmp_path)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1e9)
+    check_fits(config, "cpu", processes=4)
+    with pytest.raises(ConfigError, match=r"in each of 1000000 processes\)"):
+        check_fits(config, "cpu", processes=1_000_000)
 
 
 def test_a_model_that_memory_cannot_hold_is_refused_with_figures(tmp_path: Path) -> None:

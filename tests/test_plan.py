@@ -61,7 +61,7 @@ from ppo_lab.plan.subject import Subject, Target, subject_of
 from ppo_lab.plan.trace import peak_bytes, tracked
 from ppo_lab.plan.traced import attention_of_a_gpu
 from ppo_lab.plan.work import Amount
-from ppo_lab.plan.workload import Row, Workload
+from ppo_lab.plan.workload import Row, Workload, workload_of
 
 SIZES = Architecture(
     layers=2,
@@ -679,6 +679,26 @@ def test_a_mixture_of_experts_is_planned_in_every_precision(
     inputs(tmp_path, **experts, num_local_experts=4, num_experts_per_tok=2)
     plan = plan_of(config, Target(DEVICES["h100"]))
     assert plan.memory.passing["update"]["activations"] > 0
+
+
+@pytest.mark.parametrize(("every", "evaluations"), [(0, 2), (1, 5), (2, 3), (3, 3), (4, 2)])
+def test_the_last_evaluation_is_planned_once(every: int, evaluations: int, tmp_path: Path) -> None:
+    config = tiny(tmp_path, ppo={"steps": 4}, evaluation={"every": every})
+    assert workload_of(config).evaluations == evaluations
+
+
+def test_gradients_are_sent_round_a_ring_twice_but_for_ones_own_share(tmp_path: Path) -> None:
+    config, device = tiny(tmp_path), DEVICES["a100-80"]
+    alone = plan_of(config, Target(device, 4))
+    shared = plan_of(config, Target(device, 4), processes=4)
+    found = {way.name: way for way in ways(alone, shared)}
+    steps = shared.workload.epochs * len(shared.workload.steps())
+    sent = steps * 2 * 3 / 4 * 4 * shared.of.trained
+    took = found["DDP"].seconds - shared.iteration_s
+    assert took == pytest.approx(sent / device.link)
+    assert found["ZeRO-2"].seconds == found["DDP"].seconds < found["FSDP2"].seconds
+    summed = 4 * shared.of.trained / 4  # a bucket at a time
+    assert found["DDP"].bytes == pytest.approx(shared.memory.total + summed)
 
 
 def test_a_model_that_fits_no_device_whole_fits_when_it_is_sharded(tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ from ppo_lab import (
 from ppo_lab.errors import ConfigError
 
 
+def test_a_last_batch_that_is_not_full_is_one_of_the_epochs() -> None:
+    batches = [PPOConfig(steps=n, batch_size=4).total_ppo_epochs for n in (1, 8, 9)]
+    assert batches == [1, 2, 3]
+
+
 def test_lengths_are_drawn_below_the_largest() -> None:
     draw = LengthSampler(2, 5)
     assert {draw() for _ in range(200)} == {2, 3, 4}
