@@ -155,7 +155,8 @@ def test_of_two_kinds_of_angles_the_one_that_turns_by_the_batch_first_bounds() -
 def test_a_text_may_be_as_long_as_its_angles_are_its_own() -> None:
     turned = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     trunk = Trunk(causal_lm("llama", max_position_embeddings=16, rope_parameters=turned))
-    at_most = torch.ones(1, 16, dtype=torch.bool)
+    at_most = torch.ones(1, 17, dtype=torch.bool)
+    at_most[0, 0] = False
     trunk.hidden(at_most.long(), at_most)
     beyond = torch.ones(1, 17, dtype=torch.bool)
     with pytest.raises(ConfigError, match="a text of 17 tokens: over 16"):
