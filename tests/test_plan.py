@@ -698,7 +698,7 @@ def test_gradients_are_sent_round_a_ring_twice_but_for_ones_own_share(tmp_path: 
     assert took == pytest.approx(sent / device.link)
     assert found["ZeRO-2"].seconds == found["DDP"].seconds < found["FSDP2"].seconds
     summed = 4 * shared.of.trained / 4  # a bucket at a time
-    assert found["DDP"].bytes == pytest.approx(shared.memory.total + summed)
+    assert found["DDP"].bytes - shared.memory.total == pytest.approx(summed, abs=1.0)
 
 
 def test_a_model_that_fits_no_device_whole_fits_when_it_is_sharded(tmp_path: Path) -> None:
