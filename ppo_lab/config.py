@@ -7,11 +7,16 @@ off has an off value, named in its meaning.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ppo_lab.errors import ConfigError
+
+_BY_TRAINING = re.compile(r"^\$\{by_training:([^,{}]+),([^,{}]+)\}$")
 
 __all__ = ["Config", "ConfigError", "conf_folder", "register_schema"]
 
@@ -634,13 +639,27 @@ def register_schema() -> None:
             store.store(group=f"schema/{group}", name=name, node=section)
 
 
-def by_training(adapter: Any, whole: Any, *, rank: Any) -> Any:
-    """What a preset has for an adapter, or for all weights where the adapter's rank is 0."""
-    return adapter if rank else whole
-
-
 def _by_training(adapter: Any, whole: Any, *, _root_: Any) -> Any:
-    return by_training(adapter, whole, rank=_root_.lora.r)
+    """What a preset has for an adapter, or for all weights where the adapter's rank is 0."""
+    return adapter if _root_.lora.r else whole
+
+
+def as_trained(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded configuration, under dotted keys, with what the run had for each
+    `${by_training:ADAPTER,WHOLE}` in it.
+    """
+    rank = recorded.get("lora.r")
+    return {key: _as_trained(value, rank) for key, value in recorded.items()}
+
+
+def _as_trained(value: Any, rank: Any) -> Any:
+    match = _BY_TRAINING.match(value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    chosen = match[1 if rank else 2]
+    with suppress(ValueError):
+        return float(chosen)
+    return chosen
 
 
 def conf_folder() -> Path:

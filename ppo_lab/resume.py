@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ppo_lab.config import Config
+from ppo_lab.config import Config, as_trained
 from ppo_lab.errors import ConfigError
 from ppo_lab.record import write_atomically
 from ppo_lab.run_state import RECORD, is_stage, key_of, read_summary, work_in
@@ -131,7 +131,7 @@ def differences(config: Config) -> list[str]:
         then = _recorded(folder, "config")
     except ConfigError as error:
         return error.problems
-    now, recorded = _flat(asdict(config)), _flat(then)
+    now, recorded = _flat(asdict(config)), as_trained(_flat(then))
     found = [
         f"{key}={now.get(key, '(nothing)')}: the run has {key}={value}"
         for key, value in recorded.items()

@@ -34,6 +34,7 @@ from ppo_lab.config import (
     CheckpointSection,
     Config,
     GenerationSection,
+    HeadCritic,
     ModelCritic,
     ModelSection,
     PPOSection,
@@ -335,7 +336,8 @@ def test_updates_that_are_not_finite_are_skipped_and_counted_and_the_run_ends_we
 def test_too_many_skipped_updates_stop_the_run_name_the_iteration_and_keep_the_batch(
     tmp_path: Path,
 ) -> None:
-    config = tiny(tmp_path, ppo={"learning_rate": 1e30, "max_skipped_updates": 3})
+    wild = {"critic": HeadCritic(learning_rate=1e30)}
+    config = tiny(tmp_path, ppo={"learning_rate": 1e30, "max_skipped_updates": 3}, **wild)
     with pytest.raises(TrainingDiverged, match=r"iteration 1: 3 optimizer steps in a row"):
         run(config, tmp_path / "run")
     batch = load_file(tmp_path / "run/failed/iteration-000001.safetensors")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny_runs
+import yaml
 from tiny_runs import Killed, kill, metrics, outcome, tiny
 
 from ppo_lab import checkpoint, typed
@@ -269,6 +270,23 @@ def test_every_setting_is_refused_but_those_that_the_message_names(finished: Pat
         name.partition(".")[0] if name.partition(".")[0] in sections else name for name in free
     }
     assert named == listed
+
+
+@pytest.mark.parametrize(("rank", "own"), [(4, 2e-3), (0, 2e-4)])
+def test_another_step_size_than_the_preset_had_for_the_run_is_refused(
+    finished: Path, tmp_path: Path, rank: int, own: float
+) -> None:
+    """Hydra records what the preset says of both kinds of training."""
+    config = tiny(finished, lora={"r": rank}, ppo={"learning_rate": own})
+    record_again(tmp_path / "run", config, [])
+    file = tmp_path / "run/.hydra/config.yaml"
+    settings = yaml.safe_load(file.read_text())
+    settings["ppo"]["learning_rate"] = "${by_training:2.0e-3,2.0e-4}"
+    file.write_text(yaml.safe_dump(settings))
+    config = replace(config, resume=str(tmp_path / "run"))
+    assert differences(config) == []
+    (line, _) = differences(replace(config, ppo=replace(config.ppo, learning_rate=0.5)))
+    assert line == f"ppo.learning_rate=0.5: the run has ppo.learning_rate={own}"
 
 
 def test_another_kind_of_reward_is_refused(finished: Path) -> None:

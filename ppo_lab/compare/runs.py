@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ppo_lab.config import by_training
+from ppo_lab.config import as_trained
 from ppo_lab.run_state import fate, is_run, is_stage, numerically
 
 History = dict[str, np.ndarray]
 
-MOST_REFERENCES = 9  # keys that name the next
 INSIDE_A_RUN = ("checkpoints", "model", "wandb")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _REFERENCE = re.compile(r"^\$\{([\w.]+)\}$")
-_BY_TRAINING = re.compile(r"^\$\{by_training:([^,{}]+),([^,{}]+)\}$")
 
 
 @dataclass
@@ -215,20 +212,10 @@ def resolved(config: dict[str, Any]) -> dict[str, Any]:
     """The same with `${other.key}` replaced by that key's value, where it is one, and
     `${by_training:ADAPTER,WHOLE}` by the number of the two that the run has.
     """
+    config = as_trained(config)
 
     def value_of(value: Any, depth: int = 0) -> Any:
-        if not isinstance(value, str) or depth == MOST_REFERENCES:
-            return value
-        if match := _BY_TRAINING.match(value):
-            return _as_typed(by_training(*match.groups(), rank=config.get("lora.r")))
-        match = _REFERENCE.match(value)
+        match = _REFERENCE.match(value) if isinstance(value, str) and depth < 9 else None
         return value_of(config.get(match[1], value), depth + 1) if match else value
 
     return {key: value_of(value) for key, value in config.items()}
-
-
-def _as_typed(text: str) -> float | str:
-    """A number, where a text is one."""
-    with suppress(ValueError):
-        return float(text)
-    return text
