@@ -116,7 +116,9 @@ class PPOTrainer(ScriptAttributes):
             keep_freed_memory()
         self.policy = classic.as_policy(model).to(self.device)
         self.reference = Reference(
-            self.policy, None if ref_model is None else ref_model.to(self.device)
+            self.policy,
+            None if ref_model is None else ref_model.to(self.device),
+            exact_kl=self.config.kl_penalty == "full",
         )
         self.critic = classic.as_critic(critic, self.policy).to(self.device)
         self.sampling = sampling or classic.default_sampling(self.policy, tokenizer)

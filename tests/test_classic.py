@@ -531,6 +531,8 @@ def test_a_reference_that_lacks_tokens_of_the_policy_is_refused() -> None:
     with pytest.raises(ValueError, match="ref_model: its head has 60 rows and the policy's 64"):
         trainer(policy(), causal_lm(vocab_size=60))
     assert trainer(policy(), causal_lm(vocab_size=72)).reference.trunk.head.weight.shape[0] == 72
+    with pytest.raises(ValueError, match="72 rows and the policy's 64; the exact KL"):
+        trainer(policy(), causal_lm(vocab_size=72), kl_penalty="full")
 
 
 def test_the_collator_that_was_given_is_the_one_used() -> None:

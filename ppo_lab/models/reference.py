@@ -34,17 +34,24 @@ class Reference:
 
     Of a policy with a fresh adapter it is the same trunk with the adapter off, of one with a
     trained adapter a frozen copy of that adapter on the same trunk, else a frozen copy of the
-    model, or `model` where one is given (which is then frozen).
+    model, or `model` where one is given (which is then frozen). `exact_kl` says that `full_kl` will
+    be asked for.
     """
 
-    def __init__(self, policy: AutoModelForCausalLMWithValueHead, model: Any = None) -> None:
+    def __init__(
+        self,
+        policy: AutoModelForCausalLMWithValueHead,
+        model: Any = None,
+        *,
+        exact_kl: bool = False,
+    ) -> None:
         self._policy, self.given = policy, model
         self.is_start = model is None
         self._adapter = ""
         if model is not None:
             self._trunk = Trunk(_plain(model))
             self._trunk.check()
-            _check_rows(self._trunk, policy.trunk)
+            _check_rows(self._trunk, policy.trunk, alike=exact_kl)
         elif not policy.is_peft_model or not _switches_whole(policy.pretrained_model):
             self._trunk = Trunk(_frozen(copy.deepcopy(policy.pretrained_model)))
         else:
@@ -123,8 +130,9 @@ class Reference:
             yield
 
 
-def _check_rows(reference: Trunk, policy: Trunk) -> None:
-    """Refuse a reference that lacks tokens which the policy may sample.
+def _check_rows(reference: Trunk, policy: Trunk, *, alike: bool) -> None:
+    """Refuse a reference that lacks tokens which the policy may sample; where their distributions
+    are to be `alike`, for the exact KL, also one that has more.
 
     Raises:
         ValueError: saying how many each has.
@@ -135,6 +143,11 @@ def _check_rows(reference: Trunk, policy: Trunk) -> None:
             f"ref_model: its head has {theirs} rows and the policy's {ours}, each of which the "
             "policy may sample, those that pad its vocabulary too; the reference's must be as many "
             "(transformers' resize_token_embeddings adds rows)"
+        )
+    if alike and theirs > ours:
+        raise ValueError(
+            f"ref_model: its head has {theirs} rows and the policy's {ours}; the exact KL "
+            "(kl_penalty='full') is of distributions over the same tokens"
         )
 
 
