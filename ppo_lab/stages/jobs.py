@@ -111,8 +111,8 @@ def run_reward_model(config: RewardModelConfig, folder: Path, overrides: list[st
     if report["pairs_too_long"]:
         print(f"left out           {report['pairs_too_long']} pairs longer than fit.max_length")
     if "held_out_accuracy" in report:
-        accuracy, count = report["held_out_accuracy"], report["held_out"]
-        print(f"held-out accuracy  {accuracy:.3f} ({count:.0f} pairs)")
+        accuracy, count = report["held_out_accuracy"], int(report["held_out"])
+        print(f"held-out accuracy  {accuracy:.3f} ({count} {'pair' if count == 1 else 'pairs'})")
     path = shell_override("reward.path", out)
     print(f"reward model       {out}\nnext               python -m ppo_lab reward=model {path} ...")
     return float(report.get("held_out_accuracy", 0.0))
