@@ -22,7 +22,13 @@ from ppo_lab.errors import ConfigError
 from ppo_lab.models.loading import choose_dtype, load_config
 from ppo_lab.optim import is_8bit
 from ppo_lab.plan.architecture import architecture_of, blueprint
-from ppo_lab.plan.memory import SHARE_OF_FREE, average_bytes, moment_bytes, standing_bytes
+from ppo_lab.plan.memory import (
+    SHARE_OF_FREE,
+    average_bytes,
+    moment_bytes,
+    standing_bytes,
+    trained_whole,
+)
 from ppo_lab.plan.trace import peak_bytes
 from ppo_lab.processes import launch
 from ppo_lab.rewards.loading import classifier_bytes
@@ -159,14 +165,15 @@ def ways_out(error: OutOfMemoryError) -> str:
     )
 
 
-def critic_bytes(config: Config) -> int:
+def critic_bytes(config: Config) -> float:
     """Bytes of a critic of its own: its weights, their gradients and Adam's two moments."""
     assert isinstance(config.critic, ModelCritic)
     start = critic_start(config.critic, config.reward)
     if start.trust_remote_code:
         return 0  # nobody knows before its code has run
     dtype = getattr(torch, config.critic.dtype)
-    return 4 * classifier_bytes(start.path, revision=start.revision, dtype=dtype, key="critic.path")
+    size = classifier_bytes(start.path, revision=start.revision, dtype=dtype, key="critic.path")
+    return trained_whole(size // dtype.itemsize, size, adam=config.ppo.adam)
 
 
 def tokens_that_fit(

@@ -20,7 +20,7 @@ from ppo_lab import checkpoint, memory
 from ppo_lab.experiment import build, run
 from ppo_lab.optim import is_8bit, make_optimizer
 from ppo_lab.plan.architecture import architecture_of
-from ppo_lab.plan.memory import critic_bytes, standing_bytes
+from ppo_lab.plan.memory import standing_bytes, trained_whole
 from ppo_lab.plan.trace import tracked
 from ppo_lab.rules import problems
 from ppo_lab.types import Scores, Tokens
@@ -152,7 +152,9 @@ def test_moments_are_counted_in_the_precision_that_adam_keeps_them_in() -> None:
     held = sum(m.nbytes for m in moments)
     assert expected == held + sum(p.nbytes for p in model.parameters())
     assert standing_bytes(sizes)["Adam's moments"] == held
-    assert critic_bytes(sizes) == held + 2 * sizes.weight_bytes
+    whole = sizes.parameters, sizes.weight_bytes
+    assert trained_whole(*whole) == held + 2 * sizes.weight_bytes
+    assert trained_whole(*whole, adam="8bit") < trained_whole(*whole)
 
 
 def test_a_resumed_run_keeps_to_the_passes_that_it_chose(

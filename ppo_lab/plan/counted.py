@@ -11,8 +11,8 @@ from ppo_lab.plan.memory import (
     Memory,
     average_bytes,
     cache_bytes,
-    critic_bytes,
     standing_bytes,
+    trained_whole,
     update_bytes,
 )
 from ppo_lab.plan.rehearsal import Held
@@ -117,7 +117,10 @@ def memory_of(subject: Subject, peaks: Peaks, around: dict[str, float]) -> Memor
     if subject.rewards:
         standing["reward model"] = float(sum(reward.weight_bytes for reward in subject.rewards))
     if subject.critic:
-        standing["critic"] = critic_bytes(subject.critic, adam=config.ppo.adam)
+        judge = subject.critic
+        standing["critic"] = trained_whole(
+            judge.parameters, judge.weight_bytes, adam=config.ppo.adam
+        )
     update = update_bytes(of, peaks.held, peaks.learnt)
     if subject.critic:
         update["critic's activations"] = update["activations"] * _relative_size(subject.critic, of)

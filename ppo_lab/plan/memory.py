@@ -70,10 +70,11 @@ def average_bytes(of: Architecture) -> float:
     return 4.0 * of.trained
 
 
-def critic_bytes(of: Architecture, *, adam: str = "torch") -> float:
-    """Bytes of a critic of its own, which is trained whole: weights, gradients, Adam's moments."""
-    size = of.weight_bytes
-    return 2.0 * size + moment_bytes(of.parameters, size, in_8_bits=adam == "8bit")
+def trained_whole(weights: int, size: int, *, adam: str = "torch") -> float:
+    """Bytes of so many weights of `size` bytes, all of them trained, as a critic's of its own are:
+    themselves, their gradients and Adam's moments.
+    """
+    return 2.0 * size + moment_bytes(weights, size, in_8_bits=adam == "8bit")
 
 
 @dataclass(frozen=True)
