@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from ppo_lab import typed
 from ppo_lab.command_reader import Check, CommandReader, a_hydra
 from ppo_lab.config import conf_folder, register_schema
-from ppo_lab.errors import ConfigError, message, refuse
+from ppo_lab.errors import ConfigError, message, refuse, suggestion
 from ppo_lab.multirun import (
     launch_missing_only,
     record_hydra,
@@ -32,7 +32,6 @@ from ppo_lab.multirun import (
 from ppo_lab.processes import launch as processes
 from ppo_lab.processes.launch import shared
 from ppo_lab.resume import MISSING_ONLY, resumed_command
-from ppo_lab.rules import suggestion
 from ppo_lab.scheduler import is_requeued, join_processes
 from ppo_lab.secrecy import secret_overrides
 

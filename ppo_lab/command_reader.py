@@ -29,10 +29,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from ppo_lab.config import TYPED, conf_folder, meaning_of
-from ppo_lab.errors import ConfigError
+from ppo_lab.errors import ConfigError, suggestion
 from ppo_lab.on_disk import unwritable
 from ppo_lab.processes import launch as processes
-from ppo_lab.rules import TYPE_NAMES, allowed, suggestion
+from ppo_lab.rules import TYPE_NAMES, allowed
 
 Check = Callable[[Any, frozenset[str]], list[str]]
 

@@ -1,9 +1,12 @@
-"""The error that a user's mistake raises: a message to read, never a traceback."""
+"""The error that a user's mistake raises: a message to read, never a traceback, with the nearest of
+the choices that there were.
+"""
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NoReturn
 
 from ppo_lab.processes.launch import speaks
@@ -33,3 +36,9 @@ def message(error: ConfigError) -> str:
     count = len(error.problems)
     said = "this cannot run" if count == 1 else f"this cannot run, for {count} reasons"
     return "\n".join([f"ppo_lab: {said}:", *(f"  {problem}" for problem in error.problems)])
+
+
+def suggestion(wrong: str, valid: Collection[str], *, cutoff: float = 0.6) -> str:
+    """`; did you mean ...?` with the nearest valid choice, or nothing where none is near."""
+    near = difflib.get_close_matches(wrong, list(valid), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""

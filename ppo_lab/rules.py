@@ -6,15 +6,12 @@ imports torch unless the configuration asks for a GPU.
 
 from __future__ import annotations
 
-import ctypes
-import difflib
 import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import Field, fields, is_dataclass
-from fnmatch import fnmatchcase
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,8 +24,6 @@ from ppo_lab.config import (
     EmbeddedData,
     EmbeddedReward,
     FileData,
-    FunctionReward,
-    HeadCritic,
     ModelCritic,
     ModelReward,
     PPOSection,
@@ -38,8 +33,10 @@ from ppo_lab.config import (
     WeightedReward,
     bounds_of,
 )
-from ppo_lab.data import judged_by
 from ppo_lab.data import problems as data_problems
+from ppo_lab.dead import dead_settings, matches
+from ppo_lab.devices import cuda_devices, device_problem
+from ppo_lab.errors import suggestion
 from ppo_lab.kl import LARGEST_ERROR as LARGEST_KL_ERROR
 from ppo_lab.processes import launch
 from ppo_lab.resume import MISSING_ONLY, differences
@@ -56,7 +53,6 @@ EVALUATED = (
     "distinct_2",
 )
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 TEMPLATE_ARGUMENTS = {
     *("add_generation_prompt", "continue_final_message", "conversation", "max_length", "messages"),
     *("padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize"),
@@ -93,12 +89,6 @@ def ppo_problems(ppo: PPOSection) -> list[str]:
     """Everything wrong with the settings of the algorithm alone, under their Python names."""
     found = list(wrong_types(ppo)) or list(illegal_values(ppo))
     return found or [*batch_division(ppo), *ppo_conflicts(ppo)]
-
-
-def suggestion(wrong: str, valid: Collection[str], *, cutoff: float = 0.6) -> str:
-    """`; did you mean ...?` with the nearest valid choice, or nothing where none is near."""
-    near = difflib.get_close_matches(wrong, list(valid), n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def allowed(knob: Field) -> str:
@@ -366,24 +356,6 @@ def nearby(path: Path) -> str:
         return f"; {path.parent} does not exist either"
 
 
-def cuda_devices() -> int:
-    """The number of CUDA GPUs here. Slow where there is a driver: imports torch."""
-    if not has_driver():
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def has_driver() -> bool:
-    """Whether a driver of NVIDIA's, or of AMD's, is here: without one torch finds no GPU."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return Path("/dev/kfd").exists()
-    return True
-
-
 def device_rules(config: Config) -> Problems:
     """Devices that are no devices, or are not here."""
     wanted = {"device": config.device}
@@ -392,23 +364,6 @@ def device_rules(config: Config) -> Problems:
             wanted[f"{key}.device"] = section.device
     for key, device in wanted.items():
         yield from device_problem(key, device)
-
-
-def device_problem(key: str, device: str) -> Problems:
-    """What is wrong with one device."""
-    if launch.is_launched() and key == "device" and device.startswith("cuda:"):
-        yield f"{key}={device}: each of several processes has a GPU of its own; must be auto or cpu"
-    elif device == "sharded" and key != "device":
-        if not launch.is_launched():
-            yield f"{key}=sharded: this is one process; launch several, or leave it auto"
-    elif not DEVICE.fullmatch(device):
-        near = suggestion(device, ("auto", "cpu", "cuda"))
-        yield f"{key}={device}: must be auto, cpu, cuda or cuda:N{near}"
-    elif device.startswith("cuda"):
-        count, number = cuda_devices(), int(device[5:] or 0)
-        if number >= count:
-            here = f"the GPUs here are 0 to {count - 1}" if count else "there is no CUDA GPU here"
-            yield f"{key}={device}: {here}; device=auto takes what there is"
 
 
 def rewards(section: RewardSection, key: str = "reward") -> Iterator[tuple[str, RewardSection]]:
@@ -572,166 +527,4 @@ RULES: tuple[Callable[[Config], Problems], ...] = (
     metric_rules,
     tracking_rules,
     resume_rules,
-)
-
-
-def dead_settings(config: Config, stated: Collection[str]) -> Problems:
-    """Each setting of the command line that nothing would read, with what switches it on."""
-    for keys, dead, reason in DEAD:
-        if dead(config):
-            yield from (f"{key}: has no effect, {reason}" for key in stated if matches(key, keys))
-
-
-def matches(key: str, patterns: Collection[str]) -> bool:
-    """Whether a dotted key is one of these, in which * stands for anything, or lies in a section
-    that ends in a dot.
-    """
-    return any(fnmatchcase(key, f"{p}*" if p.endswith(".") else p) for p in patterns)
-
-
-def greedy(config: Config) -> bool:
-    """Whether evaluation takes the likeliest token, so that there is nothing to restrict."""
-    return config.evaluation.temperature == 0
-
-
-def is_here(path: str) -> bool:
-    """Whether a model comes from no hub, but from a folder or with the package."""
-    return path == "embedded" or (bool(path) and Path(path).expanduser().is_dir())
-
-
-def starts_from_embedded(config: Config) -> bool:
-    """Whether a critic of its own starts from the embedded reward model."""
-    path = getattr(config.critic, "path", "")
-    return path == "embedded" or (not path and isinstance(config.reward, EmbeddedReward))
-
-
-DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
-    (
-        ("ppo.target", "ppo.horizon"),
-        lambda c: not c.ppo.adap_kl_ctrl,
-        "since beta is fixed; add ppo.adap_kl_ctrl=true",
-    ),
-    (
-        ("ppo.target_kl",),
-        lambda c: not c.ppo.early_stopping,
-        "since epochs are never cut short; add ppo.early_stopping=true",
-    ),
-    (
-        (
-            "lora.alpha",
-            "lora.dropout",
-            "lora.target_modules",
-            "lora.top_layers",
-            "lora.use_rslora",
-            "lora.use_dora",
-            "lora.learning_rate_factor",
-        ),
-        lambda c: c.lora.r == 0,
-        "since lora.r=0 trains the whole model; choose lora=r8, r16 or r64",
-    ),
-    (
-        ("lora.dropout",),
-        lambda c: c.lora.dropout > 0,
-        "since PPO compares log-probs and switches dropout off; the stages before PPO use it",
-    ),
-    (
-        ("data.prompt_column",),
-        lambda c: isinstance(c.data, FileData) and bool(c.data.messages_column),
-        "since data.messages_column is read",
-    ),
-    (
-        ("data.held_out",),
-        lambda c: isinstance(c.data, FileData) and judged_by(c.data) is not None,
-        "since the run is judged by all prompts of data.held_out_path or held_out_split",
-    ),
-    (
-        ("data.template_kwargs", "data.template_kwargs."),
-        lambda c: isinstance(c.data, EmbeddedData) and not c.data.chat,
-        "since no prompt is a chat; add data.chat=true",
-    ),
-    (
-        ("reward.parts.*.name",),
-        lambda c: isinstance(c.reward, WeightedReward),
-        "since a part is called as its key is",
-    ),
-    (
-        ("reward.retry_wait",),
-        lambda c: isinstance(c.reward, FunctionReward) and c.reward.retries == 0,
-        "since there are no further attempts; add reward.retries=1",
-    ),
-    (
-        ("critic.v_head_init_std",),
-        lambda c: isinstance(c.critic, HeadCritic) and c.critic.v_head_init == "zero",
-        "since the value head starts at zero; add critic.v_head_init=normal",
-    ),
-    (
-        ("critic.warmup_steps", "critic.epochs", "critic.learning_rate"),
-        lambda c: isinstance(c.critic, HeadCritic) and c.ppo.vf_coef == 0,
-        "since ppo.vf_coef=0 teaches the value head nothing",
-    ),
-    (
-        ("critic.revision",),
-        lambda c: isinstance(c.critic, ModelCritic) and not c.critic.path,
-        "since the critic starts from the reward's own model; add critic.path=HUB_ID",
-    ),
-    (
-        ("critic.revision",),
-        lambda c: isinstance(c.critic, ModelCritic) and is_here(c.critic.path),
-        "since critic.path is no hub id",
-    ),
-    (
-        ("critic.label",),
-        lambda c: isinstance(c.critic, ModelCritic) and starts_from_embedded(c),
-        "since the embedded reward model has one output",
-    ),
-    (
-        ("reward.revision",),
-        lambda c: isinstance(c.reward, ModelReward) and is_here(c.reward.path),
-        "since reward.path is no hub id",
-    ),
-    (
-        ("ppo.vf_coef",),
-        lambda c: isinstance(c.critic, ModelCritic),
-        "since a critic of its own has a loss of its own; critic.learning_rate is its step size",
-    ),
-    (
-        ("model.revision", "model.trust_remote_code"),
-        lambda c: c.model.path == "embedded",
-        "since the embedded policy comes from no hub",
-    ),
-    (
-        ("model.revision",),
-        lambda c: c.model.path != "embedded" and is_here(c.model.path),
-        "since model.path is no hub id",
-    ),
-    (
-        ("evaluation.top_k", "evaluation.top_p", "evaluation.seed"),
-        greedy,
-        "since evaluation.temperature=0 takes the likeliest token",
-    ),
-    (
-        ("generation.top_k", "generation.top_p"),
-        lambda c: c.generation.temperature == 0,
-        "since generation.temperature=0 takes the likeliest token",
-    ),
-    (
-        (
-            "tracking.mode",
-            "tracking.project",
-            "tracking.entity",
-            "tracking.group",
-            "tracking.name",
-            "tracking.id",
-            "tracking.tags",
-            "tracking.notes",
-            "tracking.log_model",
-        ),
-        lambda c: c.tracking.type != "wandb",
-        "since nothing goes to W&B; choose tracking=wandb",
-    ),
-    (
-        ("checkpoint.keep",),
-        lambda c: c.checkpoint.every == 0,
-        "since only the last state is kept; add checkpoint.every=10",
-    ),
 )

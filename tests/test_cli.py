@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from ppo_lab.command_line import command_problems, flags_first
 from ppo_lab.command_reader import CommandReader, a_hydra
 from ppo_lab.config import ConfigError, conf_folder, register_schema
-from ppo_lab.rules import has_driver, problems
+from ppo_lab.devices import has_driver
+from ppo_lab.rules import problems
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "wandb", "accelerate")

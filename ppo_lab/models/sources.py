@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppo_lab.errors import ConfigError
+from ppo_lab.errors import ConfigError, suggestion
 
 DEADLINE = 10.0
 """Longest wait for the hub's first answer, seconds; a name server that stays silent included."""
@@ -222,13 +222,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _no_repository(path: str, key: str) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(path, list(_PACKAGED), n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
     return (
-        f"{key}={path}: no such folder, and no public model of this id on the hub{hint} "
-        "(a private one needs `hf auth login`)"
+        f"{key}={path}: no such folder, and no public model of this id on the hub"
+        f"{suggestion(path, _PACKAGED)} (a private one needs `hf auth login`)"
     )
 
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ppo_lab.errors import ConfigError
+from ppo_lab.devices import DEVICE
+from ppo_lab.errors import ConfigError, suggestion
 from ppo_lab.local_model import lacking_libraries
 from ppo_lab.plan.devices import DEVICES, HERE, choices
-from ppo_lab.rules import DEVICE, problems, suggestion
+from ppo_lab.rules import problems
 
 OWN = ("device", "devices", "response_tokens")
 

@@ -12,10 +12,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ppo_lab import local_model
+from ppo_lab.dead import matches
+from ppo_lab.devices import device_problem
 from ppo_lab.errors import ConfigError
 from ppo_lab.on_disk import unwritable
 from ppo_lab.record import brief
-from ppo_lab.rules import device_problem, illegal_values, matches, model_folder
+from ppo_lab.rules import illegal_values, model_folder
 from ppo_lab.stages.config import RewardModelConfig, SFTConfig, StageSection
 from ppo_lab.stages.examples import (
     chat_template,
