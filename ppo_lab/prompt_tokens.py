@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ppo_lab.errors import ConfigError
+from ppo_lab.rewards.conversation import DAY, templated, writes_the_day
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,6 +131,12 @@ class PromptEncoder:
             for row, prompt in prompts.items()
             if self.chat or not isinstance(prompt, str)
         }
+        if chats and writes_the_day(self.tokenizer):
+            log.warning(
+                "data: the chat template writes the day, and %s stands there on every day, so that "
+                "a run can go on and be repeated",
+                f"{DAY:%d %b %Y}",
+            )
         written = [
             self._templated(chats[row], row) if row in chats else prompt
             for row, prompt in prompts.items()
@@ -199,11 +206,7 @@ class PromptEncoder:
         begun = messages[-1]["role"] == "assistant"
         end: dict[str, Any] = {"continue_final_message" if begun else "add_generation_prompt": True}
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, **end, **self.template_kwargs
-                )
-            )
+            return templated(self.tokenizer, messages, **end, **self.template_kwargs)
         except (TemplateError, TypeError, ValueError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ConfigError(

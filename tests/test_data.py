@@ -612,6 +612,20 @@ def test_a_text_that_begins_with_the_prefix_gets_no_second_one() -> None:
     assert [len(ids) for ids in cut.ids] == [4, 4]
 
 
+def test_a_template_that_writes_the_day_writes_one_day_for_ever(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Or a run could not go on after midnight: its prompts would be others."""
+    day = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}: "
+    tokenizer = byte_tokenizer(template=day + TEMPLATE)
+    chat = [{"role": "user", "content": "hi"}]
+    ids = PromptEncoder(tokenizer).encode([chat], {}).ids[0]
+    assert tokenizer.decode(ids).startswith("26 Jul 2024: [user]")
+    assert "26 Jul 2024 stands there on every day" in caplog.text
+    told = PromptEncoder(tokenizer, template_kwargs={"date_string": "1 May 2026"})
+    assert tokenizer.decode(told.encode([chat], {}).ids[0]).startswith("1 May 2026: ")
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_empty_prompts_are_dropped_and_counted(
     chat: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture

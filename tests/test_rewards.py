@@ -765,6 +765,18 @@ def test_chats_are_scored_through_the_reward_models_own_template() -> None:
     torch.testing.assert_close(always(["hi"], ["yo"]), expected)
 
 
+def test_a_template_that_writes_the_day_writes_one_day_for_a_reward_too() -> None:
+    tokenizer = byte_tokenizer(template="{{ strftime_now( '%Y-%m-%d' ) }}" + TEMPLATE)
+    model = tiny_classifier("llama")
+    with torch.no_grad():
+        text = torch.tensor([tokenizer("2024-07-26<user>hi<assistant>yo")["input_ids"]])
+        expected = model.eval()(text).logits[0]
+    torch.testing.assert_close(Classifier(model, tokenizer)([CHAT], ["yo"]), expected)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "none"}
+    torch.testing.assert_close(Classifier(model, tokenizer)([CHAT], ["yo"]), expected)
+    assert "strftime_now" in tokenizer.chat_template["default"]  # as it is saved
+
+
 def test_a_template_that_refuses_a_chat_is_an_error_with_the_chat() -> None:
     refusing = "{{ raise_exception('System role not supported') }}"
     scorer = Classifier(tiny_classifier("llama"), byte_tokenizer(template=refusing))

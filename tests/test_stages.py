@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -511,3 +512,30 @@ def test_an_adapter_alone_learns_faster_by_its_factor(
     heads = {name: rate for name, rate in rates.items() if "lora_" not in name}
     assert {round(rates[name], 9) for name in rates.keys() - heads} == {1e-2}
     assert [round(rate, 9) for rate in heads.values()] == ([] if stage == "sft" else [1e-3])
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_a_template_that_writes_the_day_writes_the_day_that_runs_have(
+    assets: Path, tmp_path: Path, stage: str
+) -> None:
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(assets / "stories260K", folder)
+    template = (
+        "{% if strftime_now('%Y') != '2024' %}{{ raise_exception('another day') }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    shared: dict[str, Any] = {
+        "model": ModelSection(path=str(folder)),
+        "lora": LoraSection(r=0),
+        "output": str(out),
+        "device": "cpu",
+    }
+    if stage == "sft":
+        chats = SFTDataSection(path=write(tmp_path, [{"messages": CHAT}] * 4), held_out=0)
+        run_sft(SFTConfig(**shared, data=chats), tmp_path, [])
+    else:
+        pair = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": "No."}
+        pairs = PairDataSection(path=write(tmp_path, [pair] * 4), held_out=0)
+        run_reward_model(RewardModelConfig(**shared, data=pairs), tmp_path, [])
+    assert (out / "chat_template.jinja").read_text() == template

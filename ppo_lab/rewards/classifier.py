@@ -14,7 +14,7 @@ from ppo_lab.models.fitness import steady_context
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.processes.alone import Alone
 from ppo_lab.record import brief
-from ppo_lab.rewards.conversation import as_chat, is_chat, joined
+from ppo_lab.rewards.conversation import as_chat, is_chat, joined, templated
 from ppo_lab.rewards.loading import load_classifier, load_reward_tokenizer
 from ppo_lab.rewards.scoring import RewardError, Scorer
 
@@ -186,7 +186,7 @@ class Classifier:
         if self.text == "completion":
             messages = messages[-1:]
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+            return templated(self.tokenizer, messages)
         except (TemplateError, TypeError, ValueError) as error:
             raise RewardError(
                 f"reward.path: the reward model's chat template refuses {str(messages)[:60]!r}: "

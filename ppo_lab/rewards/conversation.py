@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
+
+DAY = datetime(2024, 7, 26)  # where a template writes the day; Llama 3's own, if it is told none
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 def is_chat(prompt: Any) -> bool:
@@ -39,3 +46,37 @@ def content_of(message: Any) -> str:
     if isinstance(content, list):
         return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     return str(content)
+
+
+def writes_the_day(tokenizer: Any) -> bool:
+    """Whether the tokenizer's chat template writes the day that it is used on."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+@contextmanager
+def one_day(tokenizer: Any) -> Iterator[None]:
+    """The tokenizer's chat template writes `DAY`, whatever day it is.
+
+    A run that goes on tomorrow must find the prompts that it had today, and runs of different days
+    are to be compared.
+    """
+    template = tokenizer.chat_template
+    if writes_the_day(tokenizer):
+        several = isinstance(template, dict)
+        tokenizer.chat_template = (
+            {name: _dated(text) for name, text in template.items()} if several else _dated(template)
+        )
+    try:
+        yield
+    finally:
+        tokenizer.chat_template = template
+
+
+def templated(tokenizer: Any, messages: list[dict[str, Any]], **variables: Any) -> str:
+    """A chat as the tokenizer's template writes it on `DAY`, with these variables."""
+    with one_day(tokenizer):
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **variables))
+
+
+def _dated(template: str) -> str:
+    return _TODAY.sub(lambda call: repr(DAY.strftime(call[2])), template)

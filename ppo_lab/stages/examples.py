@@ -14,7 +14,7 @@ from ppo_lab.data import chat_in, held_out_count
 from ppo_lab.errors import ConfigError
 from ppo_lab.prompt_tokens import encodable
 from ppo_lab.record import brief
-from ppo_lab.rewards.conversation import answer, as_text, is_chat
+from ppo_lab.rewards.conversation import answer, as_text, is_chat, templated
 from ppo_lab.stages.config import PairDataSection, SFTDataSection
 from ppo_lab.tables import Columns, column_names, find_file, read_file, require_column
 
@@ -100,7 +100,7 @@ def chat_template(tokenizer: Any) -> Render | None:
     """What makes a text of a chat; None where the tokenizer has no template."""
     if not tokenizer.chat_template:
         return None
-    return partial(tokenizer.apply_chat_template, tokenize=False)
+    return partial(templated, tokenizer)
 
 
 def _check_template(row: Row, render: Render, where: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_lab import trl_parts
+from ppo_lab.rewards.conversation import one_day
 from ppo_lab.stages.config import FitSection
 from ppo_lab.stages.fitting import (
     follow_schedule,
@@ -49,17 +50,19 @@ def fit_reward_model(
     """
     trainer_class, config_class = trl_parts.reward_parts()
     with scratch_folder(folder.parent) as scratch, quiet():
-        trainer = trainer_class(
-            model=model,
-            args=config_class(
-                **training_arguments(fit, scratch=scratch, seed=seed, device=device, mixed=mixed),
-                center_rewards_coefficient=center_rewards_coefficient or None,
-            ),
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            peft_config=peft_config,
+        arguments = config_class(
+            **training_arguments(fit, scratch=scratch, seed=seed, device=device, mixed=mixed),
+            center_rewards_coefficient=center_rewards_coefficient or None,
         )
+        with one_day(tokenizer):
+            trainer = trainer_class(
+                model=model,
+                args=arguments,
+                train_dataset=train,
+                eval_dataset=held_out,
+                processing_class=tokenizer,
+                peft_config=peft_config,
+            )
         silence(trainer)
         follow_schedule(trainer, fit, adapter_factor=adapter_factor)
         refuse_empty(trainer, train, held_out, max_length=fit.max_length, what="pairs")

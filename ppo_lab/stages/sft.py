@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_lab import trl_parts
+from ppo_lab.rewards.conversation import one_day
 from ppo_lab.stages.config import FitSection
 from ppo_lab.stages.fitting import (
     follow_schedule,
@@ -46,17 +47,19 @@ def fit_sft(
     """
     trainer_class, config_class = trl_parts.sft_parts()
     with scratch_folder(folder.parent) as scratch, quiet():
-        trainer = trainer_class(
-            model=model,
-            args=config_class(
-                **training_arguments(fit, scratch=scratch, seed=seed, device=device, mixed=mixed),
-                train_sampling_strategy="group_by_length" if group_by_length else "random",
-            ),
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            peft_config=peft_config,
+        arguments = config_class(
+            **training_arguments(fit, scratch=scratch, seed=seed, device=device, mixed=mixed),
+            train_sampling_strategy="group_by_length" if group_by_length else "random",
         )
+        with one_day(tokenizer):
+            trainer = trainer_class(
+                model=model,
+                args=arguments,
+                train_dataset=train,
+                eval_dataset=held_out,
+                processing_class=tokenizer,
+                peft_config=peft_config,
+            )
         silence(trainer)
         follow_schedule(trainer, fit, adapter_factor=adapter_factor)
         refuse_empty(trainer, train, held_out, max_length=fit.max_length, what="prompts")
