@@ -330,8 +330,9 @@ class ModelReward(RewardSection):
     )
     text: str = knob(
         "prompt_and_completion",
-        "what the model reads",
-        choices=("prompt_and_completion", "completion"),
+        "what the model reads: one text, the response alone, or both as two texts with the "
+        "tokenizer's separator, as encoders that judge answers to questions want",
+        choices=("prompt_and_completion", "completion", "pair"),
     )
     batch_size: int = knob(16, "responses scored at a time", at_least=1)
     max_length: int = knob(

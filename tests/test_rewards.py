@@ -693,6 +693,55 @@ def test_a_vocabulary_without_small_letters_is_not_taken_to_close_its_texts(clos
     torch.testing.assert_close(scorer(["AC"], ["G"]), wanted)
 
 
+def pair_tokenizer(*, limit: int = 10**30) -> PreTrainedTokenizerFast:
+    """A byte tokenizer that separates two texts as BERT's does."""
+    tokenizer = byte_tokenizer()
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <s>", pair="<s> $A <s> $B:1 <s>:1", special_tokens=[("<s>", 256)]
+    )
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.model_max_length = limit
+    return tokenizer
+
+
+def test_an_encoder_reads_prompt_and_response_as_two_texts_where_asked() -> None:
+    model, tokenizer = tiny_classifier("bert").eval(), pair_tokenizer()
+    prompts: list[Any] = ["What is it?", CHAT, "a"]
+    answers = ["it", "a longer answer", ""]
+    with torch.no_grad():
+        wanted = [
+            model(**tokenizer(p, a, return_tensors="pt")).logits.item()
+            for p, a in zip(["What is it?", "hi", "a"], answers, strict=True)
+        ]
+    scores = Classifier(model, tokenizer, text="pair")(prompts, answers)
+    torch.testing.assert_close(scores, torch.tensor(wanted))
+    assert (scores != Classifier(model, tokenizer)(prompts, answers))[:2].all()
+
+
+def test_of_two_texts_that_are_too_long_the_beginning_of_the_first_is_cut() -> None:
+    scorer = Classifier(tiny_classifier("bert"), pair_tokenizer(limit=10), text="pair")
+    letters = dict(zip("abcdefghij", scorer.tokenizer("abcdefghij")["input_ids"][1:], strict=False))
+
+    def written(first: str, second: str) -> str:
+        names = {256: "|", **{i: c for c, i in letters.items()}}
+        return "".join(names[i] for i in scorer._read(first, second).ids)
+
+    assert written("abcd", "efg") == "|abcd|efg|"
+    assert written("abcdefg", "hij") == "|defg|hij|"
+    assert written("abc", "abcdefgh") == "|abc|efgh|"  # the second leaves the first no room
+    assert scorer._read("abcdefg", "hij").kinds == [0] * 6 + [1] * 4
+
+
+def test_two_texts_are_refused_where_nothing_separates_them() -> None:
+    with pytest.raises(RewardError, match="puts nothing between two texts"):
+        Classifier(tiny_classifier("llama"), byte_tokenizer(), text="pair")
+    section = ModelReward(path="a/b", text="pair", chat_template="always", append_eos="always")
+    assert [line.partition(":")[0] for line in problems(section)] == [
+        "reward.chat_template=always",
+        "reward.append_eos=always",
+    ]
+
+
 def test_an_encoder_gets_no_eos_of_ours() -> None:
     assert not Classifier(tiny_classifier("bert"), byte_tokenizer()).append_eos
 

@@ -32,6 +32,9 @@ def _model(section: Any, key: str) -> list[str]:
     if not section.path:
         return [f"{key}.path: name the reward model, a hub id or a folder."]
     found = []
+    for name in ("chat_template", "append_eos"):
+        if section.text == "pair" and getattr(section, name) == "always":
+            found.append(f"{key}.{name}=always: {key}.text=pair shows two texts as they are.")
     for name in ("path", "tokenizer"):
         value = getattr(section, name)
         if value and Path(value).expanduser().is_dir():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
@@ -14,7 +14,7 @@ from ppo_lab.models.fitness import steady_context
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.processes.alone import Alone
 from ppo_lab.record import brief
-from ppo_lab.rewards.conversation import as_chat, is_chat, joined, templated
+from ppo_lab.rewards.conversation import as_chat, as_text, is_chat, joined, templated
 from ppo_lab.rewards.loading import load_classifier, load_reward_tokenizer
 from ppo_lab.rewards.scoring import RewardError, Scorer
 
@@ -82,6 +82,15 @@ def embedded_scorer(section: Any, *, device: str) -> Scorer:
     return Classifier(model, load_reward_tokenizer(path), batch_size=section.batch_size)
 
 
+class Read(NamedTuple):
+    """What the model reads of a sample: token ids and, of a pair of texts, which of the two each is
+    of; empty where the model does not ask.
+    """
+
+    ids: list[int]
+    kinds: Sequence[int] = ()
+
+
 class Classifier:
     """Scores by one output of a sequence classifier, as float32 numbers.
 
@@ -89,6 +98,9 @@ class Classifier:
     text alone, whatever stands beside it in the batch: texts are padded with an attention mask, on
     the side that this model proves to bear, and the padding is never taken for the text's end.
     Texts over `max_length` tokens lose their beginning, so that the response stays.
+
+    `text`: what is read, of which `pair` shows an encoder prompt and response as two texts, with
+    what its tokenizer puts between them, as models that judge answers to questions were trained.
 
     `chat_template`: `auto` uses the tokenizer's template where the prompt is a chat and there is a
     template. `append_eos`: `auto` appends the end-of-sequence token to plain texts of decoders, the
@@ -134,6 +146,9 @@ class Classifier:
             )
         self.pad_token_id = _pad_token_id(model, tokenizer)
         self._trunk = Trunk(model) if _is_decoder(model) else None
+        if text == "pair":
+            _refuse_joining(tokenizer)
+            tokenizer.truncation_side = "left"
         self.append_eos = _appends_eos(model, tokenizer, append_eos)
         self._eos_in_chats = append_eos == "always"
         read = self._trunk is not None and append_eos != "always"
@@ -143,12 +158,12 @@ class Classifier:
     @torch.no_grad()
     def __call__(self, /, prompts: list[Any], completions: list[str], **columns: Any) -> Tensor:
         """The scores, shape (batch,), on the CPU."""
-        ids = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
-        scores = torch.empty(len(ids))
+        texts = [self._read(p, c) for p, c in zip(prompts, completions, strict=True)]
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids), reverse=True)
+        scores = torch.empty(len(texts))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            scores[rows] = self.call(self._forward, [ids[i] for i in rows])
+            scores[rows] = self.call(self._forward, [texts[i] for i in rows])
         return scores
 
     def check_prompts(self, prompts: Sequence[Any]) -> None:
@@ -162,8 +177,25 @@ class Classifier:
         for prompt in orders.values():
             self._chat_text(prompt, "a")
 
+    def _read(self, prompt: Any, completion: str) -> Read:
+        """What stands for one sample."""
+        if self.text == "pair":
+            return self._pair(as_text(prompt), completion)
+        return Read(self._encode(prompt, completion))
+
+    def _pair(self, first: str, second: str) -> Read:
+        """Two texts as the tokenizer joins them. If they are too long the first loses its
+        beginning, or, where the second alone leaves it no room, the longer of the two does.
+        """
+        read = self.tokenizer(first, second, verbose=False)
+        if self.max_length and len(read["input_ids"]) > self.max_length:
+            alone = len(self.tokenizer("", second, verbose=False)["input_ids"])
+            which = "only_first" if alone < self.max_length else "longest_first"
+            read = self.tokenizer(first, second, truncation=which, max_length=self.max_length)
+        return Read(read["input_ids"], read.get("token_type_ids", ()))
+
     def _encode(self, prompt: Any, completion: str) -> list[int]:
-        """The token ids that stand for one sample."""
+        """The token ids that stand for one sample as one text."""
         chat = self._as_chat(prompt)
         text = self._chat_text(prompt, completion) if chat else self._plain_text(prompt, completion)
         ids = self.tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
@@ -204,9 +236,9 @@ class Classifier:
         special = keep_first and ids[0] in self.tokenizer.all_special_ids and self.max_length > 1
         return ids[:1] + ids[1 - self.max_length :] if special else ids[-self.max_length :]
 
-    def _forward(self, ids: list[list[int]]) -> Tensor:
+    def _forward(self, texts: list[Read]) -> Tensor:
         """The scores of texts that fit into one pass."""
-        logits = (self._read_whole(ids) if self._trunk is None else self._read_last(ids)).float()
+        logits = (self._whole(texts) if self._trunk is None else self._last(texts)).float()
         if self.output == "logit":
             return logits[:, self.index].cpu()
         # Several labels that may hold at once were each trained as a question of its own.
@@ -216,13 +248,14 @@ class Classifier:
         chosen = logprobs[:, self.index].cpu()
         return chosen if self.output == "log_probability" else chosen.exp()
 
-    def _read_last(self, ids: list[list[int]]) -> Tensor:
+    def _last(self, texts: list[Read]) -> Tensor:
         """A decoder's logits: its head on the last token of each text.
 
         Texts are left-padded, so that they end in the last column and nothing depends on what pads;
         of the last layer that column alone is computed.
         """
         assert self._trunk is not None
+        ids = [text.ids for text in texts]
         width, pad = max(map(len, ids)), self.pad_token_id
         rows = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
         real = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in ids])
@@ -230,17 +263,24 @@ class Classifier:
         hidden = self._trunk.hidden(rows.to(device), real.to(device), last=1)[:, -1]
         return head(hidden.to(head.weight.dtype))
 
-    def _read_whole(self, ids: list[list[int]], *, left: bool | None = None) -> Tensor:
+    def _whole(self, texts: list[Read], *, left: bool | None = None) -> Tensor:
         """An encoder's logits, its texts padded on the side that moves none."""
         left = self._pads_left if left is None else left
-        width, pad = max(map(len, ids)), self.pad_token_id
-        holes = [width - len(row) for row in ids]
-        rows = [
-            [pad] * n + row if left else row + [pad] * n for n, row in zip(holes, ids, strict=True)
-        ]
-        mask = [[i >= n if left else i < width - n for i in range(width)] for n in holes]
-        inputs = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask).long()}
-        return self.model(**{k: x.to(self.model.device) for k, x in inputs.items()}).logits
+        width = max(len(text.ids) for text in texts)
+
+        def padded(rows: list[Sequence[int]], pad: int) -> Tensor:
+            holes = [[pad] * (width - len(row)) for row in rows]
+            pairs = zip(rows, holes, strict=True)
+            full = [[*hole, *row] if left else [*row, *hole] for row, hole in pairs]
+            return torch.tensor(full, device=self.model.device)
+
+        inputs = {
+            "input_ids": padded([text.ids for text in texts], self.pad_token_id),
+            "attention_mask": padded([[1] * len(text.ids) for text in texts], 0),
+        }
+        if texts[0].kinds:
+            inputs["token_type_ids"] = padded([text.kinds for text in texts], 0)
+        return self.model(**inputs).logits
 
     @torch.no_grad()
     def _wants_padding_left(self) -> bool:
@@ -250,12 +290,12 @@ class Classifier:
         Raises:
             RewardError: they do on neither side.
         """
-        short, long = self._encode("", "a"), self._encode("", "a b c d e f g h")
-        alone = self._read_whole([short], left=False).float()
+        short, long = self._read("", "a"), self._read("", "a b c d e f g h")
+        alone = self._whole([short], left=False).float()
         exact = self.model.dtype == torch.float32
         allowed = 1e-3 * alone.abs().max() if exact else 5e-2 * (1.0 + alone.abs().max())
         for left in (False, True):
-            beside = self._read_whole([short, long], left=left)[:1].float()
+            beside = self._whole([short, long], left=left)[:1].float()
             if (beside - alone).abs().max() <= allowed:
                 return left
         raise RewardError(
@@ -365,6 +405,16 @@ def _refuse_positions(model: Any, max_length: int) -> None:
         raise RewardError(
             f"reward.max_length={max_length}: the reward model has positions for {longest} tokens; "
             f"use at most {longest}, or 0."
+        )
+
+
+def _refuse_joining(tokenizer: Any) -> None:
+    """A tokenizer that would write two texts as one."""
+    one, two = (tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True))
+    if two <= one:
+        raise RewardError(
+            "reward.text=pair: the reward model's tokenizer puts nothing between two texts, so its "
+            "model reads one; use reward.text=prompt_and_completion."
         )
 
 
