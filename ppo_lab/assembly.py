@@ -101,7 +101,8 @@ def load_policy(config: Config, tokenizer: Any, device: str) -> AutoModelForCaus
     policy = AutoModelForCausalLMWithValueHead(
         model, v_head_init=head.v_head_init, v_head_init_std=head.v_head_init_std
     )
-    policy.load_value_head(config.model.path)
+    if config.model.weights != "random":
+        policy.load_value_head(config.model.path)
     policy.trunk.fast_layers = config.model.fast_layers
     policy.trunk.records_graphs = config.model.cuda_graphs
     if config.model.torch_compile:

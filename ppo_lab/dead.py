@@ -17,9 +17,11 @@ from ppo_lab.config import (
     HeadCritic,
     ModelCritic,
     ModelReward,
+    ModelSection,
     WeightedReward,
 )
 from ppo_lab.data import judged_by
+from ppo_lab.local_model import VALUE_HEAD_FILE
 
 
 def dead_settings(config: Config, stated: Collection[str]) -> Iterator[str]:
@@ -44,6 +46,12 @@ def greedy(config: Config) -> bool:
 def is_here(path: str) -> bool:
     """Whether a model comes from no hub, but from a folder or with the package."""
     return path == "embedded" or (bool(path) and Path(path).expanduser().is_dir())
+
+
+def brings_value_head(model: ModelSection) -> bool:
+    """Whether a trained value head lies beside a policy whose weights are read."""
+    here = is_here(model.path) and model.weights != "random"
+    return here and (Path(model.path).expanduser() / VALUE_HEAD_FILE).is_file()
 
 
 def starts_from_embedded(config: Config) -> bool:
@@ -105,6 +113,12 @@ DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         ("reward.retry_wait",),
         lambda c: isinstance(c.reward, FunctionReward) and c.reward.retries == 0,
         "since there are no further attempts; add reward.retries=1",
+    ),
+    (
+        ("critic.v_head_init", "critic.v_head_init_std"),
+        lambda c: isinstance(c.critic, HeadCritic) and brings_value_head(c.model),
+        f"since the value head beside the model goes on; without {VALUE_HEAD_FILE} in model.path a "
+        "new one is drawn",
     ),
     (
         ("critic.v_head_init_std",),

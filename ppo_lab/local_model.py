@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ppo_lab.config import Config, ModelSection
 
+VALUE_HEAD_FILE = "value_head.safetensors"  # beside a saved policy
+
 # What the names of architectures end in that are no causal language models.
 FOREIGN = ("ForSequenceClassification", "ForMaskedLM")
 # Where architectures keep the most tokens that they read.

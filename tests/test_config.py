@@ -353,6 +353,16 @@ def test_what_cannot_run_is_refused_with_its_reason(overrides, said, monkeypatch
     assert [line for line in refused(*overrides) if said in line], refused(*overrides)
 
 
+def test_how_a_value_head_begins_is_refused_where_the_folder_brings_one(tmp_path):
+    model = ["model=local", f"model.path={tmp_path}"]
+    (tmp_path / "config.json").write_text("{}")
+    assert refused(*model, "critic.v_head_init=zero") == []
+    (tmp_path / "value_head.safetensors").touch()
+    (line,) = refused(*model, "critic.v_head_init=zero")
+    assert line.startswith("critic.v_head_init: has no effect, since the value head beside the mod")
+    assert refused(*model, "critic.v_head_init=zero", "model.weights=random") == []
+
+
 @pytest.mark.parametrize(
     ("setting", "legal"),
     [

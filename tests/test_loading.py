@@ -728,6 +728,9 @@ def test_a_folder_in_the_home_folder_brings_its_value_head(folder, tmp_path, mon
     config = Config(model=section("~/saved"), lora=LoraSection(r=0), critic=HeadCritic())
     loaded = load_policy(config, load_tokenizer(config.model), "cpu")
     assert torch.equal(loaded.v_head.summary.weight, policy.v_head.summary.weight)
+    config.model.weights, config.model.tokenizer = "random", "~/saved"
+    fresh = load_policy(config, load_tokenizer(config.model), "cpu")
+    assert not torch.equal(fresh.v_head.summary.weight, policy.v_head.summary.weight)
 
 
 def test_a_folder_without_tokenizer_says_which_key_names_one(folder):

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-VALUE_HEAD_FILE = "value_head.safetensors"
+from ppo_lab.local_model import VALUE_HEAD_FILE
+
 _PREFIX = "v_head."
 
 
