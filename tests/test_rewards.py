@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -239,17 +240,11 @@ def test_only_functions_that_take_the_ids_ask_for_them(functions: ModuleType) ->
     assert not function_reward(functions, lambda completions: [1.0]).reads_ids
 
 
-class Asynchronous:
-    async def __call__(self, completions: list[str]) -> list[float]:
-        return [1.0]
-
-
 @pytest.mark.parametrize(
     ("reward", "kwargs", "message"),
     [
         (lambda prompts, completions, /: [1.0], {}, "takes 'prompts' by position alone"),
         (lambda prompts, size=1: [1.0], {"sise": 2}, r"no argument 'sise', .*mean 'size'\?"),
-        (Asynchronous(), {}, "is an async function"),
     ],
 )
 def test_a_function_that_its_arguments_do_not_fit_is_refused_before_anything_runs(
@@ -409,6 +404,62 @@ def test_a_function_that_hangs_is_given_up(functions: ModuleType) -> None:
     assert time.perf_counter() - start < 2
 
 
+def test_an_async_function_is_awaited_on_one_loop_without_gradients(functions: ModuleType) -> None:
+    """As TRL does: an asynchronous client that is kept open is bound to its loop."""
+    weight, loops = torch.ones((), requires_grad=True), []
+
+    async def judge(text: str) -> float:
+        await asyncio.sleep(0.001)
+        assert not (weight * 2).requires_grad
+        return float(len(text))
+
+    class Judge:
+        async def __call__(self, completions: list[str], scale: float) -> list[float]:
+            loops.append(asyncio.get_running_loop())
+            return [scale * x for x in await asyncio.gather(*map(judge, completions))]
+
+    scorer = function_reward(functions, Judge(), kwargs={"scale": 2.0})
+    assert scorer(["p"] * 2, ["a", "bcd"]).total.tolist() == [2.0, 6.0]
+    assert scorer(["p"], [""]).total.tolist() == [0.0]
+    assert loops[0] is loops[1]
+
+    async def within_a_loop() -> list[float]:  # as in a notebook
+        return scorer(["p"], ["ab"]).total.tolist()
+
+    assert asyncio.run(within_a_loop()) == [4.0]
+
+
+def test_an_async_function_that_fails_or_hangs_leaves_the_loop_to_others(
+    functions: ModuleType,
+) -> None:
+    ended = []
+
+    async def reward(completions: list[str]) -> list[float]:
+        if completions == ["exit"]:
+            sys.exit(3)
+        if completions == ["own"]:
+            raise TimeoutError("the judge did not answer")
+        if completions == ["hang"]:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                ended.append(True)
+                raise
+        return [1.0 / len(c) for c in completions]
+
+    scorer = function_reward(functions, reward, timeout=0.5)
+    for wrong, said in (
+        (["a", ""], r"sample 1 .*ZeroDivisionError"),
+        (["exit"], r"it called sys\.exit\(3\)"),
+        (["own"], "the judge did not answer"),
+        (["hang"], r"no answer within 0\.5 s"),
+    ):
+        with pytest.raises(RewardError, match=said):
+            scorer(["p"] * len(wrong), wrong)
+        assert scorer(["p"], ["ab"]).total.tolist() == [0.5]
+    assert ended == [True]
+
+
 def test_a_time_limit_hands_on_results_and_errors() -> None:
     assert within(5, lambda: 3) == 3
     with pytest.raises(KeyError):
@@ -456,7 +507,6 @@ def test_a_wrong_return_of_a_function_names_the_reward(functions: ModuleType) ->
         ("no_such_module:f", "no module 'no_such_module'"),
         ("math:squirt", r"math has no 'squirt'\. Did you mean 'sqrt'"),
         ("math:pi", "it is float, not a function"),
-        ("asyncio:sleep", "async function"),
         ("collections:Counter", "it is a class; name an instance of it"),
         ("./rewards/my.py:f", r"without a path, my:f, and start in the folder it lies in"),
         ("rewards\\my.py:f", r"without a path, my:f, and"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,10 +49,12 @@ class FunctionScorer:
     Where a prompt is a chat, its completion is shown as a list with the assistant's message. A
     function that does not take arbitrary keywords (`**kwargs`) is given only those it names. None
     among its scores means "not applicable" and becomes `none_score`; a batch of nothing else is
-    warned of, once. It is called without gradients, once a batch.
+    warned of, once. It is called without gradients, once a batch. An async function is awaited, on
+    one event loop for all batches, to which what it keeps open may be bound.
 
     `retries` further attempts follow when it raises; `timeout` seconds (0 = no limit) hold for each
-    attempt, and one that exceeds them is left behind in its thread, since Python cannot stop it.
+    attempt, and one that exceeds them is left behind in its thread, since Python cannot stop it; an
+    async one is cancelled.
     """
 
     # It may count its calls, draw random numbers, or compare the samples of a batch.
@@ -132,7 +136,8 @@ class FunctionScorer:
             with torch.no_grad(), exits_as_errors():
                 return self.function(**accepted)
 
-        return within(self.timeout, call) if self.timeout else call()
+        found = within(self.timeout, call) if self.timeout else call()
+        return awaited(found, self.timeout) if inspect.isawaitable(found) else found
 
     def _accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments that the function takes."""
@@ -206,6 +211,40 @@ def exits_as_errors() -> Iterator[None]:
         raise RuntimeError(f"it called sys.exit({error.code})") from error
 
 
+def awaited(what: Awaitable[Any], seconds: float) -> Any:
+    """What an async function returns, if it does so in time (0 = whenever it does).
+
+    Raises:
+        TimeoutError: it did not, and was cancelled.
+    """
+
+    async def without_gradients() -> Any:
+        with torch.no_grad(), exits_as_errors():
+            return await what
+
+    future = asyncio.run_coroutine_threadsafe(without_gradients(), _event_loop())
+    try:
+        return future.result(seconds or None)
+    except TimeoutError as error:
+        if future.done():  # its own
+            raise
+        raise TimeoutError(_given_up(seconds)) from error
+    finally:
+        future.cancel()
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """The loop of all async rewards, in a thread of its own: in a notebook this one has another."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True, name="ppo_lab-async-rewards").start()
+    return loop
+
+
+def _given_up(seconds: float) -> str:
+    return f"no answer within {seconds:g} s (reward.timeout); it was given up."
+
+
 def within(seconds: float, call: Callable[[], Any]) -> Any:
     """What `call` returns, if it does so in time.
 
@@ -227,5 +266,5 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
     if "error" in outcome:
         raise outcome["error"]
     if "result" not in outcome:
-        raise TimeoutError(f"no answer within {seconds:g} s (reward.timeout); it was given up.")
+        raise TimeoutError(_given_up(seconds))
     return outcome["result"]

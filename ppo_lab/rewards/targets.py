@@ -42,8 +42,6 @@ def find_target(target: str, kwargs: Collection[str] = ()) -> Callable[..., Any]
         raise TargetError("it is a class; name an instance of it.")
     if not callable(found):
         raise TargetError(f"it is {type(found).__name__}, not a function.")
-    if inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(type(found).__call__):
-        raise TargetError("it is an async function; wrap it in one that returns its result.")
     _check_keywords(found, kwargs)
     return found
 
