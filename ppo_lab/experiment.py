@@ -300,12 +300,15 @@ def make_trainer(
     config: Config, policy: Any, tokenizer: Any, reward: Any, device: Any, processes: Alone
 ) -> PPOTrainer:
     """The trainer of a run, with its critic and its sampler."""
+    with processes.together():
+        critic = load_critic(config, tokenizer, device)
+        drawn = sampling(config.generation, policy, tokenizer, eos_token=config.model.eos_token)
     trainer = PPOTrainer(
         ppo_config(config, width=policy.v_head.summary.in_features),
         policy,
         tokenizer=tokenizer,
-        critic=load_critic(config, tokenizer, device),
-        sampling=sampling(config.generation, policy, tokenizer, eos_token=config.model.eos_token),
+        critic=critic,
+        sampling=drawn,
         reward=reward,
         device=device,
         processes=processes,

@@ -396,3 +396,20 @@ def test_a_reward_that_fails_is_said_once_and_its_run_goes_on(tmp_path: Path) ->
     process = several.launch(3, tmp_path, "-m", "ppo_lab", "resume=run", CALM="1")
     said, _ = process.communicate(timeout=100)
     assert process.returncode == 0, said[-3000:]
+
+
+# What models alone show to be wrong, and where a run ends by itself; some words of what is said.
+FOUND_BY_ALL = {
+    "generation.stop_token=two words": "must be one token of this tokenizer",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", FOUND_BY_ALL)
+def test_what_every_process_finds_is_told_by_one(tmp_path: Path, word: str) -> None:
+    words = several.tiny(tmp_path, word, "hydra.run.dir=run")
+    process = several.launch(2, tmp_path, "-m", "ppo_lab", *words)
+    said, _ = process.communicate(timeout=280)
+    assert process.returncode != 0
+    assert said.count("ppo_lab: this cannot run:") == 1, said[-3000:]
+    assert FOUND_BY_ALL[word] in said.partition("ppo_lab: this cannot run:")[2]
