@@ -42,12 +42,13 @@ def train(config: Config, folder: Path, overrides: list[str]) -> float:
     with early_lock(folder), plain_warnings():
         from ppo_lab.experiment import run
         from ppo_lab.memory import OutOfMemoryError, ways_out
+        from ppo_lab.processes.launch import shared
         from ppo_lab.update import TrainingDiverged
 
         try:
             return run(config, folder, overrides)
         except TrainingDiverged as error:
-            raise ConfigError(str(error)) from error
+            raise shared(ConfigError(str(error))) from error
         except OutOfMemoryError as error:
             raise ConfigError(ways_out(error)) from error
 

@@ -401,6 +401,7 @@ def test_a_reward_that_fails_is_said_once_and_its_run_goes_on(tmp_path: Path) ->
 # What models alone show to be wrong, and where a run ends by itself; some words of what is said.
 FOUND_BY_ALL = {
     "generation.stop_token=two words": "must be one token of this tokenizer",
+    "ppo.max_kl=1e-9": "above ppo.max_kl=1e-09",
 }
 
 
