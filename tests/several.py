@@ -21,8 +21,12 @@ FSDP2 = {
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
 
 
-def launch(count: int, folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
-    """`torchrun` with so many processes, or one without it, in that folder."""
+def launch(
+    count: int, folder: Path, *words: str, own_group: bool = False, **environment: str
+) -> subprocess.Popen[str]:
+    """`torchrun` with so many processes, or one without it, in that folder; with `own_group` as a
+    terminal starts it, whose Ctrl-C goes to a group of processes.
+    """
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     return subprocess.Popen(
@@ -32,6 +36,7 @@ def launch(count: int, folder: Path, *words: str, **environment: str) -> subproc
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        process_group=0 if own_group else None,
     )
 
 

@@ -414,3 +414,26 @@ def test_what_every_process_finds_is_told_by_one(tmp_path: Path, word: str) -> N
     assert process.returncode != 0
     assert said.count("ppo_lab: this cannot run:") == 1, said[-3000:]
     assert FOUND_BY_ALL[word] in said.partition("ppo_lab: this cannot run:")[2]
+
+
+@pytest.mark.slow
+def test_ctrl_c_to_accelerate_lets_the_iteration_finish(tmp_path: Path) -> None:
+    (tmp_path / "slow_reward.py").write_text(
+        "import pathlib, time\n"
+        "def length(completions, **_):\n"
+        "    if pathlib.Path('run/samples.jsonl').exists():\n"
+        "        pathlib.Path('called').touch()\n"
+        "        time.sleep(12)\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    words = [w for w in several.tiny(tmp_path) if not w.startswith("reward")]
+    words += ["reward=function", "reward.target=slow_reward:length", "hydra.run.dir=run"]
+    accelerate = ("-m", "accelerate.commands.launch", "--num_processes", "2")
+    process = several.launch(1, tmp_path, *accelerate, "-m", "ppo_lab", *words, own_group=True)
+    until = time.monotonic() + 200
+    while not (tmp_path / "called").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said, _ = process.communicate(timeout=100)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("preempted", 1), said[-3000:]

@@ -60,6 +60,11 @@ def _started_by_accelerate_alone() -> bool:
 
 
 def _end_with_parent() -> None:
-    """Have the system send SIGTERM when accelerate's launcher ends, which it does not pass on."""
+    """Have the system send SIGTERM when accelerate's launcher ends, which it does not pass on.
+
+    Ctrl-C goes to the launcher alone: the SIGTERM that follows would otherwise be a second signal,
+    at which a run stops in the middle of its iteration.
+    """
     if sys.platform == "linux":
+        os.setpgrp()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
