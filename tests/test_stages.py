@@ -262,6 +262,18 @@ def test_what_a_stage_does_not_read_is_refused(tmp_path: Path) -> None:
     assert len(found) == 6
 
 
+def test_several_processes_are_refused_a_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = SFTDataSection(path=write(tmp_path, [{"text": "a"}]))
+    config = SFTConfig(model=ModelSection(path="owner/name"), data=data)
+    assert problems(config) == []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (found,) = problems(config)
+    assert "several processes" in found
+
+
 @pytest.mark.parametrize("output", ["/proc/1/model", "rows.jsonl/model", "rows.jsonl"])
 def test_an_output_that_cannot_be_made_is_refused_before_anything_is_loaded(
     output: str, tmp_path: Path

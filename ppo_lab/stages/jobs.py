@@ -16,6 +16,7 @@ from ppo_lab.dead import matches
 from ppo_lab.devices import device_problem
 from ppo_lab.errors import ConfigError
 from ppo_lab.on_disk import unwritable
+from ppo_lab.processes.launch import is_launched
 from ppo_lab.record import brief
 from ppo_lab.rules import illegal_values, model_folder
 from ppo_lab.stages.config import RewardModelConfig, SFTConfig, StageSection
@@ -40,6 +41,11 @@ def problems(config: Any, stated: Collection[str] = ()) -> list[str]:
     found += model_folder("model.tokenizer", config.model.tokenizer, holds="", needed=False)
     found += local_model.problems(config.model)
     found += device_problem("device", config.device)
+    if is_launched():
+        found.append(
+            "several processes were launched: a stage before PPO trains in one; start it "
+            "without torchrun or accelerate launch"
+        )
     found += data_problems(config.data)
     found += _output_problems(config.output)
     return list(dict.fromkeys([*found, *_dead(config, stated)]))
