@@ -5,6 +5,7 @@ Only `resume=FOLDER` resumes. Nothing here imports torch: what cannot go on is r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
@@ -40,6 +41,7 @@ FREE = (
     "ppo.gradient_checkpointing",
     "generation.batch_size",
 )
+REWARD_DEVICE = re.compile(r"reward\.(parts\.[^.]+\.)*device")
 FREE_IN_WORDS = (
     "ppo.max_kl, ppo.max_skipped_updates, ppo.micro_batch_tokens, ppo.gradient_checkpointing, "
     "generation.batch_size, evaluation.every, evaluation.samples, tracking, checkpoint, processes, "
@@ -230,6 +232,8 @@ def _added(now: Any, then: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _is_free(key: str) -> bool:
+    if REWARD_DEVICE.fullmatch(key):
+        return True
     return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
 
 

@@ -15,7 +15,7 @@ import yaml
 from tiny_runs import Killed, kill, metrics, outcome, tiny
 
 from ppo_lab import checkpoint, typed
-from ppo_lab.config import ConstantReward, WeightedReward
+from ppo_lab.config import ConstantReward, FunctionReward, ModelReward, WeightedReward
 from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import run
 from ppo_lab.record import read_json_lines
@@ -270,6 +270,28 @@ def test_every_setting_is_refused_but_those_that_the_message_names(finished: Pat
         name.partition(".")[0] if name.partition(".")[0] in sections else name for name in free
     }
     assert named == listed
+
+
+def test_a_reward_model_may_move_to_another_device(finished: Path, tmp_path: Path) -> None:
+    """As it must, where it was sharded over processes, or on a GPU that is gone."""
+    there, here = ModelReward(path="a", device="sharded"), ModelReward(path="a")
+    for then, now in (there, here), (mixed(there), mixed(here)):
+        record_again(tmp_path / "run", tiny(finished, reward=then), [])
+        config = replace(tiny(finished, reward=now), resume=str(tmp_path / "run"))
+        assert differences(config) == []
+
+
+def mixed(part: ModelReward) -> WeightedReward:
+    """A reward model among others."""
+    return WeightedReward(parts={"inner": WeightedReward(parts={"model": part})})
+
+
+def test_what_a_function_calls_its_device_may_not_change(finished: Path, tmp_path: Path) -> None:
+    reward = FunctionReward(target="a:b", kwargs={"device": "x"})
+    record_again(tmp_path / "run", tiny(finished, reward=reward), [])
+    changed = tiny(finished, reward=replace(reward, kwargs={"device": "y"}))
+    found = differences(replace(changed, resume=str(tmp_path / "run")))
+    assert found[0].startswith("reward.kwargs.device=y")
 
 
 @pytest.mark.parametrize(("rank", "own"), [(4, 2e-3), (0, 2e-4)])
