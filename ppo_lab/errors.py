@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import difflib
 import sys
+import time
 from collections.abc import Collection, Sequence
 from typing import NoReturn
 
 from ppo_lab.processes.launch import speaks
+
+LATEST = 5.0  # seconds by which the process that speaks may be behind the others
 
 
 class ConfigError(ValueError):
@@ -25,9 +28,15 @@ class ConfigError(ValueError):
 
 
 def refuse(error: ConfigError) -> NoReturn:
-    """Print the problems, once for all processes that have them, and exit with code 1."""
+    """Print the problems, once for all processes that have them, and exit with code 1.
+
+    Those that do not print wait to be ended: a launcher ends all processes, the one that is yet to
+    print among them, when a first has ended.
+    """
     if speaks(error):
         sys.stderr.write(message(error) + "\n")
+    else:
+        time.sleep(LATEST)
     sys.exit(1)
 
 

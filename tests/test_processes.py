@@ -437,3 +437,16 @@ def test_ctrl_c_to_accelerate_lets_the_iteration_finish(tmp_path: Path) -> None:
     said, _ = process.communicate(timeout=100)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("preempted", 1), said[-3000:]
+
+
+@pytest.mark.slow
+def test_a_wrong_command_is_told_by_a_process_that_is_late(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(
+        "import os, runpy, time\n"
+        "time.sleep(2 if os.environ['RANK'] == '0' else 0)\n"
+        "runpy.run_module('ppo_lab', run_name='__main__')\n"
+    )
+    process = several.launch(2, tmp_path, "late.py", *several.tiny(tmp_path, "ppo.batch_size=10"))
+    said, _ = process.communicate(timeout=280)
+    assert process.returncode != 0
+    assert said.count("ppo.batch_size=10: must be a multiple") == 1, said[-3000:]
