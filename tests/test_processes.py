@@ -450,3 +450,24 @@ def test_a_wrong_command_is_told_by_a_process_that_is_late(tmp_path: Path) -> No
     said, _ = process.communicate(timeout=280)
     assert process.returncode != 0
     assert said.count("ppo.batch_size=10: must be a multiple") == 1, said[-3000:]
+
+
+@pytest.mark.slow
+def test_a_reward_that_hangs_is_told_by_a_process_that_waits_for_it(tmp_path: Path) -> None:
+    (tmp_path / "hanging_reward.py").write_text(
+        "import pathlib, time\n"
+        "def length(completions, **_):\n"
+        "    time.sleep(1000 if pathlib.Path('run/samples.jsonl').exists() else 0)\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    words = [w for w in several.tiny(tmp_path) if not w.startswith("reward")]
+    words += ["reward=function", "reward.target=hanging_reward:length", "hydra.run.dir=run"]
+    patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
+    process = several.launch(
+        2, tmp_path, "-m", "ppo_lab", *words, "processes.timeout=30", **patience
+    )
+    said, _ = process.communicate(timeout=280)
+    assert process.returncode != 0
+    assert (
+        said.count("the main process has ended, or has not answered for processes.timeout=30") == 1
+    )

@@ -92,8 +92,12 @@ class Group(Alone):
             except Exception as error:
                 box[1] = error
         sent = [box[0], None if box[1] is None else _portable(box[1])]
-        with self.answering():
-            dist.broadcast_object_list(sent, src=0, group=self._talk)
+        try:
+            with self.answering("" if self.is_main else "the main process"):
+                dist.broadcast_object_list(sent, src=0, group=self._talk)
+        except ProcessLost as lost:
+            lost.shared = self.rank != 1  # who speaks for all is the one that is lost
+            raise
         if sent[1] is not None:
             raise shared(box[1] or sent[1])
         return box[0] if self.is_main else sent[0]
@@ -125,8 +129,8 @@ class Group(Alone):
             return wrap(self, nn.ModuleDict(models), optimizer)
 
     @contextmanager
-    def answering(self) -> Iterator[None]:
-        """What communication raises inside, said in words.
+    def answering(self, whom: str = "") -> Iterator[None]:
+        """What communication raises inside, said in words; `whom` is waited for, or any other.
 
         Raises:
             ProcessLost: another process is gone, or late by more than the time limit.
@@ -138,8 +142,8 @@ class Group(Alone):
                 raise
             said = " ".join(str(error).split())[:200]
             raise ProcessLost(
-                f"another of the {self.size} processes has ended, or has not answered for "
-                f"processes.timeout={self.timeout.total_seconds():g} seconds ({said}); the "
+                f"{whom or f'another of the {self.size} processes'} has ended, or has not answered "
+                f"for processes.timeout={self.timeout.total_seconds():g} seconds ({said}); the "
                 "launcher's message says which"
             ) from error
 
