@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import several
 import torch
+from safetensors import safe_open
 from tiny_models import policy, ragged, trainer
 from torch import nn
 from torch.testing import assert_close
@@ -248,6 +249,14 @@ def test_sharded_by_fsdp2_the_run_stays_the_same(tmp_path: Path, road: str, coun
     one = several.run(1, tmp_path, *words)
     other = several.run(count, tmp_path, *words, **several.FSDP2)
     assert several.disagreements(one, other) == []
+    assert weights_of(other) == weights_of(one)
+
+
+def weights_of(run: Path) -> set[str]:
+    """The names of the weights that a run has left; tied ones have one."""
+    (file,) = (run / "model").glob("*model.safetensors")
+    with safe_open(file, "pt") as weights:
+        return set(weights.keys())
 
 
 @pytest.mark.slow

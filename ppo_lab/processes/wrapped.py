@@ -64,6 +64,15 @@ def shard(model: nn.Module) -> Caller:
     return caller
 
 
+def each_once(make: Callable[[Tensor], Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `make` makes of the tensors; tied weights, which have several names, stay one."""
+    made: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in made:
+            made[id(tensor)] = make(tensor)
+    return {name: made[id(tensor)] for name, tensor in tensors.items()}
+
+
 class Replicated(Whole):
     """Models that every process holds whole; their gradients are summed by DDP."""
 
@@ -162,7 +171,7 @@ class Sharded(Replicated):
     def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters and buffers in full, on the main process; the others only help."""
         self.wrapped.reshard()
-        return {name: self._kept(tensor) for name, tensor in tensors.items()}
+        return each_once(self._kept, tensors)
 
     def put(self, parameter: Tensor, whole: Tensor) -> None:
         """Set the part of a parameter that is here to its part of a tensor given in full."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ppo_lab.errors import ConfigError
 from ppo_lab.processes.alone import Judge
-from ppo_lab.processes.wrapped import Caller, Sharded
+from ppo_lab.processes.wrapped import Caller, Sharded, each_once
 
 if TYPE_CHECKING:
     from ppo_lab.processes.group import Group
@@ -125,7 +125,7 @@ class Partitioned(Sharded):
 
     def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters and buffers in full, on the main process; the others only help."""
-        return {name: self._in_full(tensor) for name, tensor in tensors.items()}
+        return each_once(self._in_full, tensors)
 
     def put(self, parameter: Tensor, whole: Tensor) -> None:
         """Set a parameter and its master copy."""
