@@ -507,6 +507,23 @@ def test_half_precision_files_are_trained_in_float32_unless_told(tmp_path: Path)
     assert load(tmp_path, torch_dtype="auto").dtype == torch.float16
 
 
+def test_weights_on_several_devices_or_on_the_disk_are_refused(tmp_path: Path) -> None:
+    """Q-03: torch would speak of meta tensors."""
+    causal_lm().save_pretrained(tmp_path)
+    parts = {"transformer.word_embeddings": "cpu", "transformer.h.0": "cpu", "lm_head": "cpu"}
+    parts |= {f"transformer.{name}": "disk" for name in ("h.1", "ln_f")}
+    parts |= {"transformer.word_embeddings_layernorm": "cpu"}
+    apart = {"device_map": parts, "offload_folder": str(tmp_path / "offloaded")}
+    message = "model: device_map put BloomForCausalLM on cpu, disk, and"
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path, **apart)
+    spread_out = AutoModelForCausalLM.from_pretrained(tmp_path, **apart)
+    with pytest.raises(ValueError, match=message):
+        trainer(spread_out)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert step(trainer(whole))["kl"] == 0.0
+
+
 def test_the_wrapper_shows_what_libraries_look_for() -> None:
     """G-10."""
     model = policy()

@@ -376,7 +376,8 @@ def _load(source: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def check_causal(model: Any) -> None:
-    """Refuse what is no causal language model, and adapters whose effect the trunk would not see.
+    """Refuse what is no causal language model, or lies on several devices, and adapters whose
+    effect the trunk would not see.
 
     Raises:
         ValueError: saying which.
@@ -391,6 +392,12 @@ def check_causal(model: Any) -> None:
         )
     if base.config.is_encoder_decoder or base.get_output_embeddings() is None:
         raise ValueError(f"model must be a decoder with a language-model head, which {name} is not")
+    places = {str(place) for place in getattr(base, "hf_device_map", {}).values()}
+    if len(places) > 1:
+        raise ValueError(
+            f"model: device_map put {name} on {', '.join(sorted(places))}, and a model that is "
+            "trained here is on one device, with nothing offloaded; load it without device_map"
+        )
     if hasattr(base.get_output_embeddings(), "base_layer"):
         raise ValueError(
             f"model: the adapter is on the output head of {name}, which is never adapted, since "
