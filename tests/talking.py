@@ -8,6 +8,8 @@ import torch
 from ppo_lab.errors import ConfigError
 from ppo_lab.processes.alone import joined
 from ppo_lab.processes.launch import is_shared
+from ppo_lab.rewards.function import FunctionScorer
+from ppo_lab.rewards.scoring import WeightedSum
 from ppo_lab.types import Forward, Tokens
 
 ROWS = [[[5, 6, 7], [20]], [[8], [21, 22, 23]], [[9, 10], [24, 25]]]
@@ -57,10 +59,26 @@ def inside(group) -> None:
             raise ConfigError("a process that is not the main one")
 
 
+def a_function_is_called_once_by_the_main_process(group) -> None:
+    """D-09: it may keep a state, and sees the whole batch."""
+    seen: list[list[str]] = []
+
+    def counted(completions: list[str]) -> list[float]:
+        seen.append(completions)
+        return [float(len(seen))] * len(completions)
+
+    parts = {"n": (1.0, FunctionScorer(counted, name="n"))}
+    reward = WeightedSum("it", parts=parts, processes=group)
+    for call in (1.0, 2.0):
+        assert reward(["p"] * 3, ["a", "b", "c"]).total.tolist() == [call] * 3
+    assert seen == ([["a", "b", "c"]] * 2 if group.is_main else [])
+
+
 if __name__ == "__main__":
     with joined(device="cpu", timeout=60) as joint:
         records_are_gathered_in_order_whatever_their_widths(joint)
         all_hear_the_same(joint)
         what_fails_for_one_fails_for_all_in_the_same_words(joint)
+        a_function_is_called_once_by_the_main_process(joint)
         if joint.is_main:
             print("all was heard")

@@ -63,7 +63,9 @@ def refused(*overrides: str) -> list[str]:
 
 
 def test_no_argument_is_a_valid_run():
+    """S-03: the values fall out of the policy's own passes."""
     assert refused() == []
+    assert isinstance(composed().critic, schema.HeadCritic)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

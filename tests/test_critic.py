@@ -401,6 +401,7 @@ def test_a_trainer_goes_on_exactly_with_its_critic() -> None:
 
 @torch.no_grad()
 def test_a_saved_critic_loads_again_as_a_classifier_and_as_a_critic(tmp_path: Path) -> None:
+    """C-06."""
     made = judged(scale=-1.0)
     with torch.enable_grad():
         step(made)

@@ -341,6 +341,7 @@ def test_a_response_that_completes_a_character_is_shown_alone(tokenizer: Any) ->
 
 
 def test_real_openings_are_read_tokenized_and_split(assets: Path) -> None:
+    """T-01."""
     llama = AutoTokenizer.from_pretrained(assets / "stories260K")
     section = FileData(path=str(assets / "data" / "story_openings.jsonl"))
     sets = load_prompts(section, llama, max_prompt_tokens=464, seed=0)
@@ -463,6 +464,7 @@ def test_numbers_of_a_csv_file_are_python_numbers_of_any_size(tmp_path: Path) ->
 
 
 def test_chats_go_through_the_template_and_are_shown_as_messages(assets: Path) -> None:
+    """T-01."""
     section = FileData(
         path=str(assets / "data" / "dpo_en_demo.jsonl"), max_prompt_tokens=4096, limit=20
     )

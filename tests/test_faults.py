@@ -426,7 +426,7 @@ def test_a_run_that_fails_keeps_its_best_model(
 
 
 def test_the_best_is_what_the_disk_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a checkpoint that could not be written, the next best need not be better."""
+    """C-08: of a checkpoint that could not be written, the next best need not be better."""
     save, evaluated = checkpoint.save, []
 
     def refusing(folder: Path, state: dict[str, Any], *, step: int, **how: Any) -> Path:

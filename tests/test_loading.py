@@ -121,7 +121,7 @@ def tiny_policy() -> AutoModelForCausalLMWithValueHead:
     return AutoModelForCausalLMWithValueHead(tiny_model())
 
 
-def test_a_folder_gives_its_own_weights_in_evaluation_mode(folder):
+def test_a_folder_gives_its_own_weights_in_evaluation_mode(folder):  # ledger C-03
     model = load_causal_lm(section(folder), device="cpu")
     saved = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert not model.training

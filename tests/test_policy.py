@@ -19,6 +19,7 @@ from tiny_models import (
     policy,
     ragged,
     step,
+    timeless,
     train_adapter,
     trainer,
     weights,
@@ -454,6 +455,27 @@ def test_a_saved_policy_comes_back_with_its_value_head_bit_for_bit(tmp_path: Pat
         assert_close(plain(IDS).logits, made.policy.eval()(IDS)[0])
     assert not [f for f in tmp_path.iterdir() if f.suffix in (".bin", ".pt", ".pkl")]
     assert (tmp_path / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_saving_in_the_midst_of_training_moves_nothing(tmp_path: Path, lora: bool) -> None:
+    """C-05: not what is trained, nor what the end saves."""
+    watched, alone = (trainer(policy(lora=lora), max_grad_norm=1.0) for _ in range(2))
+    for made in (watched, alone):
+        step(made)
+    watched.save_pretrained(str(tmp_path / "midst"))
+    watched.save_pretrained(str(tmp_path / "again"))
+    assert timeless(step(watched)) == timeless(step(alone))
+    for made, name in ((watched, "watched"), (alone, "alone")):
+        made.save_pretrained(str(tmp_path / name))
+    for one, other in (("midst", "again"), ("watched", "alone")):
+        files = sorted(p.name for p in (tmp_path / one).iterdir())
+        assert "value_head.safetensors" in files
+        for file in files:
+            texts = [(tmp_path / folder / file).read_bytes() for folder in (one, other)]
+            assert texts[0] == texts[1], file
+    heads = [(tmp_path / f / "value_head.safetensors").read_bytes() for f in ("midst", "watched")]
+    assert heads[0] != heads[1]
 
 
 @pytest.mark.parametrize("adapter", ["default", "mine"])

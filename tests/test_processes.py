@@ -180,6 +180,7 @@ def test_the_number_of_processes_is_read_from_accelerates_command() -> None:
 
 
 def test_two_processes_hear_the_same_and_fail_together(tmp_path: Path) -> None:
+    """D-09: and a reward function is called by one of them."""
     process = several.launch(2, tmp_path, str(Path(__file__).parent / "talking.py"))
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said[-3000:]
@@ -194,6 +195,7 @@ def test_who_ends_as_the_main_process_does_waits_for_it_and_nobody_else(tmp_path
 
 
 def test_two_processes_make_the_run_that_one_makes_and_one_of_them_writes(tmp_path: Path) -> None:
+    """C-07, D-03, D-04, L-02: metrics, samples and files are those of all samples."""
     words = several.tiny(tmp_path)
     one = several.run(1, tmp_path, *words)
     two = several.run(2, tmp_path, *words)
@@ -235,6 +237,7 @@ def words_of(road: str, folder: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("road", ROADS)
 def test_one_two_and_four_processes_agree(tmp_path: Path, road: str) -> None:
+    """D-02, D-06: also when epochs are cut short."""
     words = words_of(road, tmp_path)
     one = several.run(1, tmp_path, *words)
     for count in (2, 4):
@@ -245,6 +248,7 @@ def test_one_two_and_four_processes_agree(tmp_path: Path, road: str) -> None:
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("road", ["llama-lora", "llama-full", "bloom", "gpt2"])
 def test_sharded_by_fsdp2_the_run_stays_the_same(tmp_path: Path, road: str, count: int) -> None:
+    """D-07."""
     words = words_of(road, tmp_path)
     one = several.run(1, tmp_path, *words)
     other = several.run(count, tmp_path, *words, **several.FSDP2)
@@ -266,6 +270,7 @@ def weights_of(run: Path) -> set[str]:
 def test_partitioned_by_deepspeed_the_run_stays_the_same(
     tmp_path: Path, road: str, stage: str
 ) -> None:
+    """D-01, D-08: with stage 3, and with a reference of its own too."""
     words = words_of(road, tmp_path)
     one = several.run(1, tmp_path, *words)
     environment = {**several.ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}

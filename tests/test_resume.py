@@ -1,4 +1,4 @@
-"""A run goes on from its checkpoint to the same numbers, or says why not: C-01, C-02, C-10."""
+"""A run goes on from its checkpoint to the same numbers, or says why not."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def killed_in_the_fifth_iteration(config: Any, folder: Path) -> None:
 def test_a_killed_run_ends_with_the_numbers_of_one_that_was_not(
     tmp_path: Path, r: int, adaptive: bool
 ) -> None:
+    """C-01, C-02."""
     ppo = {"adap_kl_ctrl": adaptive, "horizon": 100, "lr_schedule": "cosine", "warmup_steps": 2}
     config = tiny(tmp_path, lora={"r": r}, ppo=ppo, reward={"target": "tiny_runs:noisy"})
     run(config, tmp_path / "straight")
@@ -115,6 +116,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_anew_in_silence(
 
 @pytest.mark.parametrize("piece", ["optimizer", "kl_controller", "moments", "policy"])
 def test_a_checkpoint_that_lacks_a_piece_is_refused(again: tuple[Any, Path], piece: str) -> None:
+    """C-10."""
     config, folder = again
     state = checkpoint.read(checkpoint.latest(folder) or folder)
     del state["trainer"][piece]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import math
 import re
@@ -137,6 +138,7 @@ def test_lists_tensors_and_arrays_of_numbers_are_scores(raw: Any) -> None:
     ],
 )
 def test_anything_but_one_finite_number_a_sample_is_refused(raw: Any, message: str) -> None:
+    """R-03, R-06."""
     with pytest.raises(RewardError, match=f"^reward 'r': .*{message}"):
         checked_scores("r", raw, ["p", "q"], ["a", "b"])
 
@@ -183,10 +185,11 @@ def test_a_missing_vader_package_names_the_extra(monkeypatch: pytest.MonkeyPatch
     assert "ppo_lab[vader]" in problems(VaderReward())[0]
 
 
-# ---- functions (ledger R-01, R-05, R-06)
+# ---- functions
 
 
 def test_a_function_is_called_as_trl_calls_it(functions: ModuleType) -> None:
+    """R-01."""
     seen: dict[str, Any] = {}
 
     def reward(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
@@ -203,6 +206,29 @@ def test_a_function_is_called_as_trl_calls_it(functions: ModuleType) -> None:
         "completion_ids": [[1], [2]],
         "bonus": 7,
     }
+
+
+@pytest.mark.parametrize("kind", ["instance", "partial", "method"])
+def test_whatever_can_be_called_is_a_reward(functions: ModuleType, kind: str) -> None:
+    """R-05."""
+
+    class Similarity:
+        def __init__(self, wanted: str) -> None:
+            self.wanted = wanted
+
+        def __call__(self, completions: list[str]) -> np.ndarray:
+            return np.array([len(set(text) & set(self.wanted)) for text in completions])
+
+    def count(letter: str, completions: list[str]) -> list[int]:
+        return [text.count(letter) for text in completions]
+
+    given = {
+        "instance": Similarity("ab"),
+        "partial": functools.partial(count, "a"),
+        "method": Similarity("ab").__call__,
+    }
+    scores = function_reward(functions, given[kind])(["p", "q"], ["aab", "c"]).total
+    assert scores.tolist() == [2.0, 0.0]
 
 
 def test_a_function_may_change_what_it_is_shown(functions: ModuleType) -> None:
@@ -330,6 +356,8 @@ def test_none_in_an_array_is_one_in_a_list(functions: ModuleType) -> None:
 
 
 def test_none_means_not_applicable(functions: ModuleType) -> None:
+    """R-06."""
+
     def reward(completions: list[str], **kwargs: Any) -> list[float | None]:
         return [None if c == "skip" else 1.0 for c in completions]
 
@@ -553,7 +581,7 @@ def test_checking_a_reward_loads_nothing_heavy() -> None:
     assert "reward.parts.a.target=math:sqr" in done.stdout
 
 
-# ---- reward models (ledger R-02, R-04, N-30)
+# ---- reward models
 
 
 def byte_tokenizer(*, pad: bool = True, template: str = "") -> PreTrainedTokenizerFast:
@@ -608,6 +636,7 @@ COMPLETIONS = ["b", " and a far longer completion", "", "yz"]
 @pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2", "bert", "xlnet"])
 @pytest.mark.parametrize("pad", [257, 256, None, -1], ids=["pad", "pad=eos", "none", "-1"])
 def test_a_score_depends_on_its_own_text_alone(kind: str, pad: int | None) -> None:
+    """N-30."""
     scorer = Classifier(
         tiny_classifier(kind, pad=pad), byte_tokenizer(pad=pad == 257), batch_size=3
     )
@@ -627,6 +656,7 @@ def test_an_encoder_that_padding_moves_reads_texts_one_by_one_or_not_at_all() ->
 
 @pytest.mark.parametrize("kind", ["llama", "bloom", "gpt2"])
 def test_the_score_is_read_at_the_last_token(kind: str) -> None:
+    """R-02, R-04: a raw logit, of the text in the reward model's own tokens."""
     model, tokenizer = tiny_classifier(kind, pad=None), byte_tokenizer(pad=False)
     ids = torch.tensor(
         [tokenizer("a longer prompt and a far longer completion")["input_ids"] + [256]]

@@ -113,6 +113,7 @@ def test_every_field_of_trl_0_11_is_a_field_here() -> None:
 
 
 def test_other_kinds_of_numbers_and_none_stand_for_what_they_mean() -> None:
+    """M-05: an older name stands for the newer one."""
     made = PPOConfig(
         horizon=10000.0,  # type: ignore[arg-type]
         learning_rate=np.float32(0.5),  # type: ignore[arg-type]

@@ -126,6 +126,7 @@ def arrived(run: dict[str, Any]) -> list[int]:
 
 
 def test_online_every_row_the_config_and_the_summary_arrive(server, logged_out):
+    """L-05."""
     overrides = ("ppo.init_kl_coef=0.1", "model=tiny", "seed=3")
     said, _, _ = train(
         logged_out, range(1, 41), pause=0.05, overrides=overrides, tags=["a"], notes="why"
@@ -318,6 +319,13 @@ def test_a_new_run_takes_no_other_run_s_id(server, logged_out, tmp_path):
     assert arrived(only_run(server)) == [1, 2, 3]
     train(logged_out, range(4, 6), id="mine", resume_step=3)
     assert arrived(only_run(server)) == [1, 2, 3, 4, 5]
+
+
+def test_a_name_of_ones_own_goes_before_all_others(server, logged_out, monkeypatch):
+    """L-03."""
+    monkeypatch.setenv("WANDB_NAME", "another")
+    train(logged_out, range(1, 3), overrides=("ppo.init_kl_coef=0.1",), name="mine")
+    assert only_run(server)["name"] == "mine"
 
 
 def test_inside_a_sweep_the_agent_names_the_run_and_the_group_is_the_sweeps(
