@@ -313,6 +313,8 @@ def test_scores_are_scaled_by_running_moments_by_hand() -> None:
     made = trainer(use_score_scaling=True, use_score_norm=True)
     stats = step(made, scores=[torch.tensor(6e4, dtype=torch.float16)] * 4)
     assert math.isfinite(stats["ppo/mean_scores"])
+    fine = step(trainer(), scores=[2049.0] * 4)  # which half precision rounds to 2048
+    assert fine["ppo/mean_scores"] == 2049.0
 
 
 def test_generate_goes_on_with_new_noise_where_the_state_was_left() -> None:
