@@ -60,6 +60,14 @@ def starts_from_embedded(config: Config) -> bool:
     return path == "embedded" or (not path and isinstance(config.reward, EmbeddedReward))
 
 
+def shown_by_evaluations(config: Config) -> bool:
+    """Whether each iteration whose samples are asked for is one of an evaluation, which shows its
+    own; W&B's tables come no more often than is asked for either way.
+    """
+    every = 0 if config.tracking.type == "wandb" else config.evaluation.every
+    return every > 0 and config.tracking.samples_every % every == 0
+
+
 DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     (
         ("ppo.target", "ppo.horizon"),
@@ -189,6 +197,21 @@ DEAD: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         ),
         lambda c: c.tracking.type != "wandb",
         "since nothing goes to W&B; choose tracking=wandb",
+    ),
+    (
+        ("tracking.samples_every",),
+        lambda c: c.tracking.samples_every > 0 and c.evaluation.samples == 0,
+        "since evaluation.samples=0 keeps no samples, of training neither",
+    ),
+    (
+        ("tracking.samples_every",),
+        lambda c: c.tracking.samples_every > 0 and shown_by_evaluations(c),
+        "since those iterations show the samples of their evaluation (evaluation.every)",
+    ),
+    (
+        ("model.cuda_graphs",),
+        lambda c: c.device == "cpu",
+        "since a CPU has no CUDA graphs",
     ),
     (
         ("checkpoint.keep",),

@@ -344,6 +344,12 @@ RULES = [
     (["tracking=wandb", "tracking.id='a:b'"], "W&B's name of it may not hold :"),
     (["tracking=wandb", f"tracking.tags=[{'x' * 65}]"], "has 65 characters; W&B takes 1 to 64"),
     (["checkpoint.keep=3", "checkpoint.every=0"], "checkpoint.keep: has no effect"),
+    (
+        ["tracking=none", "tracking.samples_every=6", "evaluation.every=3"],
+        "tracking.samples_every: has no effect, since those iterations show",
+    ),
+    (["tracking.samples_every=6", "evaluation.samples=0"], "evaluation.samples=0 keeps no samples"),
+    (["model.cuda_graphs=false", "device=cpu"], "model.cuda_graphs: has no effect"),
 ]
 
 
@@ -380,6 +386,22 @@ def test_a_value_out_of_range_brings_no_complaint_about_what_was_not_typed(setti
 
 def test_what_evaluation_is_told_itself_is_refused_beside_what_generation_is():
     assert len(refused("generation.top_k=-1", "evaluation.top_k=-1")) == 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["tracking=none", "tracking.samples_every=5", "evaluation.every=3"],
+        ["tracking=none", "tracking.samples_every=3", "evaluation.every=6"],
+        ["tracking=wandb", "tracking.samples_every=6", "evaluation.every=3"],
+        ["tracking.samples_every=6"],
+        ["tracking.samples_every=0", "evaluation.every=3", "evaluation.samples=0"],
+        ["model.cuda_graphs=false"],
+    ],
+    ids=" ".join,
+)
+def test_a_setting_that_is_read_now_and_then_may_be_given(overrides):
+    assert refused(*overrides) == []
 
 
 def test_a_setting_without_effect_may_come_with_a_preset():
