@@ -82,6 +82,9 @@ class Preemption:
     Where somebody handled a signal before, as submitit does in its jobs, a second one ends nothing:
     the scheduler has its own way to insist. And a warning is passed on when the run has left its
     checkpoint: submitit then has the job requeued.
+
+    Processes that a reward forks inherit all this. SIGTERM ends them, as multiprocessing counts on;
+    what a terminal sends to all alike they outlive as the run does, without a word.
     """
 
     def __init__(self, *, tells: bool = True) -> None:
@@ -89,6 +92,7 @@ class Preemption:
         self.deferred = False
         self._before: dict[int, Any] = {}
         self._warned = 0
+        self._process = os.getpid()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -105,6 +109,9 @@ class Preemption:
             _pass_on(handler, self._warned, error)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        is_fork = os.getpid() != self._process
+        if is_fork and number == signal.SIGTERM:
+            _end_by(number)
         if number in WARNINGS:
             self._warned = number
         elif self.asked and number != HANGUP and self._before[number] in DEFAULTS:
@@ -116,7 +123,7 @@ class Preemption:
             self.asked = signal.Signals(number).name
         if not self.deferred:
             raise Preempted(self.asked)
-        if first and self._tells:
+        if first and self._tells and not is_fork:
             once_more = "" if self._before[number] not in DEFAULTS else "; once more stops at once"
             _tell(f"{self.asked}: the iteration is finished first{once_more}\n")
 
@@ -160,6 +167,11 @@ def _pass_on(handler: Callable[..., Any], number: int, error: Preempted) -> None
 def _die_of(number: int) -> None:
     if sys.stderr.isatty():
         _tell(SHOW_CURSOR)
+    _end_by(number)
+
+
+def _end_by(number: int) -> None:
+    """End this process by the signal's own means."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 

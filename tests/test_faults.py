@@ -246,6 +246,39 @@ def test_a_run_takes_the_programs_own_ending_for_none_and_puts_it_back(
     assert ended.value.code == 130
 
 
+def test_processes_that_a_reward_forks_can_be_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pooling.py").write_text(POOLING)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        run(tiny(tmp_path, ppo={"steps": 1}, reward={"target": "pooling:score"}), tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert summary(tmp_path / "run")["status"] == "finished"
+    assert "is finished first" not in capfd.readouterr().err
+
+
+POOLING = """
+import multiprocessing, os, signal, time
+
+def sleep():
+    os.kill(os.getpid(), signal.SIGINT)  # as a terminal sends it to all: the run goes on
+    time.sleep(60)
+
+def score(completions):
+    worker = multiprocessing.get_context("fork").Process(target=sleep)
+    worker.start()
+    worker.join(0.3)
+    assert worker.exitcode is None
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == -signal.SIGTERM
+    return [1.0] * len(completions)
+"""
+
+
 def test_a_second_ctrl_c_ends_the_run_of_a_notebook_and_not_the_notebook(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
