@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import random
@@ -231,7 +232,8 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def identity(prompts: PromptSets, policy: Any) -> dict[str, str]:
-    """Digests of what a run starts from and no checkpoint holds: its prompts, its first weights.
+    """Digests of what a run starts from and no checkpoint holds: its prompts, what a reward is told
+    beside them, its first weights.
 
     To be taken before any training. Of each weight the first elements are looked at, adapters are
     left out.
@@ -242,9 +244,13 @@ def identity(prompts: PromptSets, policy: Any) -> dict[str, str]:
             first = parameter.detach().flatten()[:FINGERPRINTED].cpu().contiguous()
             weights.update(f"{name} {tuple(parameter.shape)}".encode())
             weights.update(first.view(torch.uint8).numpy().tobytes())
+    sets = (prompts.train, prompts.held_out)
+    names = dict.fromkeys(name for part in sets for name in part.columns)
+    columns = {name: _digest_of_values([part.columns.get(name) for part in sets]) for name in names}
     return {
         "prompts": _digest(prompts.train),
         "held-out prompts": _digest(prompts.held_out),
+        **{f"values of the column {name!r}": digest for name, digest in columns.items()},
         "model's weights": weights.hexdigest(),
     }
 
@@ -254,6 +260,12 @@ def _digest(prompts: Prompts) -> str:
     for ids in prompts.ids:
         rows.update(np.asarray([len(ids), *ids], dtype=np.int64).tobytes())
     return rows.hexdigest()
+
+
+def _digest_of_values(values: Any) -> str:
+    """Of what is no JSON, as pictures, the type alone counts."""
+    text = json.dumps(values, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _evaluation(saved: dict[str, Any]) -> Evaluation:

@@ -372,6 +372,25 @@ def test_other_prompts_in_the_same_file_are_noticed(
     assert {name: (folder / name).read_bytes() for name in RESULTS} == kept
 
 
+def test_other_answers_to_the_same_prompts_are_noticed(tmp_path: Path) -> None:
+    config = tiny(tmp_path, ppo={"steps": 1})
+    data, texts = Path(config.data.path), [f"Question {i}?" for i in range(22)]
+
+    def write(**answers: Any) -> None:
+        rows = [{"prompt": text, **answers} for text in texts]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(answer=1)
+    run(config, tmp_path / "run")
+    more = replace(config, ppo=replace(config.ppo, steps=2), resume=str(tmp_path / "run"))
+    write(answer=2)
+    with pytest.raises(ConfigError, match="the values of the column 'answer' are not those"):
+        run(more, tmp_path / "run")
+    write(answer=1, note="new")  # which nobody has read yet
+    run(more, tmp_path / "run")
+    assert len(metrics(tmp_path / "run")) == 2
+
+
 def test_a_run_that_may_not_go_on_after_all_leaves_wandb_to_the_next_in_the_process(
     again: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
