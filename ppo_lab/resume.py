@@ -54,9 +54,15 @@ def run_folder(resume: str) -> Path:
     """The run's folder, absolute, given it or one of its checkpoints.
 
     Raises:
-        ConfigError: nothing that was started as a run lies there.
+        ConfigError: nothing that was started as a run lies there, or none that may be read.
     """
-    given = Path(resume).expanduser().absolute()
+    try:
+        return _run_at(Path(resume).expanduser().absolute(), resume)
+    except (OSError, RuntimeError) as error:  # no permission; a home folder of nobody
+        raise ConfigError(f"resume={resume}: cannot be read ({error})") from None
+
+
+def _run_at(given: Path, resume: str) -> Path:
     folder = given.parent.parent if given.parent.name == "checkpoints" else given
     if not folder.is_dir():
         raise ConfigError(f"resume={resume}: no such folder; give a run's folder or a checkpoint's")

@@ -556,6 +556,12 @@ def test_a_folder_that_holds_no_run_cannot_be_resumed(tmp_path: Path, missing: s
         resumed_command([f"resume={folder}"])
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-this-name/run"])
+def test_a_folder_that_cannot_be_looked_at_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"resume={name}: cannot be read"):
+        resumed_command([f"resume={name}"])
+
+
 @pytest.mark.parametrize("name", ["overrides", "hydra", "config"])
 def test_a_record_with_a_changed_byte_is_refused_by_name(
     again: tuple[Any, Path], name: str
