@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +99,14 @@ def test_what_sampling_and_scoring_would_not_see_alike_is_refused(kind: str) -> 
         AutoModelForCausalLMWithValueHead(made)
     assert isinstance(caught.value, ConfigError), "a message, no traceback"
     assert f"model: {type(made).__name__}: " in str(caught.value)
+
+
+@pytest.mark.parametrize("spoilt", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_blamed_and_not_the_architecture(spoilt: float) -> None:
+    made = causal_lm("llama")
+    made.lm_head.weight.data[3, 0] = spoilt
+    with pytest.raises(UnfitModel, match=r"model: lm_head\.weight holds NaN or infinity"):
+        AutoModelForCausalLMWithValueHead(made)
 
 
 def test_a_cache_that_is_not_read_is_noticed() -> None:

@@ -258,7 +258,7 @@ class Trunk:
         where layers are passed transformers' way, that sampling and scoring see the same.
 
         Raises:
-            UnfitModel: they do not, for this architecture.
+            UnfitModel: they do not, for this architecture or for weights that are no numbers.
         """
         self.check_cache()
         training = self.model.training
@@ -273,8 +273,18 @@ class Trunk:
             raise self._refusal(what) from error
         finally:
             self.model.train(training)
+        if problem and (spoilt := self._spoilt()):
+            raise UnfitModel(
+                f"model: {spoilt} holds NaN or infinity; its files are damaged, or what trained it "
+                "diverged"
+            )
         if problem:
             raise self._refusal(problem)
+
+    def _spoilt(self) -> str:
+        """The first weight that is not finite throughout; empty where all are."""
+        named = self.model.named_parameters()
+        return next((name for name, weight in named if not weight.isfinite().all()), "")
 
     def check_cache(self) -> None:
         """Refuse a decoder that could not go on from a cache; no weights are needed to see it.
