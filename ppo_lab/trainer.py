@@ -501,7 +501,7 @@ class PPOTrainer(ScriptAttributes):
         if (
             self.iterations_done == 0
             and self.reference.is_start
-            and abs(metrics["kl_per_token"]) > rounding
+            and not abs(metrics["kl_per_token"]) <= rounding  # nor is NaN 0
         ):
             self.warn_once(
                 "kl",

@@ -147,6 +147,14 @@ def test_a_model_that_changes_between_sampling_and_training_is_noticed() -> None
         step(other)
 
 
+def test_a_kl_that_is_no_number_before_the_first_update_is_noticed() -> None:
+    made = trainer()
+    with torch.no_grad():
+        made.policy.trunk.model.get_input_embeddings().weight.fill_(torch.nan)
+    with pytest.warns(RuntimeWarning, match="KL to the reference is nan .* must be 0"):
+        step(made)
+
+
 def test_a_reference_of_ones_own_may_be_anywhere() -> None:
     """A-03: its KL is no cause for a warning."""
     with warnings.catch_warnings():
