@@ -37,7 +37,7 @@ from ppo_lab.compare.comparison import (
     frame,
     remarks,
 )
-from ppo_lab.compare.figures import objectives, save_figures
+from ppo_lab.compare.figures import _lines, objectives, save_figures
 from ppo_lab.compare.groups import Group, differing_keys, grouped
 from ppo_lab.compare.outcomes import evaluations, outcomes
 from ppo_lab.compare.overoptimisation import fit_overoptimisation, peak_of
@@ -379,6 +379,25 @@ def test_a_sweep_beside_its_copy_has_no_more_seeds_than_alone(tmp_path: Path) ->
     assert both.results["objective"].n == 2
 
 
+def test_a_run_that_stands_twice_counts_once_in_every_mean_fit_and_picture(tmp_path: Path) -> None:
+    for beta, seed in product((0.05, 0.3), (0, 1)):
+        make_run(tmp_path / "sweep" / f"{beta}-{seed}", beta=beta, seed=seed, epsilon=0.1 + beta)
+    alone = compare(read_runs([str(tmp_path)]))
+    shutil.copytree(tmp_path / "sweep" / "0.05-0", tmp_path / "copy")
+    both = compare(read_runs([str(tmp_path)]))
+    assert (len(alone.runs), len(both.runs)) == (4, 5)
+    np.testing.assert_allclose(objectives(both)[2], objectives(alone)[2])
+    assert clip_fraction_by_epsilon(both) == clip_fraction_by_epsilon(alone)
+    fits, others = (list(one.fits.values()) for one in (both, alone))
+    for one, other in zip(fits, others, strict=True):
+        assert describe(one) == describe(other)
+    told = [line for line in remarks(both) if "same seed" not in line]
+    assert told == remarks(alone)
+    (line,), _ = _lines([run for run in both.runs if run.config["ppo.init_kl_coef"] < 0.1], "kl")
+    (plain,), _ = _lines([run for run in alone.runs if run.config["ppo.init_kl_coef"] < 0.1], "kl")
+    np.testing.assert_allclose(line, plain)
+
+
 def test_runs_without_a_seed_count_one_by_one() -> None:
     runs = [Run(name, name, summary={"objective": value}) for name, value in (("a", 1), ("b", 3))]
     interval = Group({}, runs).results["objective"]
@@ -703,16 +722,21 @@ def test_a_browser_draws_every_plot_and_reports_no_error(sweep: Path, tmp_path: 
 def test_the_page_counts_a_seed_once_as_the_terminal_does(tmp_path: Path) -> None:
     for seed in (0, 1):
         make_run(tmp_path / "sweep" / str(seed), seed=seed)
-    shutil.copytree(tmp_path / "sweep", tmp_path / "copy")
+    shutil.copytree(tmp_path / "sweep" / "0", tmp_path / "copy")
     (group,) = compare(read_runs([str(tmp_path)])).groups
+    (line,), _ = _lines(group.runs, "kl")
     assert main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
     html = tmp_path / "out" / "compare.html"
     asking = """<script>setTimeout(() => document.title = JSON.stringify(
-      outcome(DATA.runs, "objective")), 5000)</script></body>"""
+      [outcome(DATA.runs, "objective"), average(DATA.runs, "objective"),
+        band(DATA.runs, "kl").y]), 5000)</script></body>"""
     html.write_text(html.read_text().replace("</body>", asking))
     title = re.search("<title>(.*?)</title>", in_a_browser(html, width=1500).stdout)[1]
     mean, half_width, _ = group.results["objective"]
-    assert json.loads(title) == pytest.approx({"mean": mean, "half": half_width})
+    told, cell, curve = json.loads(title)
+    assert told == pytest.approx({"mean": mean, "half": half_width})
+    assert cell == pytest.approx(mean)
+    assert curve == pytest.approx(line[:, 1].tolist(), rel=1e-5)
 
 
 @pytest.mark.slow

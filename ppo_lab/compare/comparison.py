@@ -14,6 +14,8 @@ from ppo_lab.compare.groups import (
     Group,
     comparable,
     differing_keys,
+    drawn,
+    draws,
     grouped,
     is_number,
     settled,
@@ -123,8 +125,8 @@ def _repeated_seeds(comparison: Comparison) -> Iterator[str]:
     if found:
         yield (
             f"{len(found)} of {len(comparison.groups)} settings have runs of the same seed, as "
-            f"{found[0].label}: copies, or a run from its folder and from W&B too? Intervals count "
-            "a seed once, correlations and fits count every run"
+            f"{found[0].label}: copies, or a run from its folder and from W&B too? They count as "
+            "one run, by their mean"
         )
 
 
@@ -163,7 +165,7 @@ def _rank_correlations(comparison: Comparison) -> Iterator[str]:
 
 def _finished_pairs(comparison: Comparison, key: str, metric: str) -> list[tuple[float, float]]:
     finished = [run for run in comparison.runs if run.status == "finished"]
-    found = [(run.config.get(key), outcomes(run)[metric]) for run in finished]
+    found = [(same[0].config.get(key), drawn(same, metric)[0]) for same in draws(finished)]
     return [(float(x), y) for x, y in found if is_number(x) and np.isfinite(y)]
 
 
@@ -185,7 +187,7 @@ def clip_fraction_by_epsilon(comparison: Comparison) -> dict[float, list[float]]
     for run in comparison.runs:
         if is_number(epsilon := run.config.get(FIRST[1])):
             found.setdefault(float(epsilon), []).append(run)
-    pairs = [(e, outcomes(run)["clip_fraction"]) for e in found for run in settled(found[e])]
+    pairs = [(epsilon, y) for epsilon, runs in found.items() for y in drawn(runs, "clip_fraction")]
     return by_level((epsilon, y) for epsilon, y in pairs if np.isfinite(y))
 
 

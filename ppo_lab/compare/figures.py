@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ppo_lab.compare.comparison import BINDS_FROM, Comparison, clip_fraction_by_epsilon
-from ppo_lab.compare.groups import FIRST, Group, is_number, settled, short, shown
-from ppo_lab.compare.outcomes import evaluations, outcomes
+from ppo_lab.compare.groups import FIRST, Group, drawn, draws, is_number, short, shown
+from ppo_lab.compare.outcomes import evaluations
 from ppo_lab.compare.overoptimisation import Overoptimisation
 from ppo_lab.compare.runs import Run
 from ppo_lab.compare.statistics import pareto_front, t_interval, thinned
@@ -121,15 +121,18 @@ def _curves(figure: Any, comparison: Comparison) -> None:
 
 def _lines(runs: Sequence[Run], metric: str) -> tuple[list[np.ndarray], np.ndarray | None]:
     """The mean over seeds and the outline of their range; one line a run where steps differ."""
+    seeds = draws([run for run in runs if metric in run.history])
+    weights = [1 / len(same) for same in seeds for _ in same]
     curves = [
         thinned(run.history["step"], run.history[metric], most=MOST_POINTS)
-        for run in runs
-        if metric in run.history
+        for same in seeds
+        for run in same
     ]
     if len(curves) > 1 and all(np.array_equal(curves[0][0], steps) for steps, _ in curves):
         values, steps = np.stack([values for _, values in curves]), curves[0][0]
         low, high = (np.column_stack([steps, f(axis=0)]) for f in (values.min, values.max))
-        return [np.column_stack([steps, values.mean(axis=0)])], np.concatenate([low, high[::-1]])
+        mean = np.average(values, axis=0, weights=weights)
+        return [np.column_stack([steps, mean])], np.concatenate([low, high[::-1]])
     return [np.column_stack(curve) for curve in curves], None
 
 
@@ -185,9 +188,7 @@ def objectives(comparison: Comparison) -> tuple[list[Any], list[Any], list[list[
     cells: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for group in comparison.groups:
         cells[tuple(group.settings.get(key) for key in FIRST)] += group.runs
-    found = {
-        place: [outcomes(run)["objective"] for run in settled(cells[place])] for place in cells
-    }
+    found = {place: drawn(runs, "objective") for place, runs in cells.items()}
     table = [[t_interval(found.get((x, y), [])).mean for x in xs] for y in ys]
     return xs, ys, table
 

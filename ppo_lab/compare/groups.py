@@ -42,19 +42,10 @@ class Group:
 
     @cached_property
     def results(self) -> dict[str, Interval]:
-        """The interval of each outcome over the seeds of the runs that count.
-
-        Runs of one seed, as those of a copied sweep, are one value: they are no further draw. The
-        page has the same rule.
-        """
-        seeds: dict[Any, list[dict[str, float]]] = {}
-        for run in settled(self.runs):
-            seed = run.config.get("seed")
-            seeds.setdefault(run.path if seed is None else comparable(seed), []).append(
-                outcomes(run)
-            )
+        """The interval of each outcome over the seeds of the runs that count."""
+        ends = [[outcomes(run) for run in same] for same in draws(settled(self.runs))]
         return {
-            name: t_interval([_mean(one[name] for one in same) for same in seeds.values()])
+            name: t_interval([_mean(one[name] for one in same) for same in ends])
             for name in OUTCOMES
         }
 
@@ -68,6 +59,24 @@ def settled(runs: Sequence[Run]) -> list[Run]:
     rule.
     """
     return [run for run in runs if run.status == "finished"] or list(runs)
+
+
+def draws(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs of one setting and one seed together: those of a copied sweep are no further draw. Runs
+    without a seed stand alone. The page has the same rule.
+    """
+    keys = ["seed", *differing_keys(runs)]
+    found: dict[Any, list[Run]] = {}
+    for run in runs:
+        values = tuple(comparable(run.config.get(key, ABSENT)) for key in keys)
+        identity = run.path if run.config.get("seed") is None else values
+        found.setdefault(identity, []).append(run)
+    return list(found.values())
+
+
+def drawn(runs: Sequence[Run], name: str) -> list[float]:
+    """An outcome of each draw among the runs that count, the mean where a draw has several runs."""
+    return [_mean(outcomes(run)[name] for run in same) for same in draws(settled(runs))]
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ppo_lab.compare.groups import draws
 from ppo_lab.compare.outcomes import Evaluation, evaluations
 from ppo_lab.compare.runs import Run
 
@@ -75,36 +76,46 @@ def peak_of(*, alpha: float, beta: float) -> float:
 def fit_overoptimisation(runs: Sequence[Run], *, seed: int = 0) -> Overoptimisation | str:
     """The fit over all evaluations of these runs, or a sentence that says why there is none.
 
-    Bootstrap draws are of whole runs: the evaluations of one run are not independent.
+    Bootstrap draws are of whole runs: the evaluations of one run are not independent, nor are runs
+    of the same settings and seed, which weigh as one.
     """
-    points, owner = _points(runs)
+    points, owner, weights = _points(runs)
+    count = round(weights.sum())
     if not any(np.isfinite(point.gold) for run in runs for point in evaluations(run)):
         return "no over-optimisation fit: no run has a gold score"
-    if len(points) < FEWEST_POINTS or len(set(owner)) < 2:
+    if count < FEWEST_POINTS or len(set(owner)) < 2:
         begun = sum(not _begins(run) for run in runs)
         without = f"; {begun} runs lack the evaluation before training" if begun else ""
         return (
-            f"no over-optimisation fit: {len(points)} evaluations of {len(set(owner))} runs with a "
+            f"no over-optimisation fit: {count} evaluations of {len(set(owner))} runs with a "
             f"gold score and KL above 0; it needs {FEWEST_POINTS} of 2 (set evaluation.every)"
             f"{without}"
         )
     d, proxy, gold = points.T
-    curves = [_curve(d, gains, owner, np.random.default_rng(seed)) for gains in (proxy, gold)]
+    curves = [
+        _curve(_moments(d, gains, owner, weights), np.random.default_rng(seed))
+        for gains in (proxy, gold)
+    ]
     return Overoptimisation(d, proxy, gold, *curves)
 
 
-def _points(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
-    """(d, proxy gain, gold gain) of every evaluation off the reference, and whose it is."""
-    rows, owner = [], []
-    for number, run in enumerate(runs):
-        if not _begins(run):
-            continue
-        path = evaluations(run)
-        gains = [_gains(point, path[0]) for point in path[1:] if point.kl > 0]
-        found = [row for row in gains if np.isfinite(row).all()]
-        rows += found
-        owner += [number] * len(found)
-    return np.array(rows).reshape(-1, 3), np.array(owner)
+def _points(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(d, proxy gain, gold gain) of every evaluation off the reference, whose it is, its weight."""
+    rows, owner, weights = [], [], []
+    for number, same in enumerate(draws(runs)):
+        paths = [path for run in same if (path := _path(run))]
+        for path in paths:
+            rows += path
+            owner += [number] * len(path)
+            weights += [1 / len(paths)] * len(path)
+    return np.array(rows).reshape(-1, 3), np.array(owner), np.array(weights)
+
+
+def _path(run: Run) -> list[tuple[float, float, float]]:
+    """A run's own points, none where it is not known what it began from."""
+    path = evaluations(run) if _begins(run) else []
+    gains = [_gains(point, path[0]) for point in path[1:] if point.kl > 0]
+    return [row for row in gains if np.isfinite(row).all()]
 
 
 def _begins(run: Run) -> bool:
@@ -117,11 +128,8 @@ def _gains(point: Evaluation, before: Evaluation) -> tuple[float, float, float]:
     return point.kl**0.5, point.mean_reward - before.mean_reward, point.gold - before.gold
 
 
-def _curve(
-    d: np.ndarray, gains: np.ndarray, owner: np.ndarray, random: np.random.Generator
-) -> Curve:
+def _curve(moments: np.ndarray, random: np.random.Generator) -> Curve:
     """The least-squares curve, its intervals from draws of whole runs with replacement."""
-    moments = _moments(d, gains, owner)
     runs = len(moments)
     counts = random.multinomial(runs, np.full(runs, 1 / runs), size=DRAWS)
     drawn = np.array([_solve(row) for row in counts @ moments])
@@ -131,12 +139,15 @@ def _curve(
     return Curve(alpha, beta, peak_of(alpha=alpha, beta=beta), *intervals)
 
 
-def _moments(d: np.ndarray, gains: np.ndarray, owner: np.ndarray) -> np.ndarray:
-    """The sums uu, uv, vv, uR, vR of the columns u = d and v = -d log d, a row a run."""
+def _moments(
+    d: np.ndarray, gains: np.ndarray, owner: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """The weighted sums uu, uv, vv, uR, vR of the columns u = d and v = -d log d, a row a run."""
     u, v = d, -d * np.log(d)
     runs, number = np.unique(owner, return_inverse=True)
     sums = np.zeros((len(runs), 5))
-    np.add.at(sums, number, np.stack([u * u, u * v, v * v, u * gains, v * gains], axis=1))
+    products = np.stack([u * u, u * v, v * v, u * gains, v * gains], axis=1)
+    np.add.at(sums, number, products * weights[:, None])
     return sums
 
 

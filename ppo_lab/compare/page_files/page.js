@@ -108,10 +108,13 @@ function settled(runs) {
   return finished.length ? finished : runs;
 }
 
-// Runs of one seed, as those of a copied sweep, are one value: they are no further draw. groups.py has the same rule.
-const seedsOf = (runs) => groupsOf(runs, (run) => run.seed ?? run);
-const average = (runs, name) => interval(settled(runs).map((run) => run.outcomes[name])).mean;
-const outcome = (runs, name) => interval(seedsOf(settled(runs)).map((same) => average(same, name)));
+// Runs of one setting and one seed, as those of a copied sweep, are one value: they are no further draw. groups.py has
+// the same rule.
+const drawsOf = (runs) => groupsOf(runs, (run) => (isAbsent(run.seed) ? run : `${run.group} ${run.seed}`));
+const isAbsent = (value) => value === undefined || value === null;
+const meanOf = (runs, name) => interval(runs.map((run) => run.outcomes[name])).mean;
+const outcome = (runs, name) => interval(drawsOf(settled(runs)).map((same) => meanOf(same, name)));
+const average = (runs, name) => outcome(runs, name).mean;
 
 // The mean curve of several seeds and their range; nothing where their steps differ, as in the PNG: no run is cut short.
 function band(runs, metric) {
@@ -119,7 +122,9 @@ function band(runs, metric) {
   const same = others.every(({ x }) => x.length === first.x.length && x.every((step, i) => step === first.x[i]));
   if (!same) return null;
   const values = [...first.x].map((_, i) => [first, ...others].map(({ y }) => y[i]));
-  return { x: first.x, y: values.map((v) => interval(v).mean), low: values.map((v) => Math.min(...v)), high: values.map((v) => Math.max(...v)) };
+  const draws = drawsOf(runs);
+  const means = [...first.x].map((_, i) => interval(draws.map((same) => interval(same.map((run) => curve(run, metric).y[i])).mean)).mean);
+  return { x: first.x, y: means, low: values.map((v) => Math.min(...v)), high: values.map((v) => Math.max(...v)) };
 }
 
 // ---- Plots -----------------------------------------------------------------------------------------
@@ -181,7 +186,7 @@ function bandTraces(group, metric, style, colours) {
   const { x, y, low, high } = found;
   const edge = { x, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: colours.label(group[0]) };
   const fillcolor = colours.of(group[0]) + "2b";
-  const text = escaped(`${DATA.groups[group[0].group]}, ${seedsOf(group).length} seeds`);
+  const text = escaped(`${DATA.groups[group[0].group]}, ${drawsOf(group).length} seeds`);
   return [
     { ...edge, y: low }, { ...edge, y: high, fill: "tonexty", fillcolor },
     { x, y, ...drawnAs(x, style(group[0])), ...named(text) },
