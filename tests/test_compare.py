@@ -527,6 +527,12 @@ def test_the_page_needs_no_network_and_runs_no_text_of_a_model(sweep: Path) -> N
     assert data["remarks"] == ["<b>remark</b>"]
 
 
+def test_a_page_without_scripts_says_where_its_numbers_are(sweep: Path) -> None:
+    html = page(compare(read_runs([str(sweep)])), [], title="t")
+    (said,) = re.findall(r"<noscript><p>(.*?)</p></noscript>", html, re.DOTALL)
+    assert "compare.csv" in said
+
+
 def test_json_inside_a_script_element_cannot_end_it() -> None:
     text = as_json({"x": "</script><!-- & \u2028"})
     assert "<" not in text
