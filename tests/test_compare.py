@@ -37,8 +37,8 @@ from ppo_lab.compare.comparison import (
     frame,
     remarks,
 )
-from ppo_lab.compare.figures import _lines, objectives, save_figures
-from ppo_lab.compare.groups import Group, differing_keys, grouped
+from ppo_lab.compare.figures import _colours, _lines, objectives, save_figures
+from ppo_lab.compare.groups import Group, differing_keys, enough_digits, grouped, shown
 from ppo_lab.compare.outcomes import evaluations, outcomes
 from ppo_lab.compare.overoptimisation import fit_overoptimisation, peak_of
 from ppo_lab.compare.page import CURVE_BYTES, as_json, page, payload, points_a_curve
@@ -300,6 +300,23 @@ def test_seeds_are_one_group_and_groups_stand_by_objective(sweep: Path) -> None:
     assert means == sorted(means, reverse=True)
     pair = [outcomes(run)["objective"] for run in groups[0].runs]
     assert groups[0].results["objective"].mean == pytest.approx(sum(pair) / 2)
+
+
+def test_settings_that_differ_late_are_not_written_alike(tmp_path: Path) -> None:
+    close = (0.12345678, 0.12345679, 0.2)
+    runs = [
+        read_run(make_run(tmp_path / str(beta), beta=beta, epsilon=0.1 + beta), str(beta))
+        for beta in close
+    ]
+    comparison = compare(runs)
+    labels = {group.label.split()[0] for group in comparison.groups}
+    assert labels == {"init_kl_coef=0.12345678", "init_kl_coef=0.12345679", "init_kl_coef=0.2"}
+    assert len(_colours(comparison)) == 3
+    differing = [run["differing"] for run in payload(comparison, [], title="t")["runs"]]
+    assert len(set(map(tuple, differing))) == 3
+    assert enough_digits([0.1, 0.12345678, 16384, "x", None, True]) == 6
+    assert shown(0.1 + 0.2, enough_digits([0.1 + 0.2, 0.3])) == "0.30000000000000004"
+    assert shown(0.3, enough_digits([0.1 + 0.2, 0.3])) == "0.3"
 
 
 def test_a_failed_seed_is_shown_and_does_not_enter_the_mean(tmp_path: Path) -> None:
@@ -743,6 +760,26 @@ def test_the_page_counts_a_seed_once_as_the_terminal_does(tmp_path: Path) -> Non
     assert told == pytest.approx({"mean": mean, "half": half_width})
     assert cell == pytest.approx(mean)
     assert curve == pytest.approx(line[:, 1].tolist(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_page_tells_settings_apart_that_differ_late(tmp_path: Path) -> None:
+    for beta, size in ((0.12345678, 16384), (0.12345679, 16385)):
+        make_run(tmp_path / str(beta), beta=beta, ppo__batch_size=size)
+    assert main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    html = tmp_path / "out" / "compare.html"
+    asking = """<script>setTimeout(() => { byId("filter").value = "init_kl_coef=0.12345678";
+      document.title = JSON.stringify([visibleRuns().length, byId("heat").layout.xaxis.ticktext,
+        byId("curve-0").data.map((t) => t.name),
+        [...document.querySelectorAll("#table tr")].map((row) => row.innerText.split("\t")[1])]);
+      }, 9000)</script></body>"""
+    html.write_text(html.read_text().replace("</body>", asking))
+    title = re.search("<title>(.*?)</title>", in_a_browser(html, width=1500).stdout)[1]
+    passed, ticks, legend, sizes = json.loads(title)
+    assert passed == 1
+    assert ticks == ["0.12345678", "0.12345679"]
+    assert {name.removeprefix("init_kl_coef=") for name in legend} == set(ticks)
+    assert {"16384", "16385"} < set(sizes)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from ppo_lab.compare.groups import (
     differing_keys,
     drawn,
     draws,
+    enough_digits,
     grouped,
     is_number,
     settled,
@@ -192,13 +193,15 @@ def clip_fraction_by_epsilon(comparison: Comparison) -> dict[float, list[float]]
 
 
 def _epsilon_that_never_binds(comparison: Comparison) -> Iterator[str]:
-    for epsilon, fractions in clip_fraction_by_epsilon(comparison).items():
+    found = clip_fraction_by_epsilon(comparison)
+    digits = enough_digits(found)
+    for epsilon, fractions in found.items():
         mean = t_interval(fractions).mean
         if mean < BINDS_FROM:
             yield (
-                f"cliprange={shown(epsilon)} hardly ever binds: it clips {mean:.2%} of the tokens. "
-                "A sweep over it shows next to nothing; more ppo_epochs or a higher learning_rate "
-                "would change that"
+                f"cliprange={shown(epsilon, digits)} hardly ever binds: it clips {mean:.2%} of the "
+                "tokens. A sweep over it shows next to nothing; more ppo_epochs or a higher "
+                "learning_rate would change that"
             )
 
 

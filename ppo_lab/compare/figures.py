@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 
 from ppo_lab.compare.comparison import BINDS_FROM, Comparison, clip_fraction_by_epsilon
-from ppo_lab.compare.groups import FIRST, Group, drawn, draws, is_number, short, shown
+from ppo_lab.compare.groups import (
+    FIRST,
+    Group,
+    drawn,
+    draws,
+    enough_digits,
+    is_number,
+    short,
+    shown,
+)
 from ppo_lab.compare.outcomes import evaluations
 from ppo_lab.compare.overoptimisation import Overoptimisation
 from ppo_lab.compare.runs import Run
@@ -76,23 +85,22 @@ def _colours(comparison: Comparison) -> dict[str, Any]:
     """
     import matplotlib as mpl
 
-    values = [
-        _coloured_by(group, comparison)
-        for group in comparison.groups
-        if any(run.steps for run in group.runs)
-    ]
-    ordered = sorted(
-        values,
-        key=lambda v: (not isinstance(v, int | float), v if isinstance(v, int | float) else str(v)),
-    )
-    names = list(dict.fromkeys(map(shown, ordered)))
+    groups = [group for group in comparison.groups if any(run.steps for run in group.runs)]
+    ordered = sorted(groups, key=lambda group: _place(group, comparison))
+    names = list(dict.fromkeys(_coloured_by(group, comparison) for group in ordered))
     return dict(zip(names, mpl.colormaps["viridis"](np.linspace(0, 0.92, len(names))), strict=True))
 
 
-def _coloured_by(group: Group, comparison: Comparison) -> Any:
-    """The first differing key's value: a number, or in words, since a list cannot be looked up."""
-    found = group.settings.get(comparison.keys[0], "-") if comparison.keys else "all"
-    return found if is_number(found) else shown(found)
+def _coloured_by(group: Group, comparison: Comparison) -> str:
+    """The first differing key's value, in words, since a list cannot be looked up."""
+    return group.written(comparison.keys[0]) if comparison.keys else "all"
+
+
+def _place(group: Group, comparison: Comparison) -> tuple[bool, float, str]:
+    """Where a group's colour stands: numbers rise, words come after them."""
+    value = group.settings.get(comparison.keys[0]) if comparison.keys else None
+    number = value if is_number(value) else 0.0
+    return not is_number(value), number, _coloured_by(group, comparison)
 
 
 def _curves(figure: Any, comparison: Comparison) -> None:
@@ -105,7 +113,7 @@ def _curves(figure: Any, comparison: Comparison) -> None:
     for axes, metric in zip(figure.subplots(1, len(HEADLINE)), HEADLINE, strict=True):
         lines, shades, bands, tints = [], [], [], []
         for group in comparison.groups:
-            colour = colours.get(shown(_coloured_by(group, comparison)), "C0")
+            colour = colours.get(_coloured_by(group, comparison), "C0")
             found, band = _lines(group.runs, metric)
             lines += found
             shades += [colour] * len(found)
@@ -152,7 +160,7 @@ def _frontiers(figure: Any, comparison: Comparison) -> None:
         for group in comparison.groups:
             found = [path for run in group.runs if (path := _path(run, name))]
             paths += found
-            shades += [colours.get(shown(_coloured_by(group, comparison)), "C0")] * len(found)
+            shades += [colours.get(_coloured_by(group, comparison), "C0")] * len(found)
         if paths:
             _draw_paths(axes, paths, shades)
         else:
@@ -200,8 +208,13 @@ def _heat(figure: Any, comparison: Comparison) -> None:
     figure.colorbar(image, label="objective")
     axes.grid(visible=False)
     axes.set(xlabel=short(FIRST[0]), ylabel=short(FIRST[1]), title="objective, mean over runs")
-    axes.set_xticks(range(len(xs)), list(map(shown, xs)), rotation=45 if len(xs) > 8 else 0)
-    axes.set_yticks(range(len(ys)), list(map(shown, ys)))
+    axes.set_xticks(range(len(xs)), _marks(xs), rotation=45 if len(xs) > 8 else 0)
+    axes.set_yticks(range(len(ys)), _marks(ys))
+
+
+def _marks(values: Sequence[Any]) -> list[str]:
+    digits = enough_digits(values)
+    return [shown(value, digits) for value in values]
 
 
 def _clip(figure: Any, comparison: Comparison) -> None:

@@ -18,21 +18,29 @@ from ppo_lab.compare.statistics import Interval, t_interval
 NOT_THE_EXPERIMENT = ("seed", "name", "resume", "device", "tracking.", "checkpoint.")
 FIRST = ("ppo.init_kl_coef", "ppo.cliprange")
 ABSENT = "-"
+FEWEST_DIGITS, ALL_DIGITS = 6, 17  # of a setting: as shown by itself, and as a double holds
 
 
 @dataclass
 class Group:
-    """Runs of one setting; `settings` holds the keys that tell it from the other groups."""
+    """Runs of one setting; `settings` holds the keys that tell it from the other groups, `digits`
+    how many each takes to be told from theirs.
+    """
 
     settings: dict[str, Any]
     runs: list[Run] = field(default_factory=list)
+    digits: dict[str, int] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
         """The settings on one line, keys without their sections."""
-        return " ".join(f"{short(key)}={shown(value)}" for key, value in self.settings.items()) or (
-            self.runs[0].name
-        )
+        told = " ".join(f"{short(key)}={self.written(key)}" for key in self.settings)
+        return told or self.runs[0].name
+
+    def written(self, key: str) -> str:
+        """A setting as people write it, unlike those of the other groups."""
+        value = self.settings.get(key, ABSENT)
+        return shown(value, self.digits.get(key, FEWEST_DIGITS))
 
     @property
     def status(self) -> str:
@@ -105,11 +113,12 @@ def _differs(key: str, configs: Sequence[dict[str, Any]]) -> bool:
 
 def grouped(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
     """Runs with the same values of these keys together, the highest objective first."""
+    digits = {key: enough_digits(run.config.get(key) for run in runs) for key in keys}
     groups: dict[Any, Group] = {}
     for run in runs:
         settings = {key: run.config.get(key, ABSENT) for key in keys} if run.config else {}
         identity = tuple(map(comparable, settings.values())) if run.config else run.path
-        groups.setdefault(identity, Group(settings)).runs.append(run)
+        groups.setdefault(identity, Group(settings, digits=digits)).runs.append(run)
     return sorted(groups.values(), key=_rank)
 
 
@@ -135,6 +144,16 @@ def short(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def shown(value: Any) -> str:
+def enough_digits(values: Iterable[Any]) -> int:
+    """The digits, six at least, with which no two of the numbers among these look alike."""
+    numbers = {value for value in values if isinstance(value, float)}
+    for digits in range(FEWEST_DIGITS, ALL_DIGITS):
+        if len({shown(number, digits) for number in numbers}) == len(numbers):
+            return digits
+    return ALL_DIGITS
+
+
+def shown(value: Any, digits: int = FEWEST_DIGITS) -> str:
     """A setting as people write it."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    rounded = isinstance(value, float) and digits < ALL_DIGITS
+    return f"{value:.{digits}g}" if rounded else str(value)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ppo_lab.compare.comparison import BINDS_FROM, Comparison, describe
-from ppo_lab.compare.groups import ABSENT, all_differing_keys, shown
+from ppo_lab.compare.groups import ABSENT, all_differing_keys, enough_digits, shown
 from ppo_lab.compare.outcomes import OUTCOMES, evaluations, outcomes
 from ppo_lab.compare.overoptimisation import Curve, Overoptimisation
 from ppo_lab.compare.runs import Run
@@ -69,6 +69,7 @@ def payload(comparison: Comparison, remarks: Sequence[str], *, title: str) -> di
     runs = comparison.runs
     number = {id(run): i for i, group in enumerate(comparison.groups) for run in group.runs}
     differing = all_differing_keys(runs)
+    digits = {key: enough_digits(run.config.get(key) for run in runs) for key in differing}
     texts = _Texts(SAMPLE_CHARACTERS)
     points = points_a_curve(runs)
     return {
@@ -82,7 +83,7 @@ def payload(comparison: Comparison, remarks: Sequence[str], *, title: str) -> di
         "runs": [
             _run(run, comparison.keys, points)
             | {"group": number[id(run)], "samples": _samples(run, texts)}
-            | {"differing": [shown(run.config.get(key, ABSENT)) for key in differing]}
+            | {"differing": [shown(run.config.get(k, ABSENT), digits[k]) for k in differing]}
             for run in runs
         ],
         "texts": texts.kept,

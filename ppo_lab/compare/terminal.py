@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppo_lab.compare.comparison import Comparison
-from ppo_lab.compare.groups import Group, short, shown
+from ppo_lab.compare.groups import Group, short
 
 MOST_KEYS = 6
 GAP = 2  # characters between columns
@@ -87,7 +87,7 @@ def _entry(group: Group, comparison: Comparison) -> RenderableType:
 
 
 def _cells(group: Group, keys: list[str], columns: list[str]) -> list[Text]:
-    settings = [Text(shown(group.settings.get(key, "-"))) for key in keys]
+    settings = [Text(group.written(key)) for key in keys]
     results = [Text(str(group.results[name])) for name in columns]
     names = [] if keys else [Text(", ".join(run.name for run in group.runs))]
     if keys and not group.settings:  # a stray: nothing but its name tells it

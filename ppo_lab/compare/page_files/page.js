@@ -13,6 +13,15 @@ const byId = (id) => document.getElementById(id);
 const short = (key) => key.slice(key.lastIndexOf(".") + 1);
 const isNumber = (value) => typeof value === "number";
 const round = (value) => (isNumber(value) ? String(Number(value.toPrecision(4))) : value ?? "–");
+// A setting has at least six digits and as many more as tell it from the others of its key, a whole number all of them.
+const setting = (key, value) => (isNumber(value) && !Number.isInteger(value) ? String(Number(value.toPrecision(digitsOf(key)))) : value ?? "–");
+const enough = new Map();
+function digitsOf(key) {
+  const values = unique(DATA.runs.map((run) => run.config[key]).filter(isNumber));
+  const alike = (digits) => unique(values.map((v) => v.toPrecision(digits))).length < values.length;
+  for (let digits = 6; !enough.has(key); digits++) if (digits > 16 || !alike(digits)) enough.set(key, digits);
+  return enough.get(key);
+}
 const unique = (values) => [...new Set(values)];
 const inOrder = (a, b) => (isNumber(a) && isNumber(b) ? a - b : String(a).localeCompare(String(b), undefined, { numeric: true }));
 
@@ -38,7 +47,7 @@ function value(run, key) {
 }
 
 const title = (run) => {
-  const settings = DATA.keys.map((key) => `${short(key)}=${round(run.config[key])}`);
+  const settings = DATA.keys.map((key) => `${short(key)}=${setting(key, run.config[key])}`);
   return [run.name, ...settings, `seed=${run.seed ?? "–"}`, run.status].join(" ");
 };
 const hover = (run) => escaped(title(run));
@@ -50,7 +59,9 @@ function visibleRuns() {
   const words = byId("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
   // A whole value where one is named: seed=1 is not seed=10.
   const end = (word) => (/=\S+$/.test(word) ? `${word} ` : word);
-  return DATA.runs.filter((run) => words.every((word) => `${title(run).toLowerCase()} `.includes(end(word))));
+  const exact = (run) => DATA.keys.map((key) => `${short(key)}=${run.config[key]}`);
+  const text = (run) => `${[title(run), ...exact(run)].join(" ").toLowerCase()} `;
+  return DATA.runs.filter((run) => words.every((word) => text(run).includes(end(word))));
 }
 
 function groupsOf(runs, of = (run) => run.group) {
@@ -71,7 +82,7 @@ function colouring(runs) {
   const shown = valuesOf(runs).length;
   return {
     of: (run) => colours.get(value(run, key)) ?? NO_VALUE,
-    label: (run) => `${short(key)}=${round(value(run, key))}`,
+    label: (run) => `${short(key)}=${setting(key, value(run, key))}`,
     legend: shown > 1 && shown <= MOST_IN_LEGEND,
   };
 }
@@ -231,11 +242,11 @@ function drawHeat() {
   const type = (values) => (cells ? "category" : values.every((v) => v > 0) ? "log" : undefined);
   draw("heat", traces, {
     title: { text: escaped(name), font: { size: 13 } }, absent: `no run has a value of ${name}`,
-    xaxis: axis(short(x), { type: type(xs), ...(cells && ticks(xs)) }), yaxis: axis(short(y), { type: type(ys), ...(cells && ticks(ys)) }),
+    xaxis: axis(short(x), { type: type(xs), ...(cells && ticks(x, xs)) }), yaxis: axis(short(y), { type: type(ys), ...(cells && ticks(y, ys)) }),
   });
 }
 
-const ticks = (values) => ({ tickvals: values.map(String), ticktext: values.map((v) => escaped(round(v))) });
+const ticks = (key, values) => ({ tickvals: values.map(String), ticktext: values.map((v) => escaped(setting(key, v))) });
 
 function heatTrace(runs, x, y, xs, ys, name) {
   const z = ys.map((up) => xs.map((across) => average(runs.filter((run) => value(run, x) === across && value(run, y) === up), name)));
@@ -297,7 +308,7 @@ function settingAxis(key, runs) {
   const decades = ticks[0] > 0 && ticks.at(-1) / ticks[0] > 30;
   const place = decades ? Math.log10 : (v) => v;
   const marks = decades && many ? [0, 0.25, 0.5, 0.75, 1].map((f) => ticks[Math.round(f * (ticks.length - 1))]) : ticks;
-  return { label: short(key), values: values.map(place), ...(many && !decades ? {} : { tickvals: marks.map(place), ticktext: marks.map(round) }) };
+  return { label: short(key), values: values.map(place), ...(many && !decades ? {} : { tickvals: marks.map(place), ticktext: marks.map((v) => String(setting(key, v))) }) };
 }
 
 function drawFits() {
@@ -337,7 +348,7 @@ function drawTable() {
   const groups = groupsOf(visibleRuns()).sort((a, b) => a[0].group - b[0].group);
   const names = Object.keys(DATA.outcomes).filter((name) => DATA.runs.some((run) => isNumber(run.outcomes[name])));
   const columns = [
-    ...(DATA.keys.length ? DATA.keys.map((key) => ({ title: short(key), hint: key, of: (group) => value(group[0], key) })) : []),
+    ...(DATA.keys.length ? DATA.keys.map((key) => ({ title: short(key), hint: key, of: (group) => value(group[0], key), text: (cell) => setting(key, cell) })) : []),
     { title: "runs", wide: true, of: (group) => group.map((run) => run.name).join(", ") },
     { title: "status", of: statusOf },
     ...names.map((name) => ({ title: name, hint: DATA.outcomes[name], number: true, of: (group) => outcome(group, name) })),
@@ -371,7 +382,7 @@ function statusOf(group) {
 function tableRow({ group, cells }, columns) {
   const row = element("tr");
   row.append(...columns.map((column, i) => {
-    if (!column.number) return element("td", round(cells[i]), isNumber(cells[i]) ? "number" : column.wide ? "" : "word");
+    if (!column.number) return element("td", column.text ? column.text(cells[i]) : cells[i], isNumber(cells[i]) ? "number" : column.wide ? "" : "word");
     const { mean, half } = cells[i];
     return element("td", mean === null ? "–" : round(mean) + (half === null ? "" : ` ± ${Number(half.toPrecision(2))}`), "number");
   }));
