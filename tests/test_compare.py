@@ -14,6 +14,7 @@ import time
 from html import unescape
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
@@ -664,6 +665,16 @@ def in_a_browser(html: Path, *, width: int, height: int = 6000) -> subprocess.Co
     return subprocess.run([*command, html.as_uri()], capture_output=True, text=True, timeout=120)
 
 
+def asked_of_the_page(runs: Path, folder: Path, expression: str, *, width: int = 1500) -> Any:
+    """What a script finds on the page of these runs when it is drawn."""
+    assert main([str(runs), "--output", str(folder / "out")]) == 0
+    html = folder / "out" / "compare.html"
+    asking = f"setTimeout(() => document.title = JSON.stringify({expression}), 9000)"
+    html.write_text(html.read_text().replace("</body>", f"<script>{asking}</script></body>"))
+    title = re.search("<title>(.*?)</title>", in_a_browser(html, width=width).stdout)[1]
+    return json.loads(unescape(title))
+
+
 def without(run: Path, *, metric: str = "", after: int = 1000) -> None:
     """Take a metric and the later iterations out of a run's record."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -846,6 +857,15 @@ def test_what_was_measured_once_is_drawn_as_a_point(tmp_path: Path) -> None:
     html.write_text(html.read_text().replace("</body>", asking))
     title = re.search("<title>(.*?)</title>", in_a_browser(html, width=1500).stdout)[1]
     assert json.loads(title) == [[["markers", True]] * 2, [["lines", True]] * 2]
+
+
+@pytest.mark.slow
+def test_the_page_puts_written_numbers_in_their_order(sweep: Path, tmp_path: Path) -> None:
+    asking = """[["0.1", "0.02", "-", "1e-05", "0"], ["10", "9", "a2", "a10"]]
+      .map((some) => some.sort(inOrder))"""
+    numbers, names = asked_of_the_page(sweep, tmp_path, asking)
+    assert numbers == ["-", "0", "1e-05", "0.02", "0.1"]
+    assert names == ["9", "10", "a2", "a10"]
 
 
 def test_what_a_sweep_handed_out_as_text_does_not_hide_the_run_s_own_number() -> None:

@@ -23,7 +23,11 @@ function digitsOf(key) {
   return enough.get(key);
 }
 const unique = (values) => [...new Set(values)];
-const inOrder = (a, b) => (isNumber(a) && isNumber(b) ? a - b : String(a).localeCompare(String(b), undefined, { numeric: true }));
+const asNumber = (value) => (typeof value === "string" && value.trim() ? Number(value) : isNumber(value) ? value : NaN);
+function inOrder(a, b) {
+  const difference = asNumber(a) - asNumber(b);
+  return isNaN(difference) ? String(a).localeCompare(String(b), undefined, { numeric: true }) : difference;
+}
 
 // ---- Runs ------------------------------------------------------------------------------------------
 
