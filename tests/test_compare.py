@@ -868,6 +868,19 @@ def test_the_page_puts_written_numbers_in_their_order(sweep: Path, tmp_path: Pat
     assert names == ["9", "10", "a2", "a10"]
 
 
+@pytest.mark.slow
+def test_neither_many_seeds_nor_a_long_name_hide_the_other_columns(tmp_path: Path) -> None:
+    for seed in range(10):
+        make_run(tmp_path / "runs" / str(seed), seed=seed)
+    make_run(tmp_path / "runs" / ("long_name_" * 20), beta=0.3)
+    asking = """[...document.querySelectorAll("#table tr")].slice(1)
+      .map((row) => [row.clientHeight, row.cells[1].clientWidth])"""
+    shapes = asked_of_the_page(tmp_path / "runs", tmp_path, asking)
+    assert len(shapes) == 2
+    assert max(height for height, _ in shapes) < 250
+    assert max(width for _, width in shapes) < 700
+
+
 def test_what_a_sweep_handed_out_as_text_does_not_hide_the_run_s_own_number() -> None:
     own = {"ppo": {"init_kl_coef": 0.2}, "model_cfg": {"path": "x"}}
     handed_out = {"ppo.init_kl_coef": "2e-1", "model": "tiny"}

@@ -386,7 +386,7 @@ function statusOf(group) {
 function tableRow({ group, cells }, columns) {
   const row = element("tr");
   row.append(...columns.map((column, i) => {
-    if (!column.number) return element("td", column.text ? column.text(cells[i]) : cells[i], isNumber(cells[i]) ? "number" : column.wide ? "" : "word");
+    if (!column.number) return element("td", column.text ? column.text(cells[i]) : cells[i], isNumber(cells[i]) ? "number" : column.wide ? "names" : "word");
     const { mean, half } = cells[i];
     return element("td", mean === null ? "–" : round(mean) + (half === null ? "" : ` ± ${Number(half.toPrecision(2))}`), "number");
   }));
