@@ -881,6 +881,23 @@ def test_neither_many_seeds_nor_a_long_name_hide_the_other_columns(tmp_path: Pat
     assert max(width for _, width in shapes) < 700
 
 
+@pytest.mark.slow
+def test_the_table_is_sorted_by_the_keyboard_too(sweep: Path, tmp_path: Path) -> None:
+    asking = """(() => {
+      const heading = () => document.querySelectorAll("#table th")[0];
+      heading().firstChild.focus();
+      document.activeElement.click();
+      const told = () => [heading().ariaSort, heading().contains(document.activeElement),
+        [...document.querySelectorAll("#table tr")].slice(1).map((r) => r.cells[0].textContent)];
+      const first = told();
+      document.activeElement.click();
+      return [first, told()];
+    })()"""
+    falling, rising = asked_of_the_page(sweep, tmp_path, asking)
+    assert falling == ["descending", True, ["0.1", "0.1", "0", "0"]]
+    assert rising == ["ascending", True, ["0", "0", "0.1", "0.1"]]
+
+
 def test_what_a_sweep_handed_out_as_text_does_not_hide_the_run_s_own_number() -> None:
     own = {"ppo": {"init_kl_coef": 0.2}, "model_cfg": {"path": "x"}}
     handed_out = {"ppo.init_kl_coef": "2e-1", "model": "tiny"}

@@ -368,11 +368,16 @@ const sortKey = (cell) => (cell && typeof cell === "object" ? cell.mean ?? -Infi
 const bySortKey = (a, b) => inOrder(sortKey(a), sortKey(b));
 
 function heading(column, i) {
-  const made = element("th", column.title + (sorting.column === i ? (sorting.falling ? " ▾" : " ▴") : ""));
+  const chosen = sorting.column === i;
+  const made = element("th");
+  const button = element("button", column.title + (chosen ? (sorting.falling ? " ▾" : " ▴") : ""));
+  made.append(button);
   made.title = column.hint ?? "";
-  made.onclick = () => {
-    Object.assign(sorting, { column: i, falling: sorting.column === i ? !sorting.falling : true });
+  if (chosen) made.ariaSort = sorting.falling ? "descending" : "ascending";
+  button.onclick = () => {
+    Object.assign(sorting, { column: i, falling: chosen ? !sorting.falling : true });
     drawTable();
+    byId("table").querySelectorAll("button")[i].focus();
   };
   return made;
 }
