@@ -898,6 +898,25 @@ def test_the_table_is_sorted_by_the_keyboard_too(sweep: Path, tmp_path: Path) ->
     assert rising == ["ascending", True, ["0", "0", "0.1", "0.1"]]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [500, 1300])
+def test_a_long_legend_stands_below_the_axis_in_rising_order(tmp_path: Path, width: int) -> None:
+    betas = (0.1, 0.9, 0.2, 0.5, 0.3, 0.4, 0.05, 0.6, 0.7)
+    for i, beta in enumerate(betas):
+        make_run(tmp_path / "runs" / str(i), beta=beta)
+    asking = """["curve-0", "frontier-score"].map((id) => [
+      byId(id).querySelector(".xtitle").getBoundingClientRect().bottom,
+      byId(id).querySelector(".legend").getBoundingClientRect().top,
+      byId(id)._fullLayout._size.h,
+      [...byId(id).querySelectorAll(".legendtext")].map((text) => text.textContent)])"""
+    for axis, legend, height, names in asked_of_the_page(
+        tmp_path / "runs", tmp_path, asking, width=width
+    ):
+        assert axis <= legend
+        assert height > 100
+        assert [n for n in names if "=" in n] == [f"init_kl_coef={b:g}" for b in sorted(betas)]
+
+
 def test_what_a_sweep_handed_out_as_text_does_not_hide_the_run_s_own_number() -> None:
     own = {"ppo": {"init_kl_coef": 0.2}, "model_cfg": {"path": "x"}}
     handed_out = {"ppo.init_kl_coef": "2e-1", "model": "tiny"}

@@ -86,6 +86,7 @@ function colouring(runs) {
   const shown = valuesOf(runs).length;
   return {
     of: (run) => colours.get(value(run, key)) ?? NO_VALUE,
+    rank: (run) => 1000 + (values.indexOf(value(run, key)) + 1 || values.length + 1),
     label: (run) => `${short(key)}=${setting(key, value(run, key))}`,
     legend: shown > 1 && shown <= MOST_IN_LEGEND,
   };
@@ -102,7 +103,7 @@ function legendOnce(colours) {
     const label = colours.label(run);
     const first = !seen.has(label);
     seen.add(label);
-    return { name: escaped(label), legendgroup: label, showlegend: first && colours.legend, line: { color: colours.of(run), width: 1.4 } };
+    return { name: escaped(label), legendgroup: label, legendrank: colours.rank(run), showlegend: first && colours.legend, line: { color: colours.of(run), width: 1.4 } };
   };
 }
 
@@ -154,9 +155,12 @@ function draw(id, traces, layout) {
     return;
   }
   if (wasAbsent) place.textContent = ""; // what was said in its place
+  const rows = legendRows(traces, place);
+  place.style.height = ""; // of the style sheet, and more for a long legend
+  if (rows > 3) place.style.height = `${place.clientHeight + 20 * (rows - 3)}px`;
   const common = {
-    margin: { l: 62, r: 12, t: 30, b: 48 + 20 * legendRows(traces, place) }, hovermode: "closest", font: { size: 12 },
-    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom" }, plot_bgcolor: "#fff", paper_bgcolor: "#fff",
+    margin: { l: 62, r: 12, t: 30, b: 48 + 20 * rows }, hovermode: "closest", font: { size: 12 },
+    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", tracegroupgap: 0 }, plot_bgcolor: "#fff", paper_bgcolor: "#fff",
   };
   if (layout.title) Object.assign(layout.title, { x: 0, xref: "paper", xanchor: "left" });
   Plotly.react(place, traces, { ...common, ...layout }, OPTIONS);
@@ -165,8 +169,8 @@ function draw(id, traces, layout) {
 function legendRows(traces, place) {
   const entries = traces.filter((trace) => trace.name && trace.showlegend !== false);
   if (traces.length < 2 || !entries.length) return 0;
-  const width = entries.reduce((sum, trace) => sum + 62 + 6.6 * trace.name.length, 0);
-  return Math.ceil(width / Math.max(200, place.clientWidth - 80));
+  const width = Math.max(...entries.map((trace) => 44 + 6 * trace.name.length)); // of each: they stand in columns
+  return Math.ceil(entries.length / Math.max(1, Math.floor((place.clientWidth - 80) / width)));
 }
 
 const axis = (text, more) => ({ title: { text: escaped(text), standoff: 8 }, gridcolor: "#eceef1", zeroline: false, ...more });
