@@ -62,6 +62,7 @@ from ppo_lab.plan.trace import peak_bytes, tracked
 from ppo_lab.plan.traced import attention_of_a_gpu
 from ppo_lab.plan.work import Amount
 from ppo_lab.plan.workload import Row, Workload, workload_of
+from ppo_lab.summary import number
 
 SIZES = Architecture(
     layers=2,
@@ -739,6 +740,27 @@ def test_a_report_says_how_much_how_long_and_what_binds(tmp_path: Path) -> None:
     assert "2 runs" in said
 
 
+def test_hours_are_of_all_devices_and_those_of_a_search_of_all_its_trials(tmp_path: Path) -> None:
+    """A search is one run that comes several times: its page is of one of them."""
+    config, target = tiny(tmp_path, ppo={"steps": 1000}), Target(DEVICES["h100"], 4)
+    alone, shared = (plan_of(config, target, processes=n) for n in (1, 4))
+    one, ddp = ways(alone, shared)[:2]
+    run, seconds = Planned(["trial"], 25, alone, [one]), alone.run_s
+    assert run.device_hours == pytest.approx(seconds / 3600)
+    sharded = replace(run, times=1, ways=[replace(one, fits=False), replace(ddp, fits=True)])
+    assert sharded.device_hours == pytest.approx(
+        seconds * ddp.seconds / alone.iteration_s * 4 / 3600
+    )
+    console = Console(record=True, width=110)
+    show([run, sharded], console)
+    said = console.export_text()
+    assert f"{number(seconds / 3600)} GPU-hours" in said
+    row = next(line for line in said.splitlines() if line.startswith("25 x "))
+    assert row.split()[-1] == number(25 * seconds / 3600)
+    total = 25 * seconds / 3600 + sharded.device_hours
+    assert f"26 runs, {number(total)} hours of devices in all" in said
+
+
 def test_a_measurement_is_believed_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -977,6 +999,18 @@ def test_a_value_head_that_learns_alone_costs_the_passes_of_its_trunk() -> None:
     amount, of = Amount.of([(3, 4), (1, 2), (4, 5), (2, 3)]), made.meter.policy
     trunk = work.forward_flops(of, amount._replace(scored=0))
     flops = work.iteration_flops(of, amount, epochs=0) + 2 * trunk
+    assert stats["mfu"] * stats["time/iteration"] * PEAK == pytest.approx(flops)
+
+
+def test_a_value_head_that_learns_alone_passes_none_of_the_layers_that_were_kept() -> None:
+    upper = lora_config("llama", layers_to_transform=[1])
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(causal_lm("llama"), peft_config=upper)
+    made = trainer(model, cache_trunk=True, critic_warmup_steps=1, steps=2)
+    made.clock._peak_flops = lambda **_: PEAK
+    stats = made.learn(made.collect(ragged()), _scores())
+    amount, of = Amount.of([(3, 4), (1, 2), (4, 5), (2, 3)]), made.meter.policy
+    half = work.forward_flops(of, amount._replace(scored=0), share=0.5)
+    flops = work.iteration_flops(of, amount, epochs=0, cached=True) + 2 * half
     assert stats["mfu"] * stats["time/iteration"] * PEAK == pytest.approx(flops)
 
 

@@ -44,11 +44,6 @@ class Plan:
         load = self.workload
         return load.iterations * self.iteration_s + load.evaluations * self.evaluation_s
 
-    @property
-    def device_hours(self) -> float:
-        """Hours that all devices together are taken."""
-        return self.run_s * self.target.count / 3600
-
 
 def plan_of(
     config: Config, target: Target, *, response_tokens: int = 0, processes: int = 1

@@ -41,9 +41,9 @@ class Planned:
 
     @property
     def device_hours(self) -> float:
-        """Hours of all devices together."""
+        """Hours of all devices together, each time."""
         used = 1 if self.chosen and self.chosen.name == "one device" else self.plan.target.count
-        return self.times * self.run_s * used / 3600
+        return self.run_s * used / 3600
 
 
 def show(runs: Sequence[Planned], console: Console) -> None:
@@ -108,8 +108,9 @@ def sweep(runs: Sequence[Planned]) -> RenderableType:
         own = " ".join(text for text in run.changes if text not in shared) or "all"
         times = f"{run.times} x " if run.times > 1 else ""
         size = run.chosen.bytes if run.chosen else run.plan.memory.total
-        table.add_row(times + own, _gb(size), number(run.iteration_s), number(run.device_hours))
-    count, total = sum(run.times for run in runs), sum(run.device_hours for run in runs)
+        hours = run.times * run.device_hours
+        table.add_row(times + own, _gb(size), number(run.iteration_s), number(hours))
+    count, total = sum(run.times for run in runs), sum(run.times * run.device_hours for run in runs)
     return Group(
         _heading("the sweep"),
         table,
