@@ -39,12 +39,14 @@ from ppo_lab.metric_names import METRICS
 from ppo_lab.models.byte_tokenizer import BYTE_VOCABULARY, byte_tokenizer
 from ppo_lab.models.fast import gemm
 from ppo_lab.models.loading import load_tokenizer
+from ppo_lab.models.logprobs import TILE
 from ppo_lab.models.reference import Reference
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.plan import machine, work
 from ppo_lab.plan import measured as measured_module
 from ppo_lab.plan.architecture import Architecture, architecture_of, blueprint
 from ppo_lab.plan.check import CASES, Held, check
+from ppo_lab.plan.counted import _full_kl_bytes
 from ppo_lab.plan.devices import DEVICES, named
 from ppo_lab.plan.estimate import Plan, plan_of
 from ppo_lab.plan.graphs import Recorded, recorded_by, records_again
@@ -396,7 +398,7 @@ def load(**changes: Any) -> Workload:
     """Eight rows in four mini-batches, two of which make a step."""
     rows = tuple(Row(3 + i, 5) for i in range(8))
     settings = {"mini_batch": 2, "samples_a_step": 4, "epochs": 2, "iterations": 10}
-    return Workload(rows, **settings | changes)  # type: ignore[arg-type]
+    return Workload(**{"rows": rows} | settings | changes)  # type: ignore[arg-type]
 
 
 def test_a_batch_falls_into_steps_passes_and_chunks() -> None:
@@ -654,6 +656,31 @@ def test_the_exact_kl_costs_two_more_passes_and_the_vocabulary(
     assert exact.memory.passing["reference"]["reading"] >= 28 * entries
     others = plain.phases.keys() - {"reference"}
     assert all(exact.phases[k].work == plain.phases[k].work for k in others)
+
+
+@pytest.mark.parametrize("top_layers", [0, 1])
+def test_a_critic_of_the_policy_s_size_holds_as_much_whichever_layers_are_adapted(
+    tmp_path: Path, top_layers: int
+) -> None:
+    """It is trained whole; the policy holds less where gradients pass its upper layers alone."""
+    config = tiny(tmp_path, lora={"r": 4, "top_layers": top_layers})
+    judged = replace(config, critic=ModelCritic(path=config.model.path))
+    plan = plan_of(judged, Target(DEVICES["a10"]))
+    update, layers = plan.memory.passing["update"], 2 / (top_layers or 2)
+    assert update["critic's activations"] == pytest.approx(layers * update["activations"])
+    alone = plan_of(config, Target(DEVICES["a10"])).memory
+    assert "critic's activations" not in alone.passing["update"]
+    assert plan.memory.standing["critic"] > 0
+
+
+def test_the_exact_kl_holds_the_vocabulary_of_the_largest_pass_up_to_a_tile(tmp_path: Path) -> None:
+    made = subject(tmp_path, ppo={"kl_penalty": "full"})
+    rows = (*(Row(1000, 20),) * 2, *(Row(1000, 60),) * 2, *(Row(1000, 40),) * 2)
+    for vocabulary, entries in ((1000, 2 * 60 * 1000), (10**6, TILE)):
+        sized = replace(made.of, vocabulary=vocabulary)
+        asked = replace(made, of=sized, workload=load(rows=rows))
+        assert _full_kl_bytes(asked) == 28 * entries
+    assert _full_kl_bytes(subject(tmp_path)) == 0.0
 
 
 def test_evaluations_are_planned_at_their_own_length(tmp_path: Path) -> None:

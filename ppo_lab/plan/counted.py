@@ -152,4 +152,5 @@ def _full_kl_bytes(subject: Subject) -> float:
 
 
 def _relative_size(critic: Architecture, policy: Architecture) -> float:
-    return critic.hidden * critic.layers / (policy.hidden * policy.layers)
+    """A critic, trained whole, against the layers of the policy that gradients pass through."""
+    return critic.hidden * critic.layers / (policy.hidden * max(policy.reached, 1))
