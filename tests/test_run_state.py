@@ -24,9 +24,17 @@ from ppo_lab.compare.runs import read_runs
 from ppo_lab.errors import ConfigError
 from ppo_lab.folders import claimed
 from ppo_lab.run_lock import LOCK, alone_in, early_lock, in_use, owner, take_early
-from ppo_lab.run_state import RunState, fate, last_step, read_state, settings
+from ppo_lab.run_state import (
+    RunState,
+    fate,
+    last_step,
+    read_state,
+    settings,
+    subfolders,
+    work_in,
+)
 from ppo_lab.runs import main
-from ppo_lab.sweep_index import INDEX, append, indexed, plan, read, states
+from ppo_lab.sweep_index import INDEX, append, indexed, plan, read, states, sweep_of
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDER = """
@@ -152,6 +160,22 @@ def test_of_a_run_on_another_machine_the_age_of_its_files_tells(tmp_path: Path) 
     )
 
 
+@pytest.mark.parametrize("older", ["metrics.jsonl", ".hydra/config.yaml"])
+def test_what_was_written_last_tells_the_age_of_a_run_on_another_machine(
+    older: str, tmp_path: Path
+) -> None:
+    """Its lines, or what Hydra wrote when it was begun once more; clocks may be ahead of ours."""
+    run = begun(tmp_path / "0")
+    os.utime(run / older, (0, 0))
+    assert fate(run, {}) == ("running", "last written 0 s ago")
+    for file in (run / "metrics.jsonl", run / ".hydra" / "config.yaml"):
+        os.utime(file, (time.time() + 500, time.time() + 500))
+    assert fate(run, {}) == ("running", "last written 0 s ago")
+    (run / "metrics.jsonl").unlink()
+    (run / ".hydra" / "config.yaml").unlink()
+    assert fate(run, {}) == ("empty", "nothing was written")
+
+
 def test_a_run_that_goes_on_is_running_whatever_its_old_summary_says(tmp_path: Path) -> None:
     run = ended(tmp_path / "0", status="preempted")
     with alone_in(run):
@@ -176,6 +200,32 @@ def test_a_summary_that_cannot_be_read_is_told_and_the_last_whole_line_counts(
     state = read_state(run, "0")
     assert (state.status, state.reason) == ("broken", "summary.json cannot be read")
     assert last_step(run) == 2
+
+
+def test_work_is_whatever_a_run_has_left_or_a_summary_that_counts_steps(tmp_path: Path) -> None:
+    summary = tmp_path / "summary.json"
+    assert work_in(tmp_path) == []
+    for text, found in (
+        ('{"status": "failed"}', []),  # of a run that was refused
+        ('{"status": "failed", "steps": 0}', ["summary.json"]),
+        ('{"status": "fini', ["summary.json"]),
+        ("[]", ["summary.json"]),
+        ("", ["summary.json"]),
+    ):
+        summary.write_text(text)
+        assert work_in(tmp_path) == found, text
+    summary.unlink()
+    (tmp_path / "model").symlink_to(tmp_path / "gone")
+    assert work_in(tmp_path) == ["model"]
+
+
+def test_folders_below_are_listed_by_number_without_links_and_hidden_ones(tmp_path: Path) -> None:
+    for name in ("10", "9", "b", ".hydra"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "1").symlink_to(tmp_path / "9")
+    (tmp_path / "2").write_text("")
+    assert [folder.name for folder in subfolders(tmp_path)] == ["b", "9", "10"]
+    assert subfolders(tmp_path / "gone") == []
 
 
 # ---- The index
@@ -296,6 +346,13 @@ def test_a_run_outside_of_a_sweep_writes_no_index(tmp_path: Path) -> None:
     with indexed(ended(tmp_path / "run")):
         pass
     assert (tmp_path / INDEX).read_text() == "a user's own file\n"
+
+
+def test_a_run_belongs_to_the_sweep_that_is_three_folders_up_at_most(tmp_path: Path) -> None:
+    (tmp_path / "multirun.yaml").write_text("hydra: {}")
+    deep = tmp_path / "beta=0.1/epsilon=0.2/seed=0"
+    assert sweep_of(tmp_path / "0") == sweep_of(deep) == tmp_path
+    assert sweep_of(deep / "outputs") is None
 
 
 def test_runs_of_an_agent_of_wandb_are_in_the_index_of_their_sweep(
