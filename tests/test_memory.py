@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_runs import tiny
 
+from ppo_lab import memory
 from ppo_lab.experiment import run
 from ppo_lab.memory import peak_resident_bytes, resident_bytes
 
@@ -57,6 +58,24 @@ def test_freed_memory_comes_again_without_faults() -> None:
 def test_an_allocator_that_somebody_has_set_is_left_alone() -> None:
     kept, _ = faults("keep", MALLOC_TRIM_THRESHOLD_="1000000")
     assert not kept
+
+
+@pytest.mark.parametrize(
+    ("limit", "free"),
+    [("5000000", 3_000_000 + 1_000_000), ("90000000", 8_192_000), ("max", 8_192_000)],
+)
+def test_what_is_free_is_the_machines_or_the_control_groups_cached_files_included(
+    limit: str, free: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text(f"{limit}\n")
+    (group / "memory.current").write_text("2000000\n")
+    (group / "memory.stat").write_text("anon 700000\nactive_file 300000\ninactive_file 1000000\n")
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    monkeypatch.setattr(memory, "Path", lambda place: tmp_path / place.lstrip("/"))
+    assert memory.free_bytes() == free
 
 
 def test_the_peak_of_a_run_is_not_that_of_the_run_before(tmp_path: Path) -> None:
