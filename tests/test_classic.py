@@ -187,6 +187,14 @@ def test_stop_strings_end_responses_and_count_as_ends() -> None:
     assert cut["ppo/mean_scores"] == pytest.approx(-2.0)
 
 
+def test_where_no_stop_condition_is_known_no_response_lacks_one() -> None:
+    made = trainer(missing_eos_penalty=3.0)
+    query, free = tensors([[5, 6]]), {"return_prompt": False, "max_new_tokens": 3}
+    (row,) = made.generate(query, eos_token_id=None, **free)
+    stats = made.step(query, [row], [1.0])
+    assert (stats["ppo/mean_scores"], stats["tokens/eos_rate"]) == (1.0, 1.0)
+
+
 def test_a_special_token_stops_a_response_as_any_text_does() -> None:
     """Chat templates end a turn with one, which texts are decoded without."""
     made, how = trainer(), {"do_sample": False, "max_new_tokens": 9, "eos_token_id": None}

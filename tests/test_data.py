@@ -478,12 +478,16 @@ def test_chats_go_through_the_template_and_are_shown_as_messages(assets: Path) -
 
 
 def test_the_last_answer_of_a_conversation_is_left_to_the_policy(tmp_path: Path) -> None:
-    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    """But nothing of what comes before it, and no other's message."""
+    hi, hello = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+    chats = [[hi, hello], [hi, hello, hello], [hi, hello, hi], [hi, hello, hi, hello]]
     section = FileData(
-        path=jsonl(tmp_path, [{"messages": chat}]), messages_column="messages", held_out=0
+        path=jsonl(tmp_path, [{"messages": chat} for chat in chats]),
+        messages_column="messages",
+        held_out=0,
     )
     train = load_prompts(section, byte_tokenizer(template=TEMPLATE)).train
-    assert train.texts == [chat[:1]]
+    assert train.texts == [[hi], [hi], [hi, hello, hi], [hi, hello, hi]]
 
 
 def test_an_answer_that_a_prompt_begins_is_gone_on_with(tmp_path: Path) -> None:
