@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import resource
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -310,8 +311,16 @@ def test_scores_are_scaled_by_running_moments_by_hand() -> None:
     b = scale_scores(second, moments, **scale | {"use_score_norm": False})
     assert (moments.mean, moments.std) == pytest.approx((3.0, 2.0))
     assert_close(b, torch.tensor([2.5]))
-    clipped = scale_scores(torch.tensor([-9.0, 0.1]), moments, **scale | {"score_clip": 0.5})
-    assert clipped.abs().max() <= 0.5
+    more = torch.tensor([-9.0, 0.1, 11.0])
+    clipped = scale_scores(more, moments, **scale | {"score_clip": 0.5})
+    every = torch.cat([first, second, more]).double()
+    assert (moments.mean, moments.std) == pytest.approx((float(every.mean()), float(every.std())))
+    assert_close(clipped, torch.tensor([-0.5, (0.1 - moments.mean) / moments.std, 0.5]))
+    again = RunningMoments()
+    again.load_state_dict(moments.state_dict())
+    for found in (moments, again):
+        found.update(more)
+    assert (again.mean, again.std) == (moments.mean, moments.std)
     constant = scale_scores(torch.full((3,), 7.0), RunningMoments(), **scale)
     assert torch.equal(constant, torch.zeros(3))
     undivided = scale_scores(
@@ -415,6 +424,20 @@ def test_times_cover_the_iteration_and_start_anew() -> None:
     assert stats["peak_memory_gb"] > 0
 
 
+def test_a_phase_that_comes_twice_takes_the_time_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([0.0, 1.0, 5.0, 7.0, 7.0, 11.0])
+    monkeypatch.setattr("ppo_lab.clock.now", lambda: next(moments))
+    clock = Clock(torch.device("cpu"))
+    for phase in ("score", "update", "score"):
+        with clock(phase):
+            pass
+    found = clock.read(tokens=14)
+    assert (found["time/score"], found["time/update"], found["time/iteration"]) == (5.0, 2.0, 7.0)
+    assert found["tokens_per_second"] == 2.0
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB
+    assert 0.2 * held < found["peak_memory_gb"] < 2 * held, "less where a run before is forgotten"
+
+
 def test_what_was_broken_off_is_not_in_the_next_iteration_s_time() -> None:
     clock = Clock(torch.device("cpu"))
     with clock("generate"):
@@ -446,7 +469,7 @@ def test_a_gpu_is_timed_by_its_own_events_and_waited_for_at_the_end(
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"that of {device}")
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 * 2**30)
     clock = Clock(torch.device("cuda:1"))
     for phase in ("generate", "update"):
         with clock(phase):
@@ -455,6 +478,7 @@ def test_a_gpu_is_timed_by_its_own_events_and_waited_for_at_the_end(
     found = clock.read(tokens=8)
     assert (found["time/generate"], found["time/update"]) == (1.0, 3.0)
     assert (found["time/iteration"], found["tokens_per_second"]) == (4.0, 2.0)
+    assert found["peak_memory_gb"] == 3.0
 
 
 # --- training
