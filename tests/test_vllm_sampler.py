@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -151,10 +152,78 @@ def test_ends_of_a_response_are_said_in_the_engines_words() -> None:
         "ignore_eos": True,  # the model's own, where another is named
         "min_tokens": 0,
     }
-    stopping = Sampling(4, (), PAD, stop_strings=("END",))
-    assert generation_kwargs(stopping)["stop"] == ["END"]
-    assert generation_kwargs(stopping)["skip_special_tokens"] is False, "one may be what stops"
-    assert generation_kwargs(stopping)["ignore_eos"] is True
+    stopping = Sampling(4, (), PAD, stop_strings=("END",), min_new_tokens=2)
+    assert generation_kwargs(stopping) == {
+        "stop_token_ids": [],
+        "ignore_eos": True,
+        "min_tokens": 2,
+        "stop": ["END"],
+        "include_stop_str_in_output": True,  # as our own sampler has it: it is learnt, too
+        "skip_special_tokens": False,  # one may be what stops
+    }
+
+
+def test_an_engine_s_log_probs_of_what_top_k_left_are_not_held_against_the_policy_s() -> None:
+    made, _ = trainer()
+    prompts = Prompts([list(q) for q in QUERIES], [""] * len(QUERIES))
+    made.sampler.max_gap = 0.0
+    with pytest.raises(ConfigError, match=r"more than generation\.max_gap=0"):
+        made.sampler(prompts, WHOLE, NoiseKey(0, 0))
+    made.noted.clear()
+    tokens, seen = made.sampler(prompts, replace(WHOLE, top_k=3), NoiseKey(0, 0))
+    assert "ppo/policy/sampler_gap" not in made.noted
+    with torch.no_grad():
+        own = made.policy.score(tokens, temperature=WHOLE.temperature).logprobs
+    torch.testing.assert_close(seen.logprobs, own)
+
+
+def test_a_log_prob_that_the_engine_does_not_tell_stops_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, engine = trainer()
+    prompts, generate = Prompts([list(q) for q in QUERIES], [""] * len(QUERIES)), engine.generate
+
+    def silent(*asked: Any) -> tuple:
+        *others, logprobs, none = generate(*asked)
+        return *others, [[[None], *row[1:]] for row in logprobs], none
+
+    monkeypatch.setattr(engine, "generate", silent)
+    with pytest.raises(ConfigError, match="nan nats a token from the policy's, more than"):
+        made.sampler(prompts, WHOLE, NoiseKey(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("section", "mode"),
+    [
+        (VLLMGeneration(gpu_memory=0.4, sleep=True), "colocate"),
+        (VLLMGeneration(server="http://there:8000"), "server"),
+    ],
+)
+def test_an_engine_is_told_all_that_is_configured(
+    section: VLLMGeneration, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr("ppo_lab.trl_parts.vllm_generation", lambda *_, **said: told.update(said))
+    made, _ = trainer()
+    sampling = replace(WHOLE, top_k=7, top_p=0.9)
+    engine_for(made, section, sampling, context=64, trust_remote_code=True)
+    assert told == {
+        "mode": mode,
+        "server_base_url": section.server or None,
+        "gpu_memory_utilization": section.gpu_memory,
+        "enable_sleep_mode": section.sleep,
+        "max_model_length": 64,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "top_k": 7,
+        "max_completion_length": 6,
+        "logprobs": 0,
+        "generation_kwargs": generation_kwargs(sampling),
+        "trust_remote_code": True,
+    }
+    import trl.generation.vllm_generation as theirs
+
+    assert told.keys() <= inspect.signature(theirs.VLLMGeneration).parameters.keys()
 
 
 class ByNames:
