@@ -51,7 +51,7 @@ from ppo_lab.guards import (
 from ppo_lab.memory import Passes, check_fits
 from ppo_lab.rewards.scoring import RewardError
 from ppo_lab.run_state import read_state
-from ppo_lab.signals import EXIT_CODE, Preempted, Preemption, end_quietly
+from ppo_lab.signals import EXIT_CODE, Preempted, Preemption, end_quietly, undisturbed
 from ppo_lab.update import TrainingDiverged
 
 pytestmark = pytest.mark.filterwarnings(
@@ -292,6 +292,42 @@ def test_a_second_ctrl_c_ends_the_run_of_a_notebook_and_not_the_notebook(
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM])
+def test_a_hangup_that_comes_again_ends_nothing_at_once(
+    first: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The shell and the system each send one where a connection is lost."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with Preemption() as preemption:
+            preemption.deferred = True
+            for number in (first, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert preemption.asked == first.name
+    assert capfd.readouterr().err.count("the iteration is finished first") == 1
+
+
+def test_ctrl_c_is_told_of_what_was_done_undisturbed() -> None:
+    done: list[str] = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), undisturbed():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("all of it")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with undisturbed():
+            done.append("and more")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a shell's jobs in the background
+        with undisturbed():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done == ["all of it", "and more"]
 
 
 def test_the_program_may_be_called_in_a_thread() -> None:
@@ -936,6 +972,7 @@ def test_scores_whose_value_loss_outweighs_the_policy_s_are_announced() -> None:
     warn_of_large_scores(Config(), {"ppo/loss/value": 0.5}, said.append)
     warn_of_large_scores(Config(ppo=PPOSection(vf_coef=1e-3)), counted, said.append)
     warn_of_large_scores(Config(critic=ModelCritic()), counted, said.append)
+    warn_of_large_scores(Config(critic=HeadCritic(warmup_steps=3)), counted, said.append)
     assert said == []
     warn_of_large_scores(Config(), counted, said.append)
     assert "ppo.vf_coef, is 80: " in said[0]

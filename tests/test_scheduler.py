@@ -24,7 +24,7 @@ from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import run
 from ppo_lab.folders import OneRun, OwnFolder, begin_in, check_new_sweep
 from ppo_lab.multirun import Sweep, planned, unfinished, what_is_missing
-from ppo_lab.run_lock import alone_in, in_use
+from ppo_lab.run_lock import alone_in, in_use, owner
 from ppo_lab.run_state import RunState, read_summary
 from ppo_lab.scheduler import is_requeued, join_processes
 from ppo_lab.signals import Preempted, Preemption
@@ -157,6 +157,32 @@ def test_a_job_that_is_requeued_knows_the_run_that_it_began(
     with alone_in(tmp_path):
         pass
     assert not is_requeued(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["slurm", "local"])
+def test_a_job_is_known_by_its_own_number_alone(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of Slurm's that is no array's, or one of submitit's on this machine."""
+    name = "SLURM_JOB_ID" if kind == "slurm" else "SUBMITIT_LOCAL_JOB_ID"
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", kind)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv(name, "71")
+    assert not is_requeued(tmp_path)
+    with alone_in(tmp_path):
+        pass
+    assert is_requeued(tmp_path)
+    monkeypatch.setenv(name, "72")
+    assert not is_requeued(tmp_path)
+
+
+@pytest.mark.parametrize("left", ["", "[]", "{", "\xff"])
+def test_a_lock_whose_file_says_nothing_is_nobody_s(left: str, tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text(left, encoding="latin-1")
+    assert owner(tmp_path) == {}
+    assert in_use(tmp_path) is None
+    with alone_in(tmp_path):
+        assert owner(tmp_path)["pid"] == os.getpid()
 
 
 def test_a_run_that_wandb_hands_out_again_is_known_by_its_id(
@@ -299,6 +325,31 @@ def test_a_job_that_is_requeued_may_go_on_in_the_folder_of_its_run_and_no_other(
     assert in_use(tmp_path)
     with alone_in(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("resume", "subdir", "refused"),
+    [("", "${hydra.job.num}", True), ("true", "${hydra.job.num}", False), ("", "${b}", False)],
+)
+def test_a_new_sweep_takes_no_numbered_folders_of_another(
+    resume: str, subdir: str, refused: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does a folder that is no run's, or is none of a sweep's numbers, stand in its way."""
+    sweep = composed(str(tmp_path), "sweep")
+    config = OmegaConf.merge(sweep, {"resume": resume, "b": "seed=0"})
+    config.hydra.sweep.subdir = subdir
+    for name in ("0", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes/metrics.jsonl").write_text("")
+    OneRun().on_multirun_start(config)
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3/metrics.jsonl").write_text("")
+    if refused:
+        with pytest.raises(SystemExit):
+            OneRun().on_multirun_start(config)
+        assert "holds runs of a sweep already (3);" in capsys.readouterr().err
+    else:
+        OneRun().on_multirun_start(config)
 
 
 def test_of_the_processes_of_one_run_only_the_first_makes_a_folder(
