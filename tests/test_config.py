@@ -419,6 +419,49 @@ def test_a_file_without_the_prompt_column_is_refused_with_the_columns_it_has(tmp
     assert "promt" in line.replace("prompt", "")
 
 
+LIVE = [
+    ["ppo.adap_kl_ctrl=true", "ppo.target=5", "ppo.horizon=100"],
+    ["ppo.early_stopping=true", "ppo.target_kl=0.2"],
+    ["lora=r8", "lora.alpha=8", "lora.top_layers=1", "lora.learning_rate_factor=2"],
+    ["lora.use_rslora=true", "lora.use_dora=true", "lora.target_modules=[q_proj]"],
+    ["data=imdb", "data.prompt_column=text", "data.held_out=9"],
+    ["data.chat=true", "+data.template_kwargs.enable_thinking=false"],
+    ["reward.parts.length.ideal=9", "reward=weighted", "reward.parts.length.weight=2"],
+    ["reward=function", "reward.target=math:sin", "reward.retries=1", "reward.retry_wait=2"],
+    ["critic.v_head_init=normal", "critic.v_head_init_std=0.1"],
+    ["critic.warmup_steps=2", "critic.epochs=2", "critic.learning_rate=0.1", "ppo.vf_coef=0.3"],
+    ["critic=reward_model", "critic.path=a/b", "critic.revision=main", "critic.label=x"],
+    ["critic=reward_model", "critic.warmup_steps=2", "critic.learning_rate=0.1"],
+    ["reward=model", "reward.path=a/b", "reward.revision=main"],
+    ["critic=reward_model", "reward=model", "reward.path=a/b", "critic.label=x"],
+    ["model=bloom560m", "model.revision=main", "model.trust_remote_code=true"],
+    ["evaluation.temperature=0.7", "evaluation.top_k=5", "evaluation.top_p=0.5"],
+    ["evaluation.temperature=1", "evaluation.seed=4", "generation.top_k=5", "generation.top_p=0.5"],
+    ["tracking=wandb", "tracking.project=x", "tracking.mode=offline", "tracking.tags=[a]"],
+    ["checkpoint.every=10", "checkpoint.keep=2"],
+]
+
+
+@pytest.mark.parametrize("overrides", LIVE, ids=" ".join)
+def test_a_setting_that_is_read_is_not_called_one_without_effect(overrides):
+    assert not [line for line in refused(*overrides) if "no effect" in line]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["critic=head", "critic.v_head_init_std=0.1"], "critic.v_head_init_std"),
+        (["lora.dropout=0.1"], "lora.dropout"),
+        (["evaluation.temperature=0", "evaluation.top_k=3"], "evaluation.top_k"),
+        (["model.trust_remote_code=true"], "model.trust_remote_code"),
+        (["model.revision=main"], "model.revision"),
+        (["critic=reward_model", "critic.path=embedded", "critic.label=x"], "critic.label"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_called_so(overrides, said):
+    assert [line for line in refused(*overrides) if line.startswith(f"{said}: has no effect")]
+
+
 def test_a_folder_has_no_revision(tmp_path):
     for name in ("model", "reward", "critic"):
         (tmp_path / name).mkdir()
