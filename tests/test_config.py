@@ -423,6 +423,7 @@ LIVE = [
     ["ppo.adap_kl_ctrl=true", "ppo.target=5", "ppo.horizon=100"],
     ["ppo.early_stopping=true", "ppo.target_kl=0.2"],
     ["lora=r8", "lora.alpha=8", "lora.top_layers=1", "lora.learning_rate_factor=2"],
+    ["lora=r8", "lora.dropout=0"],
     ["lora.use_rslora=true", "lora.use_dora=true", "lora.target_modules=[q_proj]"],
     ["data=imdb", "data.prompt_column=text", "data.held_out=9"],
     ["data.chat=true", "+data.template_kwargs.enable_thinking=false"],

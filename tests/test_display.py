@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -112,6 +113,19 @@ def test_slow_iterations_have_a_line_each(tmp_path, monkeypatch):
     assert lines[-1].endswith("0:00 left")
 
 
+def test_the_time_left_follows_an_iteration_that_took_long_by_a_fifth(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("ppo_lab.display.time.monotonic", lambda: now[0])
+    out = io.StringIO()
+    shown = tracker(tmp_path, Console(file=out, width=80), steps=102)
+    for step, seconds in ((1, 2.0), (2, 12.0)):
+        now[0] += seconds
+        shown.log(METRICS, step)
+        shown.log({"eval/mean_reward": 0.9}, step)  # no iteration, and no time of one
+    lines = [line for line in out.getvalue().splitlines() if "/102" in line]
+    assert [line.split()[-2] for line in lines] == ["3:22", "6:40"]
+
+
 def test_in_a_terminal_the_display_is_redrawn_in_place_and_leaves_the_page(tmp_path, terminal):
     shown = tracker(tmp_path, terminal)
     for step in range(1, 11):
@@ -167,6 +181,25 @@ def test_a_reader_that_goes_stops_nothing(tmp_path, monkeypatch, colours):
         told.log(METRICS, 1)
         told.log(METRICS, 2)
         told.finish("finished", run())
+
+
+def test_a_program_whose_reader_has_gone_ends_without_a_word():
+    """As under `| head -1`: what is left in buffers is not complained of at the end either."""
+    code = (
+        "from ppo_lab.console import Console\n"
+        "console = Console()\n"
+        "input()\n"
+        "for _ in range(3): console.print('x' * 9000)\n"
+        "print('the end')\n"
+    )
+    command = [sys.executable, "-c", code]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (0, "")
 
 
 def test_a_resumed_run_counts_from_where_it_was(tmp_path, monkeypatch):

@@ -323,10 +323,10 @@ def test_scores_are_scaled_by_running_moments_by_hand() -> None:
     assert (again.mean, again.std) == (moments.mean, moments.std)
     constant = scale_scores(torch.full((3,), 7.0), RunningMoments(), **scale)
     assert torch.equal(constant, torch.zeros(3))
-    undivided = scale_scores(
-        torch.full((3,), 7.0), RunningMoments(), **scale | {"use_score_norm": False}
-    )
-    assert torch.equal(undivided, torch.full((3,), 7.0))
+    for count in (1, 3):
+        same = torch.full((count,), 7.0)
+        undivided = scale_scores(same, RunningMoments(), **scale | {"use_score_norm": False})
+        assert torch.equal(undivided, same)
     made = trainer(use_score_scaling=True, use_score_norm=True)
     stats = step(made, scores=[torch.tensor(6e4, dtype=torch.float16)] * 4)
     assert math.isfinite(stats["ppo/mean_scores"])
