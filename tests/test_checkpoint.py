@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from ppo_lab import checkpoint
 from ppo_lab.errors import ConfigError
+from ppo_lab.on_disk import put_in_place
 
 NUMBERS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 STATES = st.recursive(
@@ -33,6 +34,24 @@ SMALL = {"weights": torch.arange(6.0).reshape(2, 3), "done": 3, "group": {"betas
 SHARED = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+def test_a_folder_takes_its_place_whole_and_what_a_killed_process_left_is_gone(
+    tmp_path: Path,
+) -> None:
+    place, left = tmp_path / "model", tmp_path / ".model.unfinished"
+    left.mkdir()
+    (left / "torn").touch()
+    for name in ("first", "second"):
+        with put_in_place(place) as beside:
+            assert not list(beside.iterdir())
+            (beside / name).touch()
+            assert not (place / name).exists()
+        assert [file.name for file in place.iterdir()] == [name]
+    with pytest.raises(OSError, match="full"), put_in_place(place) as beside:
+        (beside / "third").touch()
+        raise OSError("full")
+    assert [file.name for file in tmp_path.rglob("*")] == ["model", "second"]
 
 
 @SHARED

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ppo_lab import config as schema
 from ppo_lab.command_reader import CommandReader, a_hydra
 from ppo_lab.config import Config, ConfigError, bounds_of, conf_folder, meaning_of, register_schema
+from ppo_lab.devices import device_problem
 from ppo_lab.ppo_config import PPOConfig
 from ppo_lab.rules import illegal_values, is_legal, problems
 
@@ -382,6 +383,27 @@ def test_how_a_value_head_begins_is_refused_where_the_folder_brings_one(tmp_path
 )
 def test_a_value_out_of_range_brings_no_complaint_about_what_was_not_typed(setting, legal):
     assert refused(setting) == [f"{setting}: must be {legal}"]
+
+
+@pytest.mark.parametrize(
+    ("key", "device", "launched", "said"),
+    [
+        ("device", "cuda", False, ""),
+        ("device", "cuda:1", False, ""),
+        ("device", "cuda:2", False, "the GPUs here are 0 to 1"),
+        ("device", "cuda:1", True, "each of several processes has a GPU of its own"),
+        ("reward.device", "cuda:1", True, ""),
+        ("reward.device", "sharded", True, ""),
+        ("reward.device", "sharded", False, "this is one process"),
+        ("device", "sharded", True, "must be auto, cpu, cuda or cuda:N"),
+        ("device", "cuda:", False, "must be auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_a_device_must_be_one_that_is_here(key, device, launched, said, monkeypatch):
+    monkeypatch.setattr("ppo_lab.devices.cuda_devices", lambda: 2)
+    monkeypatch.setattr("ppo_lab.processes.launch.is_launched", lambda: launched)
+    found = list(device_problem(key, device))
+    assert [said in line for line in found] == ([True] if said else [])
 
 
 def test_what_evaluation_is_told_itself_is_refused_beside_what_generation_is():

@@ -10,6 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from ppo_lab.data import PromptStream, judging, load_prompts, problems, split_pr
 from ppo_lab.errors import ConfigError
 from ppo_lab.prompt_tokens import PromptEncoder, continuation, written_by
 from ppo_lab.rollout import Answers, Sampling, StopStrings
+from ppo_lab.tables import read_hub
 from ppo_lab.types import Prompts
 
 TEMPLATE = (
@@ -272,6 +275,32 @@ def test_a_split_or_another_set_of_the_hub_judges_the_run(
     sets = load_prompts(section, tokenizer)
     assert (sets.train.texts, sets.held_out.texts) == (["a", "b"], ["c"])
     assert read == [("o/n", "sub", "train", "v1"), asked]
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(0, 3), (2, 2), (9, 3)])
+def test_the_hub_is_asked_for_the_split_and_revision_that_are_named(
+    limit: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the cache alone, where the hub does not answer; afterwards it may be asked again."""
+    asked: list[Any] = []
+
+    def load(*names: Any, **settings: Any) -> Any:
+        asked.append((names, settings, datasets.config.HF_HUB_OFFLINE))
+        return datasets.Dataset.from_dict({"prompt": ["a", "b", "c"]})
+
+    def silent(*_: Any, **__: Any) -> None:
+        raise httpx.ConnectError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", silent)
+    found = read_hub("o/n", name="sub", split="test", revision="v1", limit=limit)
+    assert found == {"prompt": ["a", "b", "c"][:rows]}
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
+    read_hub("o/n")
+    named, plain = {"split": "test", "revision": "v1"}, {"split": "train", "revision": None}
+    assert asked == [(("o/n", "sub"), named, True), (("o/n", None), plain, False)]
+    assert datasets.config.HF_HUB_OFFLINE is False
 
 
 # ---- responses as texts
