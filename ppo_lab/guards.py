@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def explain(error: TrainingDiverged, folder: Path, iteration: int) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(dict(_tensors(error.batch)), path)
             kept = f". The batch is in {path}"
-        except OSError as refused:
+        except (OSError, SafetensorError) as refused:
             kept = f". The batch could not be written ({refused})"
     error.args = (f"iteration {iteration}: {error}{kept}",)
 

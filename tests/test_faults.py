@@ -24,6 +24,7 @@ import tiny_runs
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file
+from tiny_models import ragged, trainer
 from tiny_runs import command, metrics, outcome, start, tiny
 
 from ppo_lab import checkpoint, experiment, memory, secrecy
@@ -42,6 +43,7 @@ from ppo_lab.config import (
 from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import build, run
 from ppo_lab.guards import (
+    explain,
     warn_of_escapes,
     warn_of_large_scores,
     warn_of_remote_code,
@@ -412,6 +414,20 @@ def test_too_many_skipped_updates_stop_the_run_name_the_iteration_and_keep_the_b
     batch = load_file(tmp_path / "run/failed/iteration-000001.safetensors")
     assert batch["tokens.responses"].shape == batch["logprobs"].shape == batch["advantages"].shape
     assert "iteration 1" in summary(tmp_path / "run")["reason"]
+
+
+def test_a_batch_at_fault_that_the_disk_does_not_take_hides_no_reason(tmp_path: Path) -> None:
+    batch = trainer().collect(ragged())
+    wide = replace(batch, logprobs=torch.zeros(4, 10_000))
+    error = TrainingDiverged("the loss is not finite", wide)
+    with full_disk():
+        explain(error, tmp_path, 7)
+    assert str(error).startswith("iteration 7: the loss is not finite. The batch could not be writ")
+    error = TrainingDiverged("the loss is not finite", wide)
+    explain(error, tmp_path, 8)
+    (kept,) = (tmp_path / "failed").iterdir()
+    assert str(error) == f"iteration 8: the loss is not finite. The batch is in {kept}"
+    assert load_file(kept)["logprobs"].shape == (4, 10_000)
 
 
 def test_a_ceiling_of_kl_stops_the_run_which_can_go_on_with_a_higher_one(
