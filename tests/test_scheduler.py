@@ -266,6 +266,13 @@ def test_runs_that_start_at_the_same_moment_have_folders_of_their_own(
         names.append(Path(config.hydra.run.dir).name)
     year = time.strftime("%Y")
     assert names == [year, f"{year}-2", f"{year}-3"]
+    config = composed(f"{tmp_path}/${{oc.env:WANDB_RUN_ID,${{now:%Y}}}}")  # without an agent
+    OwnFolder().on_run_start(config)
+    assert Path(config.hydra.run.dir).name == f"{year}-4"
+    monkeypatch.setenv("WANDB_RUN_ID", "run1")
+    config = composed(f"{tmp_path}/${{now:%Y}}")
+    OwnFolder().on_run_start(config)
+    assert Path(config.hydra.run.dir).name == f"{year}-5"
 
 
 def test_sweeps_that_start_at_the_same_moment_have_folders_of_their_own(
