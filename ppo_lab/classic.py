@@ -565,6 +565,7 @@ def logs(config: PPOConfig) -> Any:
 
         options = config.tracker_kwargs.get("wandb", {})
         project, name = config.tracker_project_name, config.model_name
+        name = "" if name == PPOConfig.model_name else name  # which nobody need have chosen
         return ClassicRun(project, name, config.to_dict(), options)
     if find_spec("tensorboard") is None:
         raise ValueError("log_with=tensorboard needs pip install 'ppo_lab[tensorboard]'")

@@ -50,7 +50,7 @@ class PPOConfig(PPOSection):
     critic_epochs: int = knob(
         0, "passes over each batch from which the critic learns too; 0 = all", at_least=0
     )
-    model_name: str = knob("", "name of the run that `log_stats` opens")
+    model_name: str = knob("gpt2", "name of the run that `log_stats` opens, if another than gpt2")
     seed: int = knob(
         0, "seed of the sampling, the shuffling and the new weights", at_least=0, at_most=2**32 - 1
     )
@@ -69,8 +69,10 @@ class PPOConfig(PPOSection):
     push_to_hub_if_best_kwargs: dict = field(default_factory=dict, metadata={"help": "refused"})
     exp_name: str = _unread("", "name of the experiment")
     task_name: str | None = _unread(None, "name of the task")
-    query_dataset: str | None = _unread(None, "name of the data set")
-    reward_model: str | None = _unread(None, "name of the reward model")
+    query_dataset: str | None = _unread("stanfordnlp/imdb", "name of the data set")
+    reward_model: str | None = _unread(
+        "sentiment-analysis:lvwerra/distilbert-imdb", "name of the reward model"
+    )
     remove_unused_columns: bool = _unread(True, "all columns of a data set stay")
     dataset_num_proc: int | None = _unread(None, "a data set is not mapped over here")
     forward_batch_size: int | None = _unread(None, "an older name of mini_batch_size")

@@ -110,6 +110,9 @@ def test_every_field_of_trl_0_11_is_a_field_here() -> None:
     assert [name for name in FIELDS.split() if not hasattr(config, name)] == []
     defaults = ("steps", "learning_rate", "batch_size", "target_kl", "max_grad_norm")
     assert [getattr(config, name) for name in defaults] == [20000, 1.41e-5, 128, 1.0, 0.0]
+    # TRL's own examples load what these say when the command line says nothing.
+    assert (config.model_name, config.query_dataset) == ("gpt2", "stanfordnlp/imdb")
+    assert config.reward_model == "sentiment-analysis:lvwerra/distilbert-imdb"
 
 
 def test_other_kinds_of_numbers_and_none_stand_for_what_they_mean() -> None:
@@ -464,6 +467,9 @@ def test_wandb_is_open_once_the_trainer_is_made(
         own = wandb.init(mode="offline")
         trainer(log_with="wandb", model_name="tiny")
         assert wandb.run.id == own.id, "what somebody opened is theirs"
+        own.finish()
+        trainer(log_with="wandb")
+        assert wandb.run.name != "gpt2", "a name that nobody chose"
     finally:
         wandb.teardown()
 
