@@ -29,6 +29,7 @@ from ppo_lab.models.loading import (
     eos_ids,
     load_causal_lm,
     load_config,
+    locate_model,
     max_context,
 )
 from ppo_lab.models.lora import merged, wrap_lora
@@ -102,7 +103,8 @@ def load_policy(config: Config, tokenizer: Any, device: str) -> AutoModelForCaus
         model, v_head_init=head.v_head_init, v_head_init_std=head.v_head_init_std
     )
     if config.model.weights != "random":
-        policy.load_value_head(config.model.path)
+        source = locate_model(config.model)
+        policy.load_value_head(source.path, **source.loading_arguments)
     policy.trunk.fast_layers = config.model.fast_layers
     policy.trunk.records_graphs = config.model.cuda_graphs
     if config.model.torch_compile:

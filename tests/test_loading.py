@@ -22,6 +22,7 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -733,6 +734,39 @@ def test_a_folder_in_the_home_folder_brings_its_value_head(folder, tmp_path, mon
     assert not torch.equal(fresh.v_head.summary.weight, policy.v_head.summary.weight)
 
 
+@pytest.mark.parametrize("beside", [True, False], ids=["its own file", "among the weights"])
+def test_a_policy_of_the_hub_brings_its_value_head(folder, tmp_path, monkeypatch, beside):
+    """In our file, or where TRL 0.11 put it."""
+    policy = AutoModelForCausalLMWithValueHead(load_causal_lm(section(folder), device="cpu"))
+    head = policy.v_head.summary.weight
+    there = in_the_cache_of_the_hub(tmp_path, monkeypatch, "my/policy")
+    policy.save_pretrained(there)
+    load_tokenizer(section(folder)).save_pretrained(there)
+    if not beside:
+        (there / "value_head.safetensors").unlink()
+        weights = load_file(there / "model.safetensors")
+        named = {f"v_head.{name}": x for name, x in policy.v_head.state_dict().items()}
+        save_file({**weights, **named}, there / "model.safetensors", metadata={"format": "pt"})
+    loaded = AutoModelForCausalLMWithValueHead.from_pretrained("my/policy")
+    assert torch.equal(loaded.v_head.summary.weight, head)
+    config = Config(model=section("my/policy"), lora=LoraSection(r=0), critic=HeadCritic())
+    begun = load_policy(config, load_tokenizer(config.model), "cpu")
+    assert torch.equal(begun.v_head.summary.weight, head)
+    assert not policy.load_value_head("my/other")
+
+
+def in_the_cache_of_the_hub(folder, monkeypatch, name):
+    """An empty folder that stands for what the hub has under this name."""
+    import huggingface_hub.constants
+
+    cache = folder / "hub" / f"models--{name.replace('/', '--')}"
+    (cache / "snapshots" / "abc").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "hub"))
+    return cache / "snapshots" / "abc"
+
+
 def test_a_folder_without_tokenizer_says_which_key_names_one(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -891,15 +925,9 @@ def answer(path: str) -> tuple[int, dict[str, str]]:
 
 
 def test_a_cached_model_is_taken_from_the_cache_where_the_hub_is_silent(monkeypatch, tmp_path):
-    import huggingface_hub.constants
-
-    cache = tmp_path / "hub" / "models--my--cached"
-    (cache / "snapshots" / "abc").mkdir(parents=True)
-    (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text("abc")
-    tiny_model().save_pretrained(cache / "snapshots" / "abc")
-    byte_tokenizer().save_pretrained(cache / "snapshots" / "abc")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    there = in_the_cache_of_the_hub(tmp_path, monkeypatch, "my/cached")
+    tiny_model().save_pretrained(there)
+    byte_tokenizer().save_pretrained(there)
     found = sources.locate("my/cached")
     assert (found.entry, found.local_files_only) == ("config.json", True)
     model = load_causal_lm(section("my/cached"), device="cpu")

@@ -474,7 +474,7 @@ def test_wandb_is_open_once_the_trainer_is_made(
         wandb.teardown()
 
 
-def test_the_hub_is_given_what_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_given_what_is_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub
 
     seen: dict[str, Any] = {}
@@ -497,3 +497,7 @@ def test_the_hub_is_given_what_is_saved(monkeypatch: pytest.MonkeyPatch) -> None
     assert seen["me/it"] == {"private": True, "exist_ok": True}
     made.model.push_to_hub("me/it")
     assert "tokenizer.json" not in seen["files"]
+    seen.clear()
+    made.model.save_pretrained(tmp_path / "it", push_to_hub=True, repo_id="me/that", private=True)
+    assert seen["me/that"]["private"] is True
+    assert {"model.safetensors", "value_head.safetensors"} <= seen["files"]

@@ -112,7 +112,7 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(packaged)
         _require_kernel(config, section)
         return config
-    source = _locate_model(section)
+    source = locate_model(section)
     if source.entry == "adapter_config.json":
         return load_config(_base_of(section, source))
     with _reading(f"model.path={section.path}", "config"):
@@ -228,7 +228,7 @@ def reads_on(config: Any) -> bool:
 
 def resolved_revision(section: ModelSection) -> str:
     """The commit on the hub that the weights are of; empty for a folder and for random weights."""
-    return "" if section.weights == "random" else _locate_model(section).revision
+    return "" if section.weights == "random" else locate_model(section).revision
 
 
 def parameter_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
@@ -276,7 +276,8 @@ def _require_token(tokenizer: PreTrainedTokenizerBase, token: str, key: str) -> 
     )
 
 
-def _locate_model(section: ModelSection) -> Source:
+def locate_model(section: ModelSection) -> Source:
+    """Where the model is, folder or hub, as `locate` says."""
     return locate(section.path, revision=section.revision)
 
 
@@ -362,7 +363,7 @@ def _speak_bytes(config: PreTrainedConfig) -> None:
 def _pretrained_model(
     section: ModelSection, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel | PeftModel:
-    source = _locate_model(section)
+    source = locate_model(section)
     if source.entry == "adapter_config.json":
         return _adapted_model(section, source, device, dtype)
     config = load_config(section)

@@ -19,6 +19,7 @@ from ppo_lab.models.value_head import (
     VALUE_HEAD_FILE,
     ValueHead,
     find_value_head,
+    model_folder,
     save_value_head,
 )
 from ppo_lab.types import Forward, Tokens
@@ -82,7 +83,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         Weights are float32 unless `dtype` says otherwise, whatever they were saved in: in half
         precision, Adam's small steps would be lost to rounding.
 
-        A value head found in the folder is loaded, else it is drawn anew: "normal" with standard
+        A value head found beside the model is loaded, else it is drawn anew: "normal" with standard
         deviation `v_head_initializer_range` (0 = 1 / sqrt(hidden_size + 1)), or "zero".
         `peft_config` wraps the model with a fresh adapter; other keywords go to
         `AutoModelForCausalLM.from_pretrained`.
@@ -96,23 +97,25 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             raise ValueError(
                 f"v_head_init_strategy is 'normal' or 'zero', not {v_head_init_strategy!r}"
             )
-        model = _load(pretrained_model_name_or_path, _of_today(kwargs))
+        kwargs = _of_today(kwargs)
+        model = _load(pretrained_model_name_or_path, dict(kwargs))
         if peft_config is not None:
             model = _wrap(model, peft_config)
         policy = cls(
             model, v_head_init=v_head_init_strategy, v_head_init_std=v_head_initializer_range
         )
-        policy.load_value_head(pretrained_model_name_or_path)
+        policy.load_value_head(pretrained_model_name_or_path, **_asked_of_hub(kwargs))
         return policy
 
-    def load_value_head(self, folder: Any) -> bool:
-        """Take the value head that lies in `folder`; False where there is none.
+    def load_value_head(self, source: Any, **asked: Any) -> bool:
+        """Take the value head that lies beside a model in a folder or on the hub, which is asked as
+        for the model (`revision`, `token`, ...); False where there is none.
 
         Raises:
             ConfigError: it is damaged, or of another model.
         """
-        path = Path(folder).expanduser() if isinstance(folder, (str, Path)) else None
-        if path is None or not path.is_dir():
+        path = model_folder(source, **asked)
+        if path is None:
             return False
         try:
             weights = find_value_head(path)
@@ -131,10 +134,13 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     ) -> None:
         """Write model (or adapter) and value head as safetensors; `AutoModelForCausalLM` or
         `PeftModel` load it. A value head that is not trained, since a critic stands in for it, is
-        left out. `state_dict` is that of the whole policy, where it is sharded.
+        left out. `state_dict` is that of the whole policy, where it is sharded. With `push_to_hub`
+        all of it goes to the hub too, as `repo_id` or by the folder's name.
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
+        pushed = kwargs.pop("push_to_hub", False)
+        repo_id = kwargs.pop("repo_id", path.name)
         head = self.v_head.state_dict() if state_dict is None else under("v_head.", state_dict)
         if state_dict is not None:
             kwargs["state_dict"] = under("pretrained_model.", state_dict)
@@ -147,6 +153,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             _move_up(path / self.pretrained_model.active_adapter)
         if self.v_head.summary.weight.requires_grad:
             save_value_head(head, path)
+        if pushed:  # not by transformers, which knows of no value head
+            self.push_to_hub(repo_id, private=kwargs.get("private"), token=kwargs.get("token"))
 
     def forward(
         self,
@@ -355,6 +363,12 @@ def _of_today(kwargs: dict[str, Any]) -> dict[str, Any]:
 
         kwargs.setdefault("quantization_config", BitsAndBytesConfig(**bits))
     return kwargs
+
+
+def _asked_of_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of the keywords of a model those that say where the hub has it, and how it is asked."""
+    names = ("revision", "token", "cache_dir", "local_files_only")
+    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def _load(source: Any, kwargs: dict[str, Any]) -> Any:

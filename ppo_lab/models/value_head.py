@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from ppo_lab.local_model import VALUE_HEAD_FILE
 
 _PREFIX = "v_head."
+_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
 
 
 class ValueHead(nn.Module):
@@ -51,13 +54,39 @@ def save_value_head(weights: dict[str, Tensor], folder: Path) -> None:
     )
 
 
+def model_folder(source: Any, **asked: Any) -> Path | None:
+    """The folder with a model's files: itself, or the hub's in the cache, which then has the value
+    head that lies beside the model there; None of what is neither.
+
+    `asked` is what the hub was asked for the model by: `revision`, `token`, `cache_dir`,
+    `local_files_only`.
+    """
+    if not isinstance(source, (str, Path)):
+        return None
+    if (path := Path(source).expanduser()).is_dir():
+        return path
+    from transformers.utils import cached_file
+
+    whatever = ("gated_repo", "missing_entries", "connection_errors")
+    calmly = {f"_raise_exceptions_for_{what}": False for what in whatever}
+    for file in (VALUE_HEAD_FILE, *_INDICES, *_WHOLE):
+        try:
+            found = cached_file(str(source), file, **asked, **calmly)
+        except OSError:
+            found = None
+        if found:
+            return Path(found).parent
+        asked["local_files_only"] = True  # what the model was made of is there already
+    return None
+
+
 def find_value_head(folder: Path) -> dict[str, Tensor] | None:
     """The value head's weights in a saved folder, None where there is none.
 
     Looks in our own file, then where TRL 0.11 put it: among the model's weights (safetensors, or a
     .bin that is read with `weights_only=True`), sharded or not.
     """
-    for name in (VALUE_HEAD_FILE, *_shards(folder), "model.safetensors", "pytorch_model.bin"):
+    for name in (VALUE_HEAD_FILE, *_shards(folder), *_WHOLE):
         found = _read_prefixed(folder / name) if (folder / name).is_file() else {}
         if found:
             return found
@@ -65,7 +94,7 @@ def find_value_head(folder: Path) -> dict[str, Tensor] | None:
 
 
 def _shards(folder: Path) -> list[str]:
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+    for index in _INDICES:
         if (folder / index).is_file():
             weight_map: dict[str, str] = json.loads((folder / index).read_text())["weight_map"]
             return sorted({file for key, file in weight_map.items() if key.startswith(_PREFIX)})
