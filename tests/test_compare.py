@@ -39,7 +39,7 @@ from ppo_lab.compare.comparison import (
     remarks,
 )
 from ppo_lab.compare.figures import _colours, _lines, objectives, save_figures
-from ppo_lab.compare.groups import Group, differing_keys, enough_digits, grouped, shown
+from ppo_lab.compare.groups import Group, differing_keys, enough_digits, grouped, short, shown
 from ppo_lab.compare.outcomes import evaluations, outcomes
 from ppo_lab.compare.overoptimisation import fit_overoptimisation, peak_of
 from ppo_lab.compare.page import CURVE_BYTES, as_json, page, payload, points_a_curve
@@ -301,6 +301,15 @@ def test_seeds_are_one_group_and_groups_stand_by_objective(sweep: Path) -> None:
     assert means == sorted(means, reverse=True)
     pair = [outcomes(run)["objective"] for run in groups[0].runs]
     assert groups[0].results["objective"].mean == pytest.approx(sum(pair) / 2)
+
+
+def test_keys_of_one_name_keep_the_sections_that_tell_them_apart() -> None:
+    keys = ["ppo.batch_size", "reward.batch_size", "ppo.lam", "seed", "a.b.c", "x.b.c"]
+    called = [short(key, keys) for key in keys]
+    assert called == ["ppo.batch_size", "reward.batch_size", "lam", "seed", "a.b.c", "x.b.c"]
+    assert [short("ppo.batch_size"), short("batch_size", ["ppo.batch_size"])] == ["batch_size"] * 2
+    group = Group({"generation.temperature": 0.7, "evaluation.temperature": 1.0, "ppo.lam": 0.9})
+    assert group.label == "generation.temperature=0.7 evaluation.temperature=1 lam=0.9"
 
 
 def test_settings_that_differ_late_are_not_written_alike(tmp_path: Path) -> None:

@@ -159,7 +159,8 @@ def _rank_correlations(comparison: Comparison) -> Iterator[str]:
             levels = _level_means(pairs)
             way = "falls" if np.all(np.diff(levels) < 0) else "does not fall"
             yield (
-                f"{what} {way} monotonically with {short(key)} (means over {len(levels)} values; "
+                f"{what} {way} monotonically with {short(key, comparison.keys)} "
+                f"(means over {len(levels)} values; "
                 f"Spearman's rho over {len(pairs)} runs: {rho:.2f})"
             )
 

@@ -150,7 +150,9 @@ def _legend(figure: Any, colours: dict[str, Any], comparison: Comparison) -> Non
     if not comparison.keys or not 1 < len(colours) <= MOST_IN_LEGEND:
         return
     handles = [Line2D([], [], color=colour, label=value) for value, colour in colours.items()]
-    figure.legend(handles=handles, title=short(comparison.keys[0]), loc="outside right upper")
+    figure.legend(
+        handles=handles, title=short(comparison.keys[0], comparison.keys), loc="outside right upper"
+    )
 
 
 def _frontiers(figure: Any, comparison: Comparison) -> None:

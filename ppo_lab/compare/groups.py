@@ -34,7 +34,7 @@ class Group:
     @property
     def label(self) -> str:
         """The settings on one line, keys without their sections."""
-        told = " ".join(f"{short(key)}={self.written(key)}" for key in self.settings)
+        told = " ".join(f"{short(key, self.settings)}={self.written(key)}" for key in self.settings)
         return told or self.runs[0].name
 
     def written(self, key: str) -> str:
@@ -139,9 +139,11 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def short(key: str) -> str:
-    """A key without its section."""
-    return key.rpartition(".")[2]
+def short(key: str, among: Iterable[str] = ()) -> str:
+    """A key without its sections, but for those that tell it from the others of `among`."""
+    parts, others = key.split("."), [f".{other}" for other in among if other != key]
+    names = (".".join(parts[-count:]) for count in range(1, len(parts)))
+    return next((n for n in names if not any(o.endswith(f".{n}") for o in others)), key)
 
 
 def enough_digits(values: Iterable[Any]) -> int:

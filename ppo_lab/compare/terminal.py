@@ -46,7 +46,11 @@ def table(comparison: Comparison) -> Table:
     """The groups, the best first; ± is the half width of a 95 % interval over seeds."""
     keys, columns = comparison.keys[:MOST_KEYS], _measured(comparison)
     rows = [_cells(group, keys, columns) for group in comparison.groups]
-    titles = [*map(short, keys), "runs", *map(COLUMNS.__getitem__, columns)]
+    titles = [
+        *(short(key, comparison.keys) for key in keys),
+        "runs",
+        *map(COLUMNS.__getitem__, columns),
+    ]
     found = Table(title="", header_style="bold", box=None, pad_edge=False)
     for i, (name, *cells) in enumerate(zip(titles, *rows, strict=False)):
         texts = [name, *(cell.plain for cell in cells)]

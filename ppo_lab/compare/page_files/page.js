@@ -10,7 +10,13 @@ const MOST_CELLS = 30;
 const OPTIONS = { responsive: true, displaylogo: false, toImageButtonOptions: { format: "svg" } };
 
 const byId = (id) => document.getElementById(id);
-const short = (key) => key.slice(key.lastIndexOf(".") + 1);
+// A key without its sections, but for those that tell it from the others; groups.py has the same rule.
+function short(key) {
+  const parts = key.split(".");
+  const others = DATA.keys.filter((other) => other !== key).map((other) => "." + other);
+  const names = parts.map((_, i) => parts.slice(-1 - i).join("."));
+  return names.find((name) => !others.some((other) => other.endsWith("." + name))) ?? key;
+}
 const isNumber = (value) => typeof value === "number";
 const round = (value) => (isNumber(value) ? String(Number(value.toPrecision(4))) : value ?? "–");
 // A setting has at least six digits and as many more as tell it from the others of its key, a whole number all of them.
