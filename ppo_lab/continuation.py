@@ -21,6 +21,7 @@ from ppo_lab import checkpoint
 from ppo_lab.config import CheckpointSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.evaluation import Evaluation
+from ppo_lab.models.digests import digest_of_weights
 from ppo_lab.record import Say, read_json_lines, to_stderr
 from ppo_lab.run_state import wandb_run_id
 from ppo_lab.types import Prompts, Sample
@@ -36,7 +37,6 @@ SUMMARISED = (
     "time/iteration",
     "ppo/val/explained_variance",
 )
-FINGERPRINTED = 64  # first elements of each weight
 PIECES = (
     "trainer",
     "stream",
@@ -238,12 +238,8 @@ def identity(prompts: PromptSets, policy: Any) -> dict[str, str]:
     To be taken before any training. Of each weight the first elements are looked at, adapters are
     left out.
     """
-    weights = hashlib.sha256()
-    for name, parameter in policy.trunk.model.named_parameters():
-        if "lora_" not in name:
-            first = parameter.detach().flatten()[:FINGERPRINTED].cpu().contiguous()
-            weights.update(f"{name} {tuple(parameter.shape)}".encode())
-            weights.update(first.view(torch.uint8).numpy().tobytes())
+    named = policy.trunk.model.named_parameters()
+    weights = digest_of_weights((name, w) for name, w in named if "lora_" not in name)
     sets = (prompts.train, prompts.held_out)
     names = dict.fromkeys(name for part in sets for name in part.columns)
     columns = {name: _digest_of_values([part.columns.get(name) for part in sets]) for name in names}
@@ -251,7 +247,7 @@ def identity(prompts: PromptSets, policy: Any) -> dict[str, str]:
         "prompts": _digest(prompts.train),
         "held-out prompts": _digest(prompts.held_out),
         **{f"values of the column {name!r}": digest for name, digest in columns.items()},
-        "model's weights": weights.hexdigest(),
+        "model's weights": weights,
     }
 
 

@@ -267,6 +267,10 @@ def build(
         reward.check_prompts([text for part in sets for text in part.texts])
         policy = load_policy(config, tokenizer, device)
         start = identity(prompts, policy)
+    start |= {
+        f"weights of the reward model {name!r}": digest
+        for name, digest in processes.from_main(lambda: reward.fingerprints).items()
+    }
     trainer = make_trainer(config, policy, tokenizer, reward, device, processes)
     evaluator = Evaluator(
         trainer,

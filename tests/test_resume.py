@@ -18,6 +18,7 @@ from ppo_lab import checkpoint, typed
 from ppo_lab.config import ConstantReward, FunctionReward, ModelReward, WeightedReward
 from ppo_lab.errors import ConfigError
 from ppo_lab.experiment import run
+from ppo_lab.models.byte_tokenizer import byte_tokenizer
 from ppo_lab.record import read_json_lines
 from ppo_lab.resume import (
     FREE_IN_WORDS,
@@ -387,6 +388,31 @@ def test_other_answers_to_the_same_prompts_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the values of the column 'answer' are not those"):
         run(more, tmp_path / "run")
     write(answer=1, note="new")  # which nobody has read yet
+    run(more, tmp_path / "run")
+    assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_another_reward_model_in_the_same_folder_is_noticed(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, BloomConfig
+
+    place = tmp_path / "reward"
+
+    def write(seed: int, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(seed)
+        sizes = BloomConfig(vocab_size=512, hidden_size=16, n_layer=1, n_head=2, num_labels=1)
+        AutoModelForSequenceClassification.from_config(sizes).to(dtype).save_pretrained(place)
+        byte_tokenizer().save_pretrained(place)
+
+    write(1)
+    section = ModelReward(name="model", path=str(place))
+    config = tiny(tmp_path, ppo={"steps": 1}, reward=section)
+    run(config, tmp_path / "run")
+    more = replace(config, ppo=replace(config.ppo, steps=2), resume=str(tmp_path / "run"))
+    write(2)
+    with pytest.raises(ConfigError, match="the weights of the reward model 'model' are not those"):
+        run(more, tmp_path / "run")
+    write(1, torch.bfloat16)  # as a GPU has them
     run(more, tmp_path / "run")
     assert len(metrics(tmp_path / "run")) == 2
 

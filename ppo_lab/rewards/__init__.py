@@ -34,6 +34,11 @@ class Reward(Protocol):
 
     name: str
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """A digest of each reward model, by the part's name."""
+        ...
+
     def __call__(
         self, /, prompts: list[Any], completions: list[str], **columns: list[Any]
     ) -> Scores:

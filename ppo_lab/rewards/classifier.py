@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from ppo_lab.local_model import POSITIONS
+from ppo_lab.models.digests import digest_of_weights
 from ppo_lab.models.fitness import steady_context
 from ppo_lab.models.trunk import Trunk
 from ppo_lab.processes.alone import Alone
@@ -129,6 +130,8 @@ class Classifier:
     ) -> None:
         """A scorer that owns `model`, a loaded AutoModelForSequenceClassification."""
         self.model = model.eval().requires_grad_(False)
+        # Whatever precision this device has it in.
+        self.fingerprint = digest_of_weights(model.named_parameters(), rounded_to=torch.bfloat16)
         self.call: Callable[..., Tensor] = _plainly
         self.tokenizer = tokenizer
         self.index = label_index(model.config, label)

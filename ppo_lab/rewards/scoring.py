@@ -64,6 +64,14 @@ class WeightedSum:
         """Whether a part takes `completion_ids`, the responses' token ids."""
         return any(getattr(scorer, "reads_ids", False) for _, scorer in self._parts.values())
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """A digest of each part's model, of those that have one."""
+        found = {
+            name: getattr(scorer, "fingerprint", "") for name, (_, scorer) in self._parts.items()
+        }
+        return {name: digest for name, digest in found.items() if digest}
+
     def check_prompts(self, prompts: Sequence[Any]) -> None:
         """Nothing, where every part can read prompts like these.
 
