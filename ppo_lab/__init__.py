@@ -45,10 +45,18 @@ _HOMES = {
     "respond_to_batch": "ppo_lab.scripts",
     "set_seed": "ppo_lab.scripts",
 }
+_LATER = "TRL 0.12's interface; PPOTrainer(reward=...).train, or python -m ppo_lab, does its work"
+_NOT_HERE = {
+    "AutoModelForSeq2SeqLMWithValueHead": "only decoders are trained here, no encoder-decoders",
+    "PPOv2Config": _LATER,
+    "PPOv2Trainer": _LATER,
+}
 
 
 def __getattr__(name: str) -> Any:
     """The public names, imported when first asked for: `import ppo_lab` loads no torch."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name in _NOT_HERE:
+        raise ImportError(f"ppo_lab has no {name}: {_NOT_HERE[name]}")
     raise AttributeError(f"module 'ppo_lab' has no attribute {name!r}")

@@ -474,6 +474,15 @@ def test_wandb_is_open_once_the_trainer_is_made(
         wandb.teardown()
 
 
+def test_names_of_trl_that_are_not_here_say_why() -> None:
+    with pytest.raises(ImportError, match="only decoders are trained here"):
+        from ppo_lab import AutoModelForSeq2SeqLMWithValueHead  # noqa: F401
+    with pytest.raises(ImportError, match="python -m ppo_lab"):
+        from ppo_lab import PPOv2Trainer  # noqa: F401
+    with pytest.raises(ImportError, match="cannot import name"):
+        from ppo_lab import Nothing  # noqa: F401
+
+
 def test_the_hub_is_given_what_is_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub
 
