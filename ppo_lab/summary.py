@@ -124,7 +124,10 @@ def _about_score(
         chance = 2 * math.sqrt((spread**2 + (last.get("std_reward") or 0.0) ** 2) / prompts)
         if abs(rise) < chance:
             text += f": no more than chance does with {prompts} prompts (up to {number(chance)})"
-            yield f"{text}; raise evaluation.prompts or train longer", "yellow"
+            yield (
+                f"{text}; judge by more (evaluation.prompts, data.held_out), or train longer",
+                "yellow",
+            )
             return
     yield text, "bold green" if spread and rise > spread else "green" if rise > 0 else "yellow"
 
@@ -243,7 +246,8 @@ def _before_and_after(summary: Mapping[str, Any], *, narrow: bool) -> Table:
     table = Table(
         box=None, pad_edge=False, header_style="bold", padding=(0, 1 if narrow else 3, 0, 0)
     )
-    table.add_column("held-out prompts", overflow="fold")
+    count = summary.get("held_out_prompts")
+    table.add_column(f"{count} held-out prompts" if count else "held-out prompts", overflow="fold")
     for title in ("before", "after", "change"):
         table.add_column(title, justify="right", overflow="fold")
     for name, shown in _ROWS:

@@ -224,6 +224,11 @@ def test_the_page_tells_before_and_after_and_three_answers():
     assert "python -m ppo_lab -m ppo.init_kl_coef=" in text
 
 
+def test_the_page_tells_by_how_many_prompts_it_judges():
+    """Fewer than evaluation.prompts, where no more are held out."""
+    assert "10 held-out prompts " in page(run(held_out_prompts=10))
+
+
 @pytest.mark.parametrize("width", [40, 80, 120, 200])
 def test_the_page_fits_the_terminal(width):
     long = Sample("Why? " * 40, "Because. " * 60, 1.0, "No. " * 50, 0.0)
