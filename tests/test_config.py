@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from functools import cache
 from pathlib import Path
@@ -161,6 +162,16 @@ def test_every_knob_has_a_meaning_and_a_value_that_is_never_none(section, knob):
     assert meaning_of(knob)
     made = section()
     assert getattr(made, knob.name) is not None
+
+
+def test_every_knob_is_read_by_more_than_its_rules():
+    """By its name anywhere: a knob that loses its last reader is dead."""
+    about = {"config.py", "rules.py", "dead.py", "help.py", "resume.py"}
+    package = Path(schema.__file__).parent
+    trees = [ast.parse(f.read_text()) for f in package.rglob("*.py") if f.name not in about]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    assert [(s.__name__, knob.name) for s, knob in KNOBS if knob.name not in read] == []
 
 
 @pytest.mark.parametrize(("section", "knob"), NUMERIC, ids=name_of)
