@@ -6,7 +6,7 @@ Only a command without fault reaches Hydra and makes a folder.
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
+from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -116,6 +116,23 @@ def flags_first(argv: list[str]) -> list[str]:
         if name and value not in (None, action.default):
             flags.append(name if action.nargs == 0 else f"{name}={value}")
     return [*flags, *said.overrides]
+
+
+def _let_help_be_lazy() -> None:
+    """Have argparse add arguments whose help is made into a text when it is shown, as one of
+    Hydra's is; from Python 3.14 on it would look into it at once.
+    """
+    check = getattr(ArgumentParser, "_check_help", None)
+
+    def check_texts(parser: ArgumentParser, action: Action) -> None:
+        if check and isinstance(action.help, str):
+            check(parser, action)
+
+    if check:
+        ArgumentParser._check_help = check_texts  # type: ignore[attr-defined]
+
+
+_let_help_be_lazy()
 
 
 def _arguments(argv: list[str]) -> Namespace:

@@ -59,6 +59,34 @@ def reader() -> CommandReader:
         return CommandReader(composer, "config", problems)
 
 
+# What Python 3.14's argparse does with each argument that is added.
+OF_3_14 = """
+import argparse, runpy, sys
+
+def check(self, action):
+    help = self._get_formatter()._get_help_string(action)
+    if help is not None and "%" in help:
+        help % {"prog": "", "default": "", "choices": "", "type": "", "dest": "", "metavar": ""}
+
+def add(self, action):
+    if hasattr(self, "_get_formatter"):
+        self._check_help(action)
+    return plainly(self, action)
+
+plainly = argparse.ArgumentParser._add_action
+argparse.ArgumentParser._check_help, argparse.ArgumentParser._add_action = check, add
+runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("module", ["ppo_lab", "ppo_lab.sft", "ppo_lab.runs", "ppo_lab.compare"])
+def test_no_help_is_looked_into_before_it_is_shown(module, tmp_path):
+    """Where argparse asks what an argument's help says as soon as it is added."""
+    done = command("--nonsense", folder=tmp_path, program=("-c", f"{OF_3_14}", module))
+    assert "Traceback" not in done.stderr
+    assert "unrecognized arguments: --nonsense" in done.stderr
+
+
 def test_everything_wrong_is_said_at_once_in_one_message_without_traceback(tmp_path):
     began = time.perf_counter()
     done = command(

@@ -6,7 +6,6 @@ import ast
 import builtins
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -127,16 +126,3 @@ def test_asking_for_the_schema_loads_no_heavy_library() -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "[]"
-
-
-def test_no_python_is_promised_on_which_hydra_reads_no_command_line() -> None:
-    # From 3.14 on argparse looks for "%" in every help text, which in Hydra is not all text.
-    from hydra._internal.utils import get_args_parser
-    from packaging.specifiers import SpecifierSet
-
-    file = Path(__file__).parents[1] / "pyproject.toml"
-    settings = tomllib.loads(file.read_text("utf-8"))
-    promised = SpecifierSet(settings["project"]["requires-python"])
-    reads = all(isinstance(a.help, str | None) for a in get_args_parser()._actions)
-    assert reads or not promised.contains("3.14.0")
-    assert [f"3.{n}" for n in (11, 12, 13) if not promised.contains(f"3.{n}.0")] == []
