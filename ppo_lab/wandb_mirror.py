@@ -479,7 +479,9 @@ _opened: set[str] = set()  # the runs that trainers of this process have opened,
 
 def _open_classic(wandb: Any, options: Mapping[str, Any]) -> Any:
     _quieten(wandb)
-    mode = "offline" if _mode("auto")[0] != "online" or _no_credentials(wandb) else "online"
+    mode = _mode("auto")[0]
+    if mode == "online" and _no_credentials(wandb):
+        mode = "offline"
     settings = wandb.Settings(
         init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, quiet=True, show_info=False
     )

@@ -407,6 +407,20 @@ def test_a_hand_written_loop_logs_its_statistics_and_texts(server, logged_out):
     assert row["dist"]["_type"] == "histogram"
 
 
+def test_a_hand_written_loop_leaves_nothing_where_wandb_is_disabled(logged_out, monkeypatch):
+    import wandb
+
+    logged_out.mkdir()
+    monkeypatch.chdir(logged_out)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    try:
+        run = ClassicRun("classic", "tiny", {"seed": 3}, {})
+        run.log({"objective/kl": 1.5, "dist": [1.0, 2.0]}, ["query", "reward"], [["q1", 1.0]], 0)
+    finally:
+        wandb.finish()
+    assert not list(logged_out.iterdir())
+
+
 def test_the_trained_adapter_goes_up_when_asked_for(server, logged_out):
     (logged_out / "model").mkdir(parents=True)
     (logged_out / "model" / "adapter_model.safetensors").write_bytes(b"weights")
