@@ -249,7 +249,8 @@ class WandbTracker:
             "entity": section.entity or ("" if section.project else entity),
             "id": run_id(self.folder, section.id),
         }
-        goes_on = bool(sweep or self._resumed or not section.id)
+        chosen = section.id or os.environ.get("WANDB_RUN_ID")
+        goes_on = bool(sweep or self._resumed or not chosen)
         group = section.group or os.environ.get("WANDB_RUN_GROUP") or (sweep and f"sweep-{sweep}")
         return {
             **({} if sweep else {name: value or None for name, value in own.items()}),

@@ -321,6 +321,18 @@ def test_a_new_run_takes_no_other_run_s_id(server, logged_out, tmp_path):
     assert arrived(only_run(server)) == [1, 2, 3, 4, 5]
 
 
+def test_a_new_run_takes_no_other_run_s_id_from_the_environment(
+    server, logged_out, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")  # as whoever runs `-m` with it has it
+    train(logged_out, range(1, 4))
+    said, _, _ = train(tmp_path / "other", range(1, 6), config={**CONFIG, "seed": 7})
+    assert said[0].startswith("W&B: offline")
+    assert (arrived(only_run(server)), only_run(server)["config"]["seed"]) == ([1, 2, 3], 3)
+    train(logged_out, range(4, 6), resume_step=3)
+    assert arrived(only_run(server)) == [1, 2, 3, 4, 5]
+
+
 def test_a_name_of_ones_own_goes_before_all_others(server, logged_out, monkeypatch):
     """L-03."""
     monkeypatch.setenv("WANDB_NAME", "another")
