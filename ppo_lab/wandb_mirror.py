@@ -335,7 +335,8 @@ class WandbTracker:
         self._try(lambda: self._send_last(run, {**summary, "status": status}, stopped=stopped))
         try:
             run.finish(exit_code=1 if stopped or status == "failed" else 0)
-        except TimeoutError:  # the client has said it; `wandb sync` sends the rest
+        except TimeoutError:
+            self._tell(_to_follow(run, status))
             return
         if not run.offline:
             _mark_as_sent(self.folder / "wandb", run.id)
@@ -377,6 +378,17 @@ def _mark_as_sent(folder: Path, run_id: str) -> None:
 def _to_upload(parts: Iterable[Path], run: Any) -> list[Path]:
     """The folders of these, and the run's own, that have not been uploaded yet."""
     return [part for part in parts if not any(part.glob("*.synced"))] + [Path(run.dir).parent]
+
+
+def _to_follow(run: Any, status: str) -> str:
+    """How what did not arrive in time gets there. A run that goes on asks the server what it has;
+    `wandb sync` does not, and by default passes over a folder of a run that was online.
+    """
+    late = "W&B: not all of it arrived in time; "
+    if status != "finished":
+        return f"{late}the rest follows when the run is resumed"
+    command = f"wandb sync --no-skip-online {shell_path(Path(run.dir).parent)}"
+    return f"{late}upload: {command} (rows that did arrive are then there twice)"
 
 
 def _last_iteration(part: Path) -> int:

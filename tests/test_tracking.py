@@ -286,6 +286,42 @@ def test_what_did_not_arrive_in_time_is_left_to_be_sent(server, logged_out, monk
     assert not list((logged_out / "wandb").glob("*/*.synced"))
 
 
+def test_what_did_not_arrive_in_time_goes_up_by_the_command_that_is_said(
+    server, logged_out, monkeypatch
+):
+    from ppo_lab import wandb_mirror
+
+    monkeypatch.setattr(wandb_mirror, "FINISH_TIMEOUT", 1.0)
+    blocked = {"kind": "http", "status": 500, "seconds": 60, "match": "file_stream"}
+    server.control({"fault": blocked})
+    said, _, _ = train(logged_out, range(1, 7))
+    assert not arrived(only_run(server))
+    server.control({"clear_faults": True})
+    command, _, _ = said[-1].partition("upload: ")[2].partition(" (")
+    subprocess.run([sys.executable, "-m", *command.split()], check=True, capture_output=True)
+    assert arrived(only_run(server)) == list(range(1, 7))
+    assert only_run(server)["state"] == "finished"
+
+
+def test_what_did_not_arrive_in_time_follows_when_the_run_is_resumed(
+    server, logged_out, monkeypatch
+):
+    import wandb
+
+    from ppo_lab import wandb_mirror
+
+    blocked = {"kind": "http", "status": 500, "seconds": 60, "match": "file_stream"}
+    server.control({"fault": blocked})
+    with monkeypatch.context() as context:
+        context.setattr(wandb_mirror, "FINISH_TIMEOUT", 1.0)
+        said, _, _ = train(logged_out, range(1, 4), status="preempted")
+    assert said[-1].endswith("the rest follows when the run is resumed")
+    server.control({"clear_faults": True})
+    wandb.teardown()  # as a new process would begin
+    train(logged_out, range(4, 7), resume_step=3)
+    assert arrived(only_run(server)) == list(range(1, 7))
+
+
 @pytest.mark.parametrize("broken", ["_prepare", "_send_last"])
 def test_a_mirror_that_breaks_leaves_no_open_run_to_the_next(
     server, logged_out, monkeypatch, tmp_path, broken
