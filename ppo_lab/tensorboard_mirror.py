@@ -75,5 +75,6 @@ class ClassicTensorBoard:
 
 def _cell(text: str) -> str:
     """A text inside a table: as code, on one line, so that nothing in it is markup."""
-    line = " ".join(text.split()).replace("`", "'").replace("|", "\\|")
+    whole = text.encode("utf-8", "backslashreplace").decode()  # not every text from JSON is UTF-8
+    line = " ".join(whole.split()).replace("`", "'").replace("|", "\\|")
     return f"`{line}`" if line else ""

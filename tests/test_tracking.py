@@ -684,3 +684,19 @@ def test_tensorboard_mirrors_every_metric_and_hides_what_a_resumed_run_makes_aga
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("kl")] == [(1, 0.5), (2, 1.0), (3, 9.0)]
     assert {"kl", "mean_reward"} <= set(events.Tags()["scalars"])
+
+
+def test_a_text_that_utf_8_cannot_hold_is_spelt_out_in_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from ppo_lab.tensorboard_mirror import ClassicTensorBoard, TensorBoardTracker
+
+    ClassicTensorBoard(tmp_path / "loop").log({"kl": 1.0}, ["query"], [["a \ud800 b"]], 1)
+    tracker = TensorBoardTracker(tmp_path)
+    tracker.log_samples(SAMPLES, 1)
+    tracker.finish("finished", {})
+    for folder, tag in (("tensorboard", "samples"), ("loop", "game_log")):
+        events = EventAccumulator(str(tmp_path / folder)).Reload()
+        (text,) = events.Tensors(f"{tag}/text_summary")
+        assert b"\\ud800" in text.tensor_proto.string_val[0]
