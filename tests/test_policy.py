@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import save_file
 from tiny_models import (
     EOS,
     PAD,
@@ -455,6 +457,25 @@ def test_a_saved_policy_comes_back_with_its_value_head_bit_for_bit(tmp_path: Pat
         assert_close(plain(IDS).logits, made.policy.eval()(IDS)[0])
     assert not [f for f in tmp_path.iterdir() if f.suffix in (".bin", ".pt", ".pkl")]
     assert (tmp_path / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_value_head_among_the_shards_of_a_model_is_found(tmp_path: Path, name: str) -> None:
+    """P-02: as TRL 0.11 left large policies."""
+    saved = policy("llama", seed=3)
+    saved.pretrained_model.config.save_pretrained(tmp_path)
+    state = saved.pretrained_model.state_dict()
+    state |= {f"v_head.{key}": value for key, value in saved.v_head.state_dict().items()}
+    place = {key: f"{i % 2}-{name}" for i, key in enumerate(sorted(state))}
+    for file in set(place.values()):
+        shard = {key: state[key].clone() for key in state if place[key] == file}
+        if name.endswith(".bin"):
+            torch.save(shard, tmp_path / file)
+        else:
+            save_file(shard, tmp_path / file, {"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": place}
+    (tmp_path / f"{name}.index.json").write_text(json.dumps(index))
+    same(AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path), saved)
 
 
 @pytest.mark.parametrize("lora", [False, True])

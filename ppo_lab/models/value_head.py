@@ -86,8 +86,10 @@ def find_value_head(folder: Path) -> dict[str, Tensor] | None:
     Looks in our own file, then where TRL 0.11 put it: among the model's weights (safetensors, or a
     .bin that is read with `weights_only=True`), sharded or not.
     """
-    for name in (VALUE_HEAD_FILE, *_shards(folder), *_WHOLE):
-        found = _read_prefixed(folder / name) if (folder / name).is_file() else {}
+    for names in ([VALUE_HEAD_FILE], _shards(folder), *([name] for name in _WHOLE)):
+        found: dict[str, Tensor] = {}
+        for name in names:  # a shard may end between weight and bias
+            found |= _read_prefixed(folder / name) if (folder / name).is_file() else {}
         if found:
             return found
     return None
