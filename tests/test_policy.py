@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ from ppo_lab.models import logprobs
 from ppo_lab.models.logprobs import Head, token_full_kl, token_logprobs
 from ppo_lab.models.reference import Reference
 from ppo_lab.models.value_head import ValueHead
-from ppo_lab.types import Tokens
+from ppo_lab.rollout import NoiseKey, Sampling
+from ppo_lab.types import Prompts, Tokens
 
 KINDS = ["bloom", "gpt2", "llama"]
 IDS = torch.tensor([[5, 6, 7, 20, 21, 22]])
@@ -187,6 +189,35 @@ def test_no_tensor_of_batch_time_vocabulary_is_made_when_scoring(
     assert tile <= seen.elements <= transposed_head < 4 * 6 * vocabulary  # a mini-batch's logits
 
 
+class AliveOverVocabulary(TorchDispatchMode):
+    """Remembers how many tensors of (batch, vocabulary) were there at once, at most."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape, self.most, self.made = shape, 0, list[weakref.ref[torch.Tensor]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.shape == self.shape:
+                self.made.append(weakref.ref(tensor))
+        self.most = max(self.most, len({id(made()) for made in self.made} - {id(None)}))
+        return result
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_k": 5}], ids=["all", "top-k"])
+def test_logits_of_a_token_are_gone_when_the_next_is_drawn(changes: dict[str, Any]) -> None:
+    """M-03: log-probs are made of them at once, and no scores of all positions are kept."""
+    made, prompts = trainer(policy(vocab_size=503)), Prompts(QUERIES, ["q"] * 4)
+    drawn = {}
+    for n in (2, 12):
+        sampling = Sampling(max_new_tokens=n, eos_ids=(), pad_id=PAD, **changes)
+        with AliveOverVocabulary((4, 503)) as seen:
+            made.draw(prompts, sampling, NoiseKey(0, 0))
+        drawn[n] = seen.most
+    assert drawn[12] == drawn[2] > 0
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("bound", ["TILE", "WALKED_TWICE"])
 def test_the_tiled_head_agrees_with_plain_logits_gradients_included(
@@ -307,6 +338,22 @@ def test_a_reference_keeps_the_rows_of_tokens_that_an_adapter_trains(
     step(made)
     assert not any(torch.equal(a, b) for a, b in zip(rows, before, strict=True))
     assert_close(made.reference.logprobs(ragged(), temperature=1.0), start)
+
+
+def test_a_module_that_an_adapter_has_moved_makes_it_a_trained_one() -> None:
+    """P-01: where what it keeps in a module's place is all that it has learnt."""
+    adapter = lora_config(modules_to_save=["dense_h_to_4h"])
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(causal_lm(), peft_config=adapter)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name and name.endswith("weight"):
+                parameter.mul_(1.5)
+        start = model.score(ragged(), temperature=1.0).logprobs
+    made = trainer(model)
+    assert_close(made.reference.logprobs(ragged(), temperature=1.0), start)
+    with made.reference.active(), model.pretrained_model.disable_adapter(), torch.no_grad():
+        off = model.score(ragged(), temperature=1.0).logprobs
+    assert (off - start).abs().max() > 1e-2
 
 
 def test_a_value_head_starts_as_wide_as_its_source_has_it() -> None:
