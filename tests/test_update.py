@@ -532,6 +532,18 @@ def test_checkpointing_recomputes_in_the_update_and_nowhere_else(
         assert before_update == 1
 
 
+def test_what_is_kept_of_a_step_holds_no_graph() -> None:
+    """M-02: the activations of every step of an iteration would stay with it."""
+    made = trainer(gradient_accumulation_steps=2, mini_batch_size=1)
+    rollout = made.collect(ragged())
+    made.updates.prepare(rollout.tokens)
+    batch = made.shape(rollout, SCORED).batch
+    epochs = made.updates.launch(batch, temperature=1.0, seed=(0, 0))
+    kept = [step.sums for epoch in epochs for step in epoch]
+    assert len(kept) == 4
+    assert not any(sums.requires_grad for sums in kept)
+
+
 def test_statistics_are_floats_and_hold_on_to_nothing() -> None:
     """M-02, L-01: also for bfloat16 weights."""
     for dtype in (torch.float32, torch.bfloat16):
