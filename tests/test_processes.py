@@ -87,6 +87,13 @@ def test_sizes_are_those_of_the_models_before_they_are_shared_out() -> None:
     assert whole.meter.policy.parameters > 0
 
 
+def test_the_main_process_alone_saves(tmp_path: Path) -> None:
+    """C-07."""
+    for rank in (1, 0):
+        trainer(processes=Nth(rank, 2)).save_pretrained(str(tmp_path / f"by-{rank}"))
+    assert [folder.name for folder in tmp_path.iterdir()] == ["by-0"]
+
+
 def test_a_process_is_alone_unless_a_launcher_says_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -195,13 +202,17 @@ def test_who_ends_as_the_main_process_does_waits_for_it_and_nobody_else(tmp_path
 
 
 def test_two_processes_make_the_run_that_one_makes_and_one_of_them_writes(tmp_path: Path) -> None:
-    """C-07, D-03, D-04, L-02: metrics, samples and files are those of all samples."""
-    words = several.tiny(tmp_path)
+    """C-07, D-03, D-04, L-02: metrics, samples and files are those of all samples, also where a
+    pass leaves the policy without gradients.
+    """
+    words = several.tiny(tmp_path, "critic.warmup_steps=1")
     one = several.run(1, tmp_path, *words)
     two = several.run(2, tmp_path, *words)
     assert several.disagreements(one, two) == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "of-1", "of-2", "prompts.jsonl"]
     assert sorted(p.name for p in two.rglob("*")) == sorted(p.name for p in one.rglob("*"))
+    given = [p.name for p in (tmp_path / "model").iterdir()]
+    assert given == ["config.json"], "a process has left a model in the folder where it works"
 
 
 # --- slow: more models, more processes, faults
