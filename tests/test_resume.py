@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tiny_runs import Killed, kill, metrics, outcome, tiny
 from ppo_lab import checkpoint, typed
 from ppo_lab.config import ConstantReward, FunctionReward, ModelReward, WeightedReward
 from ppo_lab.errors import ConfigError
-from ppo_lab.experiment import run
+from ppo_lab.experiment import make_trackers, run
 from ppo_lab.models.byte_tokenizer import byte_tokenizer
 from ppo_lab.record import read_json_lines
 from ppo_lab.resume import (
@@ -32,7 +32,7 @@ from ppo_lab.resume import (
 )
 from ppo_lab.run_lock import alone_in
 from ppo_lab.run_state import WORK
-from ppo_lab.wandb_mirror import THREAD_NAME
+from ppo_lab.wandb_mirror import THREAD_NAME, WandbTracker
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Could not find a config file:UserWarning"  # PEFT, of a model that has no folder
@@ -165,6 +165,19 @@ def test_a_summary_holds_means_over_the_last_tenth_and_over_all(tmp_path: Path) 
         assert found["train"][name] == pytest.approx((rows[-2][name] + rows[-1][name]) / 2)
     clipped = sum(row["clip_fraction"] for row in rows) / 20
     assert found["train"]["clip_fraction"] == pytest.approx(clipped)
+
+
+def test_trackers_are_told_of_the_whole_configuration_and_of_all_iterations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """L-04, L-05: an iteration is counted as one, whatever its batches and epochs."""
+    config = tiny(tmp_path, tracking={"type": "wandb", "mode": "disabled"})
+    trackers = make_trackers(config, tmp_path / "run", (), None, is_main=True)
+    (mirror,) = (t for t in trackers.trackers if isinstance(t, WandbTracker))
+    assert mirror.config == asdict(config)
+    trackers.log({"kl": 1.0}, 1)
+    trackers.finish("finished", {})
+    assert "iteration 1/6  kl 1" in capsys.readouterr().out
 
 
 def test_more_steps_go_on_where_a_finished_run_ended(again: tuple[Any, Path]) -> None:
