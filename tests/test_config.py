@@ -369,6 +369,7 @@ RULES = [
     ("overrides", "said"), RULES, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
 )
 def test_what_cannot_run_is_refused_with_its_reason(overrides, said, monkeypatch):
+    """T-04: of sizes that do not go together the reason is their arithmetic."""
     monkeypatch.chdir(Path(__file__).parents[1])
     assert [line for line in refused(*overrides) if said in line], refused(*overrides)
 
