@@ -595,6 +595,7 @@ def test_statistics_go_nowhere_unless_asked() -> None:
     made = trainer()
     stats = step(made)
     made.log_stats(stats, {"query": ["a"], "response": ["b"]}, [torch.tensor(1.0)])
+    assert made.logs is None
 
 
 def test_what_was_saved_is_what_was_trained(tmp_path: Path) -> None:
