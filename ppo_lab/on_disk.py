@@ -26,15 +26,27 @@ def unwritable(key: str, path: str) -> Iterator[str]:
 def put_in_place(place: Path) -> Iterator[Path]:
     """A new folder beside `place`, which takes its place once it is written, and else goes.
 
-    What a process left that was killed here before is removed first.
+    The one before leaves by a rename too, so that whoever is killed meanwhile leaves no part of it.
+    What a process left that was killed here before is put back or removed first.
     """
-    beside = place.with_name(f".{place.name}.unfinished")
+    beside, before = (
+        place.with_name(f".{place.name}.{what}") for what in ("unfinished", "replaced")
+    )
+    _put_back(before, place)
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
         yield beside
         if place.exists():
-            shutil.rmtree(place)
+            place.rename(before)
         beside.rename(place)
     finally:
+        _put_back(before, place)
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _put_back(before: Path, place: Path) -> None:
+    """The folder that was in a place, there again if nothing has taken its place, and else gone."""
+    if before.exists() and not place.exists():
+        before.rename(place)
+    shutil.rmtree(before, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -52,6 +53,32 @@ def test_a_folder_takes_its_place_whole_and_what_a_killed_process_left_is_gone(
         (beside / "third").touch()
         raise OSError("full")
     assert [file.name for file in tmp_path.rglob("*")] == ["model", "second"]
+
+
+def test_a_folder_is_removed_only_when_another_has_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, remove, seen = tmp_path / "model", shutil.rmtree, []
+
+    def look_and_remove(folder: Path, **options: Any) -> None:
+        if folder.exists():  # a kill may come from here on
+            seen.append([file.name for file in place.iterdir()])
+        remove(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", look_and_remove)
+    for name in ("first", "second"):
+        with put_in_place(place) as beside:
+            (beside / name).touch()
+    assert seen == [["second"]]
+
+
+def test_a_folder_whose_process_was_killed_between_two_names_is_put_back(tmp_path: Path) -> None:
+    place, before = tmp_path / "model", tmp_path / ".model.replaced"
+    before.mkdir()
+    (before / "old").touch()
+    with pytest.raises(OSError, match="full"), put_in_place(place):
+        raise OSError("full")
+    assert [file.name for file in tmp_path.rglob("*")] == ["model", "old"]
 
 
 @SHARED
