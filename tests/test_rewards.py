@@ -135,6 +135,10 @@ def test_lists_tensors_and_arrays_of_numbers_are_scores(raw: Any) -> None:
         ([1.0, [2.0, 3.0]], r"sample 1 .* \(list\), not a number"),
         (torch.zeros(2, 3), r"sample 0 .* \(list\), not a number"),
         ([1j, 1.0], r"sample 0 .* \(complex\), not a number"),
+        (torch.eye(2).to_sparse(), r"cannot be read .*a dense tensor"),
+        (torch.ones(2, 1).to_sparse(), r"cannot be read .*a dense tensor"),
+        (torch.ones(2, device="meta"), r"cannot be read .*a dense tensor"),
+        ([1.0, torch.ones((), device="meta")], r"cannot be read .*a dense tensor"),
     ],
 )
 def test_anything_but_one_finite_number_a_sample_is_refused(raw: Any, message: str) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ppo_lab.errors import ConfigError
 from ppo_lab.processes.alone import Alone
+from ppo_lab.record import brief
 from ppo_lab.rewards.conversation import as_text
 from ppo_lab.types import Scores
 
@@ -151,10 +153,11 @@ def _shortened(text: Any, length: int = 60) -> str:
 def _as_list(name: str, scores: Any) -> list[Any]:
     """Lists, tuples, tensors and arrays as a list; a trailing dimension of one is dropped."""
     if hasattr(scores, "tolist") and hasattr(scores, "shape"):
-        shape = tuple(scores.shape)
-        if len(shape) == 2 and shape[1] == 1:
-            scores = scores.reshape(-1)
-        scores = scores.tolist()
+        with _readable(name, scores):
+            shape = tuple(scores.shape)
+            if len(shape) == 2 and shape[1] == 1:
+                scores = scores.reshape(-1)
+            scores = scores.tolist()
     if isinstance(scores, (list, tuple)):
         return list(scores)
     made = " What it returned can be called: name that, in a module of your own, as the function."
@@ -164,15 +167,28 @@ def _as_list(name: str, scores: Any) -> list[Any]:
     )
 
 
+@contextmanager
+def _readable(name: str, scores: Any) -> Iterator[None]:
+    """Refuse tensors whose numbers cannot be had, as sparse ones and those without storage."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        raise RewardError(
+            f"reward {name!r}: the numbers of what it returned ({_shortened(repr(scores))}) cannot "
+            f"be read ({brief(error)}); it must return plain numbers or a dense tensor."
+        ) from error
+
+
 def _as_float(
     name: str, item: Any, index: int, prompts: Sequence[Any], completions: Sequence[str]
 ) -> float:
     """One score as a float; scalars of torch and numpy included."""
-    value = (
-        item.item()
-        if hasattr(item, "item") and getattr(item, "shape", None) in ((), (1,))
-        else item
-    )
+    with _readable(name, item):
+        value = (
+            item.item()
+            if hasattr(item, "item") and getattr(item, "shape", None) in ((), (1,))
+            else item
+        )
     if isinstance(value, numbers.Real):
         try:
             return float(value)
