@@ -525,6 +525,38 @@ def test_no_gradient_is_recorded_in_a_function(functions: ModuleType) -> None:
     assert function_reward(functions, reward, timeout=5)(["p"], ["a"]).total.tolist() == [1.0]
 
 
+@pytest.mark.parametrize("timeout", [0, 5])
+@pytest.mark.parametrize(
+    ("write", "read"),
+    [
+        (lambda: torch.set_default_device("meta"), lambda: torch.zeros(1).device.type),
+        (lambda: torch.set_default_dtype(torch.float64), torch.get_default_dtype),
+        (lambda: torch.set_num_threads(torch.get_num_threads() + 1), torch.get_num_threads),
+        (
+            lambda: torch.use_deterministic_algorithms(True),
+            torch.are_deterministic_algorithms_enabled,
+        ),
+        (
+            lambda: torch.set_autocast_enabled("cpu", True),
+            lambda: torch.is_autocast_enabled("cpu"),
+        ),
+    ],
+)
+def test_what_a_function_sets_for_all_of_torch_does_not_reach_training(
+    functions: ModuleType, write: Any, read: Any, timeout: float
+) -> None:
+    before, inside = read(), []
+
+    def reward(completions: list[str], **kwargs: Any) -> list[float]:
+        write()
+        inside.append(read())
+        return [1.0] * len(completions)
+
+    assert function_reward(functions, reward, timeout=timeout)(["p"], ["a"]).total.tolist() == [1.0]
+    assert inside != [before]
+    assert read() == before
+
+
 def test_a_wrong_return_of_a_function_names_the_reward(functions: ModuleType) -> None:
     scorer = function_reward(functions, lambda completions: ["good"] * len(completions))
     with pytest.raises(RewardError, match=r"^reward 'mine': the score of sample 0"):

@@ -136,8 +136,9 @@ class FunctionScorer:
             with torch.no_grad(), exits_as_errors():
                 return self.function(**accepted)
 
-        found = within(self.timeout, call) if self.timeout else call()
-        return awaited(found, self.timeout) if inspect.isawaitable(found) else found
+        with torch_as_it_was():
+            found = within(self.timeout, call) if self.timeout else call()
+            return awaited(found, self.timeout) if inspect.isawaitable(found) else found
 
     def _accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments that the function takes."""
@@ -193,6 +194,39 @@ class FunctionScorer:
             except Exception:
                 return describe(i, prompts, completions)
         return f"a batch of {len(completions)} samples (on none of them alone)"
+
+
+@contextmanager
+def torch_as_it_was() -> Iterator[None]:
+    """What is set inside for all of torch is set back afterwards: training computes as before."""
+    before = [read() for read, _ in _OF_TORCH]
+    try:
+        yield
+    finally:
+        for (read, write), value in zip(_OF_TORCH, before, strict=True):
+            if read() != value:
+                write(value)
+
+
+def _set_default_device(device: torch.device) -> None:
+    """The CPU as it is at first: by no mode, through which every call would go."""
+    torch.set_default_device(None if device.type == "cpu" else device)
+
+
+_OF_TORCH: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+    (torch.get_default_device, _set_default_device),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (
+        functools.partial(torch.is_autocast_enabled, "cpu"),
+        functools.partial(torch.set_autocast_enabled, "cpu"),
+    ),
+    (
+        functools.partial(torch.is_autocast_enabled, "cuda"),
+        functools.partial(torch.set_autocast_enabled, "cuda"),
+    ),
+)
 
 
 @contextmanager
