@@ -407,6 +407,41 @@ def test_a_function_that_ends_the_program_is_an_error_like_others(
         scorer(["p"] * 3, ["a", "", "b"])
 
 
+def test_a_process_that_a_function_forks_does_not_go_on_as_a_second_run() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKING], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "[0, 3, 0, 1, 1]\n" * 3, done.stderr
+    assert done.stderr.count("ValueError: of the child") == 3
+
+
+FORKING = """
+import os, sys
+from ppo_lab.rewards.function import FunctionScorer
+
+def fail():
+    raise ValueError("of the child")
+
+def plain(does):
+    if not (child := os.fork()):
+        does()
+        return [0.0]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]
+
+async def asked(does):
+    return plain(does)
+
+DONE = (int, lambda: sys.exit(3), sys.exit, lambda: sys.exit("why"), fail)
+
+for function, timeout in ((plain, 0), (plain, 30), (asked, 0)):
+    scorers = [
+        FunctionScorer(function, name="forking", timeout=timeout, kwargs={"does": does})
+        for does in DONE
+    ]
+    print([scorer._once({})[0] for scorer in scorers], flush=True)
+"""
+
+
 def test_a_run_that_is_asked_to_stop_while_it_scores_is_no_error(functions: ModuleType) -> None:
     def reward(completions: list[str], **kwargs: Any) -> list[float]:
         raise Preempted("SIGTERM")

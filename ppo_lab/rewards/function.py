@@ -7,9 +7,12 @@ import copy
 import functools
 import inspect
 import logging
+import os
+import sys
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -133,7 +136,7 @@ class FunctionScorer:
         accepted = copy.deepcopy({**self._accepted(arguments), **self.kwargs})
 
         def call() -> Any:
-            with torch.no_grad(), exits_as_errors():
+            with torch.no_grad(), exits_as_errors(), forks_end_here():
                 return self.function(**accepted)
 
         with torch_as_it_was():
@@ -245,6 +248,34 @@ def exits_as_errors() -> Iterator[None]:
         raise RuntimeError(f"it called sys.exit({error.code})") from error
 
 
+@contextmanager
+def forks_end_here() -> Iterator[None]:
+    """A process that was forked inside ends where it would leave: it would go on as a second run in
+    the same folder.
+    """
+    process, code = os.getpid(), 0
+    try:
+        yield
+    except BaseException as error:
+        if os.getpid() == process:
+            raise
+        code = _exit_code(error)
+    finally:
+        if os.getpid() != process:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError, AttributeError):
+                    stream.flush()
+            os._exit(code)
+
+
+def _exit_code(error: BaseException) -> int:
+    """What a process ends with that this ended, its traceback printed if it is an error."""
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+        return 1
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
+
+
 def awaited(what: Awaitable[Any], seconds: float) -> Any:
     """What an async function returns, if it does so in time (0 = whenever it does).
 
@@ -253,7 +284,7 @@ def awaited(what: Awaitable[Any], seconds: float) -> Any:
     """
 
     async def without_gradients() -> Any:
-        with torch.no_grad(), exits_as_errors():
+        with torch.no_grad(), exits_as_errors(), forks_end_here():
             return await what
 
     future = asyncio.run_coroutine_threadsafe(without_gradients(), _event_loop())
