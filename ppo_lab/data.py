@@ -311,7 +311,7 @@ def chat_in(prompt: Any) -> Any:
         return prompt
     try:
         found = json.loads(prompt)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return prompt
     return found if is_chat(found) else prompt
 

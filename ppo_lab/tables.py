@@ -144,7 +144,9 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
                         "not an object with columns."
                     )
                 yield row
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # numbers and nesting have limits of Python's
         raise _broken(file, error) from error
 
 
@@ -168,7 +170,7 @@ def _parsed(file: Path, lines: Any) -> Iterator[tuple[int, Any]]:
             continue
         try:
             yield number, json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"data.path={file}: row {number} is no valid JSON ({error})."
             ) from error

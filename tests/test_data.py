@@ -587,7 +587,9 @@ def test_chats_may_be_kept_as_json(suffix: str, column: str, tmp_path: Path) -> 
 
 def test_json_that_is_no_chat_stays_a_text(tmp_path: Path, tokenizer: Any) -> None:
     texts = ['[{"role": "user", "content"', '[{"a": 1}]', "[{'role': 'user'}]", "[1]"]
-    section = FileData(path=jsonl(tmp_path, [{"prompt": t} for t in texts]), held_out=0)
+    texts += ['[{"a": ' + "1" * 5000 + "}]", '[{"a": ' + "[" * 100_000]
+    path = jsonl(tmp_path, [{"prompt": t} for t in texts])
+    section = FileData(path=path, held_out=0, max_prompt_tokens=0)
     assert load_prompts(section, tokenizer).train.texts == texts
 
 
@@ -799,6 +801,10 @@ def test_embedded_questions_come_with_their_own_held_out_part(tokenizer: Any) ->
             r"it has Prompt, id\. Did you mean data.prompt_column=Prompt",
         ),
         ("p.txt", "a", r"cannot tell the format; the name must end in \.jsonl"),
+        ("p.jsonl", "{}\n" + "1" * 5000, r"row 2 is no valid JSON .*digits"),
+        ("p.json", '[{"n": ' + "1" * 5000 + "}]", r"cannot be read .*digits"),
+        ("p.jsonl", "{}\n" + "[" * 100_000, r"row 2 is no valid JSON .*recursion"),
+        ("p.json", "[" * 100_000, r"cannot be read .*recursion"),
         ("p.parquet", "no parquet", r"cannot be read"),
         ("p.jsonl", b'{"prompt": "\xe9"}', r"cannot be read"),
         ("p.csv", b"prompt\n\xe9\n", r"cannot be read"),
