@@ -5,6 +5,7 @@ them on.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -45,13 +46,17 @@ def greedy(config: Config) -> bool:
 
 def is_here(path: str) -> bool:
     """Whether a model comes from no hub, but from a folder or with the package."""
-    return path == "embedded" or (bool(path) and Path(path).expanduser().is_dir())
+    with suppress(OSError, RuntimeError):  # which the rules tell of
+        return path == "embedded" or (bool(path) and Path(path).expanduser().is_dir())
+    return False
 
 
 def brings_value_head(model: ModelSection) -> bool:
     """Whether a trained value head lies beside a policy whose weights are read."""
     here = is_here(model.path) and model.weights != "random"
-    return here and (Path(model.path).expanduser() / VALUE_HEAD_FILE).is_file()
+    with suppress(OSError):
+        return here and (Path(model.path).expanduser() / VALUE_HEAD_FILE).is_file()
+    return False
 
 
 def starts_from_embedded(config: Config) -> bool:

@@ -53,12 +53,12 @@ def room_problems(config: Config) -> Iterator[str]:
 
 def read(path: str) -> dict[str, Any]:
     """What config.json in this folder says; empty of a hub id, an adapter and what is damaged."""
-    folder = Path(path).expanduser()
     try:
+        folder = Path(path).expanduser()
         if path in ("", "embedded") or (folder / "adapter_config.json").exists():
             return {}
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -338,6 +338,13 @@ def model_folder(
         if needed and not path:
             yield f"{key}=: missing; give a folder with a model in it, or an id on the hub"
         return
+    try:
+        yield from _no_model(key, path, holds)
+    except (OSError, RuntimeError) as error:  # no permission; a home folder of nobody
+        yield f"{key}={path}: cannot be read ({error})"
+
+
+def _no_model(key: str, path: str, holds: str) -> Problems:
     folder = Path(path).expanduser()
     if not folder.exists():
         if not HUB_ID.fullmatch(path):

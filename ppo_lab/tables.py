@@ -25,14 +25,18 @@ def find_file(path: str) -> Path:
     """The file of a data set.
 
     Raises:
-        ConfigError: no path is given, there is no such file, or its name does not end like one of a
-        table.
+        ConfigError: no path is given, there is no such file or no looking at it, or its name does
+            not end like one of a table.
     """
     if not path:
         raise ConfigError(f"data.path: name the file of prompts ({', '.join(SUFFIXES)}).")
-    file = Path(path).expanduser()
-    if not file.is_file():
-        what = "this is a folder, not a file" if file.is_dir() else "there is no such file"
+    try:
+        file = Path(path).expanduser()
+        is_file, is_folder = file.is_file(), file.is_dir()
+    except (OSError, RuntimeError) as error:  # no permission; a home folder of nobody
+        raise ConfigError(f"data.path={path}: cannot be read ({error}).") from error
+    if not is_file:
+        what = "this is a folder, not a file" if is_folder else "there is no such file"
         raise ConfigError(f"data.path={path}: {what} (looked for {file.absolute()}).")
     if file.suffix.lower() not in SUFFIXES:
         raise ConfigError(
@@ -76,7 +80,7 @@ def column_names(file: Path) -> list[str]:
         try:
             with file.open(encoding="utf-8-sig", newline="") as lines:
                 return next(csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ","), [])
-        except (UnicodeDecodeError, csv.Error) as error:
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise _broken(file, error) from error
     first = next(_json_rows(file), {})
     return list(first)
@@ -146,7 +150,7 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
                 yield row
     except ConfigError:
         raise
-    except (ValueError, RecursionError) as error:  # numbers and nesting have limits of Python's
+    except (OSError, ValueError, RecursionError) as error:  # or beyond Python's limits
         raise _broken(file, error) from error
 
 

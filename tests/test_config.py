@@ -524,6 +524,18 @@ def test_a_misspelt_path_is_answered_with_what_lies_beside_it(tmp_path):
     assert line.endswith("did you mean stories?")
 
 
+@pytest.mark.parametrize("folder", ["/" + "x" * 300, "'~nobody-of-this-name/m'"])
+def test_paths_that_cannot_be_looked_at_are_refused_by_their_keys_all_at_once(folder):
+    keys = {"model.path": folder, "critic.path": folder, "reward.path": folder}
+    keys["data.path"] = folder.removesuffix("'") + ("/p.csv'" if "'" in folder else "/p.csv")
+    groups = ("model=local", "reward=model", "critic=reward_model", "data=file")
+    said = refused(*groups, "ppo.batch_size=7", *(f"{k}={path}" for k, path in keys.items()))
+    assert said[0].startswith("ppo.batch_size=7: must be a multiple")
+    for key, path in keys.items():
+        bare = path.strip("'")
+        assert any(line.startswith(f"{key}={bare}: cannot be read (") for line in said), (key, said)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

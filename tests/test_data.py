@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import subprocess
 import sys
 from collections import Counter
@@ -827,6 +828,20 @@ def test_a_missing_file_is_refused_with_the_place_looked_at(tmp_path: Path, toke
         f"data.path={path}: there is no such file"
     )
     assert "this is a folder" in data.problems(FileData(path=str(tmp_path)))[0]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_a_file_that_cannot_be_opened_is_refused_by_its_key(tmp_path: Path, suffix: str) -> None:
+    section = FileData(path=str(tmp_path / f"p.{suffix}"))
+    (tmp_path / f"p.{suffix}").write_text("prompt\n" if suffix == "csv" else '[{"prompt": "a"}]')
+    assert "cannot be read" not in "".join(data.problems(section))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        found = data.problems(section)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert found[0].startswith(f"data.path={section.path}: the file cannot be read ([Errno 24]")
 
 
 def test_checking_a_data_set_loads_nothing_heavy(tmp_path: Path) -> None:

@@ -37,10 +37,13 @@ def _model(section: Any, key: str) -> list[str]:
             found.append(f"{key}.{name}=always: {key}.text=pair shows two texts as they are.")
     for name in ("path", "tokenizer"):
         value = getattr(section, name)
-        if value and Path(value).expanduser().is_dir():
-            found += _folder(Path(value).expanduser(), f"{key}.{name}", model=name == "path")
-        elif value and _looks_like_folder(value):
-            found.append(f"{key}.{name}={value}: there is no such folder.")
+        try:
+            if value and Path(value).expanduser().is_dir():
+                found += _folder(Path(value).expanduser(), f"{key}.{name}", model=name == "path")
+            elif value and _looks_like_folder(value):
+                found.append(f"{key}.{name}={value}: there is no such folder.")
+        except (OSError, RuntimeError) as error:  # no permission; a home folder of nobody
+            found.append(f"{key}.{name}={value}: cannot be read ({error}).")
     return found
 
 
