@@ -35,6 +35,10 @@ from ppo_lab.resume import MISSING_ONLY, resumed_command
 from ppo_lab.scheduler import is_requeued, join_processes
 from ppo_lab.secrecy import secret_overrides
 
+WITHOUT_DOCSTRINGS = (
+    "python -OO, or PYTHONOPTIMIZE=2, leaves out docstrings, which transformers reads when it is "
+    "imported; use -O or neither"
+)
 Job = Callable[[Any, Path, list[str]], float | None]
 
 
@@ -82,7 +86,8 @@ def command_problems(argv: list[str], *, check: Check, config_name: str = "confi
     with a_hydra(arguments.config_dir) as composer:
         rules = (lambda config, stated: []) if arguments.cfg else check  # shown, not run
         reader = CommandReader(composer, arguments.config_name or config_name, rules)
-        return reader.problems(arguments.overrides, multirun=arguments.multirun)
+        lacking = [WITHOUT_DOCSTRINGS] if sys.flags.optimize > 1 and not arguments.cfg else []
+        return [*lacking, *reader.problems(arguments.overrides, multirun=arguments.multirun)]
 
 
 def configurations(argv: list[str], *, check: Check) -> list[tuple[list[str], Any, int]]:

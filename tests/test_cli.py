@@ -144,6 +144,15 @@ def test_the_help_page_names_every_option_and_the_headline_knobs(tmp_path):
     assert max(map(len, lines)) <= 110
 
 
+@pytest.mark.parametrize("module", ["ppo_lab", "ppo_lab.plan"])
+def test_without_docstrings_a_run_is_refused_before_transformers_is(module, tmp_path):
+    done = command(folder=tmp_path, program=("-OO", "-m", module))
+    assert done.returncode == 1
+    first, line = done.stderr.splitlines()
+    assert first == "ppo_lab: this cannot run:"
+    assert "-OO" in line
+
+
 def test_windows_is_told_where_it_runs() -> None:
     code = "import sys; sys.platform = 'win32'; import ppo_lab"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
