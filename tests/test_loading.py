@@ -236,6 +236,15 @@ def test_ends_are_those_of_the_generation_config_and_of_the_tokenizer(folder):  
     assert chosen.eos_token_id == 1
 
 
+@pytest.mark.parametrize("wrong", ["2", [[2]], [2, "7"], 2.0])
+def test_an_end_that_is_no_token_id_is_refused_unless_another_is_named(folder, wrong):
+    tokenizer, model = load_tokenizer(section(folder)), tiny_model()
+    model.generation_config.eos_token_id = wrong
+    with pytest.raises(ConfigError, match=r"^model\.path: .*eos_token_id=.*model\.eos_token$"):
+        eos_ids(tokenizer, model)
+    assert eos_ids(tokenizer, model, eos_token="<s>") == (1,)
+
+
 def test_bos_may_be_eos_and_unk_may_pad(assets):
     story = section(assets / "stories260K")
     tokenizer, model = load_tokenizer(story), load_causal_lm(story, device="cpu")

@@ -180,11 +180,20 @@ def eos_ids(
 
     `eos_token` (`model.eos_token`) is the only one where it is given. A tokenizer and model without
     any: empty.
+
+    Raises:
+        ConfigError: the generation config names what is no id.
     """
     if eos_token:
         return (_require_token(tokenizer, eos_token, "model.eos_token"),)
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = configured if isinstance(configured, (list, tuple)) else [configured]
+    if not all(i is None or isinstance(i, int) for i in listed):
+        raise ConfigError(
+            f"model.path: the model's generation config has eos_token_id={configured!r}, which is "
+            "no token id nor a list of them; mend generation_config.json, or name the token that "
+            "ends a text with model.eos_token"
+        )
     rows = _embedding_rows(model)
     ids = [i for i in (*listed, tokenizer.eos_token_id) if i is not None and 0 <= i < rows]
     return tuple(dict.fromkeys(ids))
