@@ -36,6 +36,7 @@ SUMMARISED = (
     "tokens_per_second",
     "time/iteration",
     "ppo/val/explained_variance",
+    "ppo/skipped_updates",
 )
 PIECES = (
     "trainer",

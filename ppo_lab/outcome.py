@@ -46,6 +46,8 @@ def summarise(lab: Any) -> dict[str, Any]:
             "mean_reward": fmean(m["mean_reward"] for m in tail),
             "clip_fraction": fmean(m["clip_fraction"] for m in lab.history),
             "explained_variance": fmean(m["ppo/val/explained_variance"] for m in tail),
+            "skipped_updates": sum(m["ppo/skipped_updates"] for m in lab.history),
+            "skipped_iterations": sum(m["ppo/skipped_updates"] > 0 for m in lab.history),
         }
         # Tokens of all iterations over the time of all: slow ones count for as long as they took.
         summary["tokens_per_second"] = fmean(

@@ -84,6 +84,14 @@ def verdict(
 
 def _about_settings(train: Mapping[str, Any], steps: int) -> Iterator[tuple[str, str]]:
     clipped, explained = train.get("clip_fraction"), train.get("explained_variance")
+    if skipped := train.get("skipped_updates"):
+        text = (
+            f"{number(skipped)} optimizer steps were skipped, in {train['skipped_iterations']} of"
+        )
+        yield (
+            f"{text} {steps} iterations: loss or gradient not finite, or ppo.ratio_threshold",
+            "red",
+        )
     if clipped is not None and clipped < 0.01:
         text = f"clip_fraction averages {percent(clipped)}: epsilon (ppo.cliprange) never binds"
         yield text, "yellow"

@@ -342,6 +342,13 @@ def test_an_epsilon_that_never_binds_is_said():
     assert "never binds" not in remarks(run(train__clip_fraction=0.011))
 
 
+def test_updates_that_were_skipped_are_told_on_the_page_and_only_then():
+    said = remarks(run(train__skipped_updates=16, train__skipped_iterations=2, steps=2))
+    assert "16 optimizer steps were skipped, in 2 of 2 iterations" in said
+    assert "skipped" not in remarks(run(train__skipped_updates=0, train__skipped_iterations=0))
+    assert "skipped" not in remarks(run())
+
+
 def test_a_critic_that_sees_nothing_is_said_once_it_should_see():
     assert "critic explains 6.0 % of" in remarks(run(train__explained_variance=0.06))
     assert "critic explains 0.0 % of" in remarks(run(train__explained_variance=-0.3))

@@ -400,8 +400,12 @@ def test_updates_that_are_not_finite_are_skipped_and_counted_and_the_run_ends_we
 ) -> None:
     config = tiny(tmp_path, ppo={"steps": 2, "ratio_threshold": 1.0001, "learning_rate": 1.0})
     run(config, tmp_path / "run")
-    assert any(row["ppo/skipped_updates"] > 0 for row in metrics(tmp_path / "run"))
-    assert summary(tmp_path / "run")["status"] == "finished"
+    skipped = [row["ppo/skipped_updates"] for row in metrics(tmp_path / "run")]
+    assert sum(skipped) > 0
+    found = summary(tmp_path / "run")
+    assert found["status"] == "finished"
+    assert found["train"]["skipped_updates"] == sum(skipped)
+    assert found["train"]["skipped_iterations"] == sum(number > 0 for number in skipped)
 
 
 def test_too_many_skipped_updates_stop_the_run_name_the_iteration_and_keep_the_batch(
