@@ -172,6 +172,16 @@ def test_a_build_that_fails_leaves_nothing_and_the_next_one_works(tmp_path: Path
     assert (tmp_path / "made").is_dir()
 
 
+def test_what_a_build_left_that_was_killed_goes_with_the_next_one(tmp_path: Path) -> None:
+    (tmp_path / ".made-k1ll3d/policy").mkdir(parents=True)
+    (tmp_path / ".other-k1ll3d").mkdir()
+    built(tmp_path / "made", lambda folder: None)
+    assert {entry.name for entry in tmp_path.iterdir() if entry.is_dir()} == {
+        "made",
+        ".other-k1ll3d",
+    }
+
+
 def test_building_anew_replaces_what_was_there(tmp_path: Path) -> None:
     built(tmp_path / "made", lambda folder: (folder / "old").touch())
     built(tmp_path / "made", lambda folder: (folder / "new").touch(), anew=True)

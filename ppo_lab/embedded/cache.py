@@ -33,8 +33,8 @@ def built(folder: Path, build: Callable[[Path], object], *, anew: bool = False) 
     """`folder`, filled by `build(empty folder)` unless it is there already.
 
     Processes that ask for the same folder at once wait for the first. The folder appears whole, by
-    a rename; what an interrupted build leaves is never taken for one. `anew` builds in any case
-    and replaces it.
+    a rename; what a build left that was killed is never taken for one, and goes. `anew` builds in
+    any case and replaces it.
     """
     from filelock import FileLock
 
@@ -44,6 +44,8 @@ def built(folder: Path, build: Callable[[Path], object], *, anew: bool = False) 
     with FileLock(f"{folder}.lock"):
         if folder.is_dir() and not anew:
             return folder
+        for left in folder.parent.glob(f".{folder.name}-*"):
+            shutil.rmtree(left, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             build(scratch)
