@@ -120,7 +120,7 @@ def state_of(lab: Any) -> dict[str, Any]:
         "evaluator": lab.evaluator.state_dict(),
         "evaluations": [asdict(evaluation) for evaluation in lab.evaluations],
         "best": lab.keeper.best,
-        "elapsed_s": time.time() - lab.started,
+        "elapsed_s": time.monotonic() - lab.started,
         "wandb_run_id": wandb_run_id(lab.folder),
         "identity": lab.identity,
         "threads": torch.get_num_threads(),
@@ -156,7 +156,7 @@ def restore(lab: Any, state: dict[str, Any]) -> None:
     lab.evaluator.load_state_dict(state["evaluator"])
     lab.evaluations[:] = [_evaluation(saved) for saved in state["evaluations"]]
     lab.keeper.take_up(state["best"])
-    lab.started = time.time() - state["elapsed_s"]
+    lab.started = time.monotonic() - state["elapsed_s"]
     lab.history[:] = history(lab.folder, lab.trainer.iterations_done, lab.keeper)
     set_random_state(state["random"])
     lab.note_place()

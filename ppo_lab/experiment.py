@@ -85,7 +85,7 @@ class Lab:
     keeper: Keeper
     identity: dict[str, str]
     processes: Alone = field(default_factory=Alone)
-    started: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.monotonic)  # clocks are set back at times
     history: list[Metrics] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     place: dict[str, int] = field(default_factory=dict)

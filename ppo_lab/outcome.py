@@ -32,7 +32,7 @@ def summarise(lab: Any) -> dict[str, Any]:
         "held_out_prompts": len(lab.evaluator.prompts),
         "train": {},
         "objective": None,
-        "wall_s": time.time() - lab.started,
+        "wall_s": time.monotonic() - lab.started,
         "peak_memory_gb": lab.trainer.clock.peak_memory_gb(),
         "layers": lab.trainer.policy.trunk.road,
         "seed": lab.config.seed,

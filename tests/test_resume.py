@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,19 @@ def test_trackers_are_told_of_the_whole_configuration_and_of_all_iterations(
     trackers.log({"kl": 1.0}, 1)
     trackers.finish("finished", {})
     assert "iteration 1/6  kl 1" in capsys.readouterr().out
+
+
+def test_a_clock_that_is_set_back_under_way_changes_no_duration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.time
+    tiny_runs.fuses.clear()
+    tiny_runs.fuses[3] = lambda: monkeypatch.setattr(time, "time", lambda: clock() - 3600)
+    run(tiny(tmp_path, ppo={"steps": 2}), tmp_path / "run")
+    assert time.time() < clock() - 3000
+    assert 0 < json.loads((tmp_path / "run/summary.json").read_text())["wall_s"] < 600
+    (kept,) = [folder for _, folder in checkpoint.all_in(tmp_path / "run")]
+    assert 0 < checkpoint.read(kept)["elapsed_s"] < 600
 
 
 def test_more_steps_go_on_where_a_finished_run_ended(again: tuple[Any, Path]) -> None:
