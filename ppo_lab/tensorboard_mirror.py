@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,27 @@ import torch
 from ppo_lab.types import Sample
 
 SUBFOLDER = "tensorboard"
+NO_PART = ("name", "resume", "device", "tracking", "checkpoint", "processes", "profile")
 
 
 class TensorBoardTracker:
-    """Every metric as a scalar against the iteration, samples as text, in <run>/tensorboard.
+    """Every metric as a scalar against the iteration, samples as text, and at its end the run's
+    settings beside its outcome (HParams), in <run>/tensorboard.
 
     `tensorboard --logdir outputs` opens all runs below a folder. A resumed run hides what it had
     written after `resume_step`.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any] | None = None,
+        *,
+        resume_step: int | None = None,
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._settings = dict(_flat({k: v for k, v in (config or {}).items() if k not in NO_PART}))
         purged = None if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(folder / SUBFOLDER), purge_step=purged)
 
@@ -40,6 +49,9 @@ class TensorBoardTracker:
     def finish(self, status: str, summary: Mapping[str, Any]) -> None:
         """The last points reach the disk."""
         self._writer.add_text("status", status)
+        if status == "finished" and self._settings:
+            # In the run's own folder: by default TensorBoard would show it as another run.
+            self._writer.add_hparams(self._settings, _outcome(summary), run_name=".")
         self._writer.close()
 
 
@@ -71,6 +83,28 @@ class ClassicTensorBoard:
         head = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         self._writer.add_text("game_log", "\n".join([*head, *lines]), step)
         self._writer.flush()
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values, what is no number, truth or text as text."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            plain = isinstance(value, bool | int | float | str)
+            yield f"{prefix}{name}", value if plain else str(value)
+
+
+def _outcome(summary: Mapping[str, Any]) -> dict[str, float]:
+    """What runs are compared by, under names that no curve has."""
+    last = (summary.get("eval") or {}).get("last") or {}
+    clipped = (summary.get("train") or {}).get("clip_fraction")
+    found = {
+        "objective": summary.get("objective"),
+        **{name: last.get(name) for name in ("mean_reward", "kl", "gold")},
+        "clip_fraction": clipped,
+    }
+    return {f"end/{name}": float(value) for name, value in found.items() if value is not None}
 
 
 def _cell(text: str) -> str:

@@ -686,6 +686,46 @@ def test_tensorboard_mirrors_every_metric_and_hides_what_a_resumed_run_makes_aga
     assert {"kl", "mean_reward"} <= set(events.Tags()["scalars"])
 
 
+def test_tensorboard_has_a_finished_runs_settings_beside_its_outcome(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    from ppo_lab.tensorboard_mirror import TensorBoardTracker
+
+    config = {
+        "seed": 3,
+        "ppo": {"init_kl_coef": 0.05, "adap_kl_ctrl": False},
+        "generation": {"stop_strings": ["#"]},
+        "tracking": {"type": "tensorboard"},
+    }
+    summary = {"objective": 0.25, "eval": {"last": {"kl": 2.0, "gold": None}}, "train": {}}
+    stopped = TensorBoardTracker(tmp_path / "stopped", config)
+    stopped.finish("preempted", summary)
+    tracker = TensorBoardTracker(tmp_path / "run", config)
+    tracker.log({"kl": 1.5}, 1)
+    tracker.finish("finished", summary)
+
+    folder = tmp_path / "run" / "tensorboard"
+    assert [path for path in folder.iterdir() if path.is_dir()] == [], "one run, not two"
+    events = EventAccumulator(str(folder)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("kl")] == [(1, 1.5)]
+    assert {tag: events.Scalars(tag)[0].value for tag in ("end/objective", "end/kl")} == {
+        "end/objective": 0.25,
+        "end/kl": 2.0,
+    }
+    begun = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    found = HParamsPluginData.FromString(begun).session_start_info.hparams
+    assert found["ppo.init_kl_coef"].number_value == 0.05
+    assert found["generation.stop_strings"].string_value == "['#']"
+    assert set(found) == {
+        *("seed", "ppo.init_kl_coef", "ppo.adap_kl_ctrl", "generation.stop_strings"),
+    }
+    events = EventAccumulator(str(tmp_path / "stopped" / "tensorboard")).Reload()
+    with pytest.raises(KeyError):
+        events.PluginTagToContent("hparams")
+
+
 def test_a_text_that_utf_8_cannot_hold_is_spelt_out_in_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
