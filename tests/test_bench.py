@@ -29,6 +29,7 @@ from ppo_lab.bench.workers import metering
 from ppo_lab.models import policy
 from ppo_lab.models.fast import products
 from ppo_lab.models.fast.attention import KeysAndValues
+from ppo_lab.models.fast.gemm import computed_in
 from ppo_lab.models.reference import Reference
 
 WORK = Shape("hand", 10, 1, 1, 100, batch=2, mini_batch=1, epochs=3, new_tokens=4)
@@ -279,6 +280,11 @@ def test_the_gate_stays_shut_on_a_fault(
     few_words: pytest.MonkeyPatch,
 ) -> None:
     fault(few_words)
+    if (
+        fault is the_adapter_of_a_generation_before
+        and computed_in(torch.bfloat16) != torch.bfloat16
+    ):
+        pytest.skip("this processor computes bfloat16 models in float32, where it is no fault")
     for precision in precisions:
         found = equality.gate(precision)
         assert not found.passed

@@ -502,6 +502,8 @@ def test_products_and_their_gradients_are_torchs_by_either_library(
     rows: int, outputs: int, dtype: torch.dtype
 ) -> None:
     """Of layers that narrow and that widen, of fewer rows than count as thin and of more."""
+    if gemm.takes_onednn(dtype) and gemm.computed_in(dtype) != dtype:
+        pytest.skip("oneDNN multiplies no bfloat16 on this processor")
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(7, outputs).to(dtype), torch.randn(rows, 7, dtype=dtype)
     g = torch.randn(rows, outputs, dtype=dtype)
