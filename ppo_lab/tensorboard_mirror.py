@@ -11,12 +11,16 @@ import torch
 from ppo_lab.types import Sample
 
 SUBFOLDER = "tensorboard"
-NO_PART = ("name", "resume", "device", "tracking", "checkpoint", "processes", "profile")
+ALWAYS_SHOWN = (
+    *("ppo.init_kl_coef", "ppo.cliprange", "ppo.learning_rate", "seed"),
+    *("model.name", "lora.r", "reward.name"),
+)
 
 
 class TensorBoardTracker:
     """Every metric as a scalar against the iteration, samples as text, and at its end the run's
-    settings beside its outcome (HParams), in <run>/tensorboard.
+    settings beside its outcome (HParams), in <run>/tensorboard: those that `overrides` state and
+    those that all runs are told apart by, since its table has no room for all.
 
     `tensorboard --logdir outputs` opens all runs below a folder. A resumed run hides what it had
     written after `resume_step`.
@@ -27,11 +31,14 @@ class TensorBoardTracker:
         folder: Path,
         config: Mapping[str, Any] | None = None,
         *,
+        overrides: Sequence[str] = (),
         resume_step: int | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._settings = dict(_flat({k: v for k, v in (config or {}).items() if k not in NO_PART}))
+        stated = {word.lstrip("+").partition("=")[0] for word in overrides}
+        shown = stated.union(ALWAYS_SHOWN)
+        self._settings = {key: value for key, value in _flat(config or {}) if key in shown}
         purged = None if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(folder / SUBFOLDER), purge_step=purged)
 

@@ -92,5 +92,7 @@ def open_trackers(
     if section.type == "tensorboard":
         from ppo_lab.tensorboard_mirror import TensorBoardTracker
 
-        trackers.append(TensorBoardTracker(folder, config, resume_step=resume_step))
+        trackers.append(
+            TensorBoardTracker(folder, config, overrides=overrides, resume_step=resume_step)
+        )
     return Composite([*trackers, shown], say=say)

@@ -695,14 +695,15 @@ def test_tensorboard_has_a_finished_runs_settings_beside_its_outcome(tmp_path: P
 
     config = {
         "seed": 3,
-        "ppo": {"init_kl_coef": 0.05, "adap_kl_ctrl": False},
+        "ppo": {"init_kl_coef": 0.05, "adap_kl_ctrl": False, "lam": 0.9},
         "generation": {"stop_strings": ["#"]},
         "tracking": {"type": "tensorboard"},
     }
     summary = {"objective": 0.25, "eval": {"last": {"kl": 2.0, "gold": None}}, "train": {}}
     stopped = TensorBoardTracker(tmp_path / "stopped", config)
     stopped.finish("preempted", summary)
-    tracker = TensorBoardTracker(tmp_path / "run", config)
+    words = ["generation.stop_strings=[#]", "tracking=tensorboard", "+ppo.adap_kl_ctrl=false"]
+    tracker = TensorBoardTracker(tmp_path / "run", config, overrides=words)
     tracker.log({"kl": 1.5}, 1)
     tracker.finish("finished", summary)
 
