@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 from ppo_lab.config import PPOSection, knob
 from ppo_lab.errors import ConfigError
+from ppo_lab.record import flat
 
 # What None said in TRL 0.11, and the value that says it here.
 OFF = {"log_with": "none", "max_grad_norm": 0.0, "score_clip": 0.0, "model_name": ""}
@@ -107,12 +108,7 @@ class PPOConfig(PPOSection):
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, those that hold dictionaries as `field/key`."""
-        flat: dict[str, Any] = {}
-        for own in fields(self):
-            value = getattr(self, own.name)
-            inner = value if isinstance(value, dict) else None
-            flat |= {own.name: value} if inner is None else _flat(inner, own.name)
-        return flat
+        return flat({own.name: getattr(self, own.name) for own in fields(self)}, separator="/")
 
     def _translate(self) -> None:
         """None, whole floats and NumPy's numbers as the values that they stand for."""
@@ -140,11 +136,3 @@ class PPOConfig(PPOSection):
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (Integral, Real)) and not isinstance(value, bool)
-
-
-def _flat(inner: dict[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in inner.items():
-        key = f"{prefix}/{name}"
-        flat |= _flat(value, key) if isinstance(value, dict) else {key: value}
-    return flat

@@ -25,6 +25,22 @@ def to_stderr(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def flat(
+    nested: Mapping[str, Any], *, separator: str = ".", keeps_empty: bool = False
+) -> dict[str, Any]:
+    """Nested sections as one, under the names of all that a value lies in; an empty one leaves
+    nothing, or itself.
+    """
+    found: dict[str, Any] = {}
+    for name, value in nested.items():
+        if not isinstance(value, Mapping) or (keeps_empty and not value):
+            found[name] = value
+            continue
+        inner = flat(value, separator=separator, keeps_empty=keeps_empty)
+        found |= {f"{name}{separator}{key}": part for key, part in inner.items()}
+    return found
+
+
 def brief(error: BaseException) -> str:
     """What an error says, on one line."""
     return " ".join(str(error).split())[:160]

@@ -16,7 +16,7 @@ import yaml
 
 from ppo_lab.config import Config, as_trained
 from ppo_lab.errors import ConfigError
-from ppo_lab.record import write_atomically
+from ppo_lab.record import flat, write_atomically
 from ppo_lab.run_state import RECORD, is_stage, key_of, read_summary, work_in
 from ppo_lab.secrecy import BLOT, hidden
 from ppo_lab.typed import leave_shell_for, quoted, shell_override, unquoted
@@ -139,7 +139,8 @@ def differences(config: Config) -> list[str]:
         then = _recorded(folder, "config")
     except ConfigError as error:
         return error.problems
-    now, recorded = _flat(asdict(config)), as_trained(_flat(then))
+    now = flat(asdict(config), keeps_empty=True)
+    recorded = as_trained(flat(then, keeps_empty=True))
     found = [
         f"{key}={now.get(key, '(nothing)')}: the run has {key}={value}"
         for key, value in recorded.items()
@@ -207,14 +208,6 @@ def _recorded(folder: Path, name: str) -> Any:
     if not isinstance(found, list if name == "overrides" else dict):
         raise ConfigError(f"resume={folder}: {path.name} is not what a run writes; start it anew")
     return found
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        inner = isinstance(value, dict) and value
-        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return flat
 
 
 def _added(now: Any, then: Any, prefix: str = "") -> Iterator[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ppo_lab.record import flat
 from ppo_lab.types import Sample
 
 SUBFOLDER = "tensorboard"
@@ -38,7 +39,8 @@ class TensorBoardTracker:
 
         stated = {word.lstrip("+").partition("=")[0] for word in overrides}
         shown = stated.union(ALWAYS_SHOWN)
-        self._settings = {key: value for key, value in _flat(config or {}) if key in shown}
+        settings = flat(config or {})
+        self._settings = {key: _plain(x) for key, x in settings.items() if key in shown}
         purged = None if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(folder / SUBFOLDER), purge_step=purged)
 
@@ -92,14 +94,9 @@ class ClassicTensorBoard:
         self._writer.flush()
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values, what is no number, truth or text as text."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            plain = isinstance(value, bool | int | float | str)
-            yield f"{prefix}{name}", value if plain else str(value)
+def _plain(value: Any) -> Any:
+    """A setting as its table takes it: a number, true or false, else a text."""
+    return value if isinstance(value, bool | int | float | str) else str(value)
 
 
 def _outcome(summary: Mapping[str, Any]) -> dict[str, float]:

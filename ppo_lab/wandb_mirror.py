@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from ppo_lab.record import Say, brief, read_json_lines, to_stderr, write_atomically
+from ppo_lab.record import Say, brief, flat, read_json_lines, to_stderr, write_atomically
 from ppo_lab.run_state import WANDB_ID, wandb_run_id
 from ppo_lab.secrecy import hidden_text
 from ppo_lab.signals import ended_by_agent
@@ -342,7 +342,7 @@ class WandbTracker:
             _mark_as_sent(self.folder / "wandb", run.id)
 
     def _send_last(self, run: Any, summary: Mapping[str, Any], *, stopped: bool) -> None:
-        run.summary.update(_flat(summary))
+        run.summary.update(_shown(summary))
         model = self.folder / "model"
         if self._is_free(self._aside_timeout):
             self._send_samples(run)
@@ -539,15 +539,11 @@ def _encodable(value: Any) -> Any:
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _shown(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers and words under slashed names, without versions and revisions."""
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        if isinstance(value, Mapping) and name not in ("versions", "revisions"):
-            flat |= _flat(value, f"{prefix}{name}/")
-        elif isinstance(value, str | bool | int | float):
-            flat[f"{prefix}{name}"] = value
-    return flat
+    kept = {k: v for k, v in summary.items() if k not in ("versions", "revisions")}
+    found = flat(kept, separator="/")
+    return {k: v for k, v in found.items() if isinstance(v, str | bool | int | float)}
 
 
 def _default_name(config: Mapping[str, Any], overrides: Sequence[str]) -> str:

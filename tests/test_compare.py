@@ -43,10 +43,11 @@ from ppo_lab.compare.groups import Group, differing_keys, enough_digits, grouped
 from ppo_lab.compare.outcomes import evaluations, outcomes
 from ppo_lab.compare.overoptimisation import fit_overoptimisation, peak_of
 from ppo_lab.compare.page import CURVE_BYTES, as_json, page, payload, points_a_curve
-from ppo_lab.compare.runs import Run, columns, flat, read_run, read_runs, resolved
+from ppo_lab.compare.runs import Run, columns, read_run, read_runs, resolved
 from ppo_lab.compare.statistics import pareto_front, rank_correlation, t_interval, thinned
 from ppo_lab.compare.terminal import show
 from ppo_lab.compare.wandb_runs import _config
+from ppo_lab.record import flat
 
 SMALL = {"betas": (0.0, 0.1), "epsilons": (0.1, 0.4), "seeds": (0, 1), "steps": 20}
 

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ppo_lab.compare.runs import Run, flat
+from ppo_lab.compare.runs import Run
+from ppo_lab.record import flat
 
 # column -> (where the summary keeps it, meaning)
 OUTCOMES: dict[str, tuple[str, str]] = {

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from ppo_lab.config import as_trained
+from ppo_lab.record import flat, read_json_lines
 from ppo_lab.run_state import fate, is_run, is_stage, numerically
 
 History = dict[str, np.ndarray]
@@ -140,7 +141,7 @@ def _read_samples(file: Path) -> list[dict[str, Any]]:
 
     An evaluation's have the reference's answers beside them, those from training have none.
     """
-    rows = [row for row in _whole_lines(file) if "prompt" in row]
+    rows = [row for row in read_json_lines(file) if "prompt" in row]
     rows = [row for row in rows if row.get("reference_response") is not None] or rows
     last = max((row.get("step", 0) for row in rows), default=0)
     return [row for row in rows if row.get("step", 0) == last]
@@ -156,7 +157,7 @@ def read_history(file: Path) -> History:
     try:
         table = arrow_json.read_json(file, read_options=options)
     except pyarrow.ArrowInvalid:  # an empty file, or a torn line
-        return columns(_whole_lines(file))
+        return columns(read_json_lines(file))
     numbers = [name for name in table.column_names if _is_number(table.schema.field(name).type)]
     found = {name: _as_floats(table[name]) for name in numbers}
     return _by_step(found)
@@ -189,23 +190,6 @@ def _by_step(found: History) -> History:
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else np.nan
-
-
-def _whole_lines(file: Path) -> list[dict[str, Any]]:
-    from ppo_lab.record import read_json_lines
-
-    return read_json_lines(file)
-
-
-def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections under dotted keys; an empty one leaves none, since W&B does not keep it."""
-    found: dict[str, Any] = {}
-    for name, value in nested.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
 
 
 def resolved(config: dict[str, Any]) -> dict[str, Any]:

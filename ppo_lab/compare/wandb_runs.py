@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ppo_lab.compare.runs import Run, columns, flat
+from ppo_lab.compare.runs import Run, columns
+from ppo_lab.record import flat
 from ppo_lab.wandb_mirror import X_AXIS
 
 ALIASES = ("beta", "epsilon", "_wandb")  # said again elsewhere in the config
