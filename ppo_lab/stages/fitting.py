@@ -16,6 +16,7 @@ from typing import Any
 
 from ppo_lab.errors import ConfigError
 from ppo_lab.optim import make_schedule
+from ppo_lab.rewards.conversation import one_day
 from ppo_lab.stages.config import FitSection
 
 
@@ -82,14 +83,48 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def silence(trainer: Any) -> None:
+def begun(
+    trainer_class: Any,
+    arguments: Any,
+    *,
+    model: Any,
+    tokenizer: Any,
+    train: Any,
+    held_out: Any,
+    fit: FitSection,
+    peft_config: Any,
+    adapter_factor: float,
+    what: str,
+) -> Any:
+    """One of TRL's trainers with its rows as tokens, its learning rate PPO's; `what` is what a
+    message calls rows that are too long.
+
+    Raises:
+        ConfigError: all rows are.
+    """
+    with one_day(tokenizer):
+        trainer = trainer_class(
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+    _silence(trainer)
+    _follow_schedule(trainer, fit, adapter_factor=adapter_factor)
+    _refuse_empty(trainer, train, held_out, max_length=fit.max_length, what=what)
+    return trainer
+
+
+def _silence(trainer: Any) -> None:
     """Take away the callback that prints every dictionary of metrics."""
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
 
 
-def follow_schedule(trainer: Any, fit: FitSection, *, adapter_factor: float) -> None:
+def _follow_schedule(trainer: Any, fit: FitSection, *, adapter_factor: float) -> None:
     """Give the trainer the course of the learning rate that PPO has, and an adapter
     `adapter_factor` times that rate.
 
@@ -126,7 +161,7 @@ def _set_apart(optimizer: Any, weights: list[Any], *, factor: float) -> None:
             optimizer.add_param_group({**group, "params": moved, "lr": factor * group["lr"]})
 
 
-def refuse_empty(trainer: Any, train: Any, held_out: Any, *, max_length: int, what: str) -> None:
+def _refuse_empty(trainer: Any, train: Any, held_out: Any, *, max_length: int, what: str) -> None:
     """Nothing, if the length bound leaves rows to train on and to hold out; `what` is what a
     message calls what is too long.
 

@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ppo_lab import trl_parts
-from ppo_lab.rewards.conversation import one_day
 from ppo_lab.stages.config import FitSection
 from ppo_lab.stages.fitting import (
-    follow_schedule,
+    begun,
     quiet,
-    refuse_empty,
     run,
     save,
     scratch_folder,
-    silence,
     training_arguments,
 )
 
@@ -54,18 +51,18 @@ def fit_reward_model(
             **training_arguments(fit, scratch=scratch, seed=seed, device=device, mixed=mixed),
             center_rewards_coefficient=center_rewards_coefficient or None,
         )
-        with one_day(tokenizer):
-            trainer = trainer_class(
-                model=model,
-                args=arguments,
-                train_dataset=train,
-                eval_dataset=held_out,
-                processing_class=tokenizer,
-                peft_config=peft_config,
-            )
-        silence(trainer)
-        follow_schedule(trainer, fit, adapter_factor=adapter_factor)
-        refuse_empty(trainer, train, held_out, max_length=fit.max_length, what="pairs")
+        trainer = begun(
+            trainer_class,
+            arguments,
+            model=model,
+            tokenizer=tokenizer,
+            train=train,
+            held_out=held_out,
+            fit=fit,
+            peft_config=peft_config,
+            adapter_factor=adapter_factor,
+            what="pairs",
+        )
         kept = len(trainer.train_dataset)
         report = {"pairs": kept, "pairs_too_long": len(train) - kept, **run(trainer, what)}
         if held_out is not None:
