@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -53,7 +53,7 @@ from ppo_lab.outcome import check_metrics, summarise
 from ppo_lab.processes import launch
 from ppo_lab.processes.alone import Alone, joined
 from ppo_lab.processes.launch import shared
-from ppo_lab.record import to_stderr, write_summary
+from ppo_lab.record import Say, to_stderr, write_summary
 from ppo_lab.resume import check_new, differences, record_again, resume_command, run_folder
 from ppo_lab.rewards import build_reward, check_columns
 from ppo_lab.rewards.scoring import RewardError
@@ -66,6 +66,9 @@ from ppo_lab.tracking import Composite, Tracker, open_trackers
 from ppo_lab.trainer import PPOTrainer
 from ppo_lab.update import TrainingDiverged
 from ppo_lab.vllm_sampler import VLLMSampler, engine_for
+
+if TYPE_CHECKING:
+    from ppo_lab.data import PromptSets
 
 Metrics = dict[str, float]
 BY_HYDRA = ("config.yaml", "hydra.yaml")  # without the other, config.yaml is of a run before
@@ -242,35 +245,12 @@ def build(
     Trackers are given the configuration as it was asked for: where a machine keeps the embedded
     policy would tell its runs from those of the others.
     """
-    from ppo_lab.data import PromptStream, judging, load_prompts
+    from ppo_lab.data import PromptStream, judging
 
     asked, config = config, processes.from_main(lambda: resolve(config))
     device, say = pick_device(config.device, processes), to_stderr if processes.is_main else silent
     tell_of_other_gpus(device, say)
-    with processes.together():
-        warn_of_remote_code(config.model, say)
-        warn_of_weak_penalty(config.ppo, say)
-        warn_of_escapes(config.generation, say)
-        warn_of_scaled_critic(config, say)
-        check_fits(config, device, processes=processes.here)
-        tokenizer = load_tokenizer(config.model)
-        prompts = load_prompts(
-            config.data,  # type: ignore[arg-type]
-            tokenizer,
-            max_prompt_tokens=longest_prompt(config),
-            seed=config.seed,
-        )
-        sets = (prompts.train, prompts.held_out)
-        for part in sets:
-            check_columns(config.reward, part.columns)
-        reward = build_reward(config.reward, device=device, processes=processes)
-        reward.check_prompts([text for part in sets for text in part.texts])
-        policy = load_policy(config, tokenizer, device)
-        start = identity(prompts, policy)
-    start |= {
-        f"weights of the reward model {name!r}": digest
-        for name, digest in processes.from_main(lambda: reward.fingerprints).items()
-    }
+    tokenizer, prompts, reward, policy, start = _load(config, device, processes, say)
     trainer = make_trainer(config, policy, tokenizer, reward, device, processes)
     evaluator = Evaluator(
         trainer,
@@ -298,6 +278,39 @@ def build(
     lab.trackers, keeper.say = trackers, trackers.say
     set_random_state(numbers)
     return lab
+
+
+def _load(
+    config: Config, device: Any, processes: Alone, say: Say
+) -> tuple[Any, PromptSets, Any, Any, dict[str, str]]:
+    """Tokenizer, prompts, reward and policy, what is soonest found wrong with them first, and the
+    digests of what the run starts from.
+    """
+    from ppo_lab.data import load_prompts
+
+    with processes.together():
+        warn_of_remote_code(config.model, say)
+        warn_of_weak_penalty(config.ppo, say)
+        warn_of_escapes(config.generation, say)
+        warn_of_scaled_critic(config, say)
+        check_fits(config, device, processes=processes.here)
+        tokenizer = load_tokenizer(config.model)
+        prompts = load_prompts(
+            config.data,  # type: ignore[arg-type]
+            tokenizer,
+            max_prompt_tokens=longest_prompt(config),
+            seed=config.seed,
+        )
+        sets = (prompts.train, prompts.held_out)
+        for part in sets:
+            check_columns(config.reward, part.columns)
+        reward = build_reward(config.reward, device=device, processes=processes)
+        reward.check_prompts([text for part in sets for text in part.texts])
+        policy = load_policy(config, tokenizer, device)
+        start = identity(prompts, policy)
+    for name, digest in processes.from_main(lambda: reward.fingerprints).items():
+        start[f"weights of the reward model {name!r}"] = digest
+    return tokenizer, prompts, reward, policy, start
 
 
 def make_trainer(
