@@ -59,6 +59,7 @@ class PromptEncoder:
         self.chat = chat
         self.template_kwargs = dict(template_kwargs or {})
         self._prefix = _prefix(tokenizer)
+        self._tells_of_day = writes_the_day(tokenizer)
 
     def encode(
         self, prompts: list[Any], columns: dict[str, list[Any]], *, cuts: list[int] | None = None
@@ -131,7 +132,8 @@ class PromptEncoder:
             for row, prompt in prompts.items()
             if self.chat or not isinstance(prompt, str)
         }
-        if chats and writes_the_day(self.tokenizer):
+        if chats and self._tells_of_day:
+            self._tells_of_day = False  # once
             log.warning(
                 "data: the chat template writes the day, and %s stands there on every day, so that "
                 "a run can go on and be repeated",

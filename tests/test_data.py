@@ -657,9 +657,10 @@ def test_a_template_that_writes_the_day_writes_one_day_for_ever(
     day = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}: "
     tokenizer = byte_tokenizer(template=day + TEMPLATE)
     chat = [{"role": "user", "content": "hi"}]
-    ids = PromptEncoder(tokenizer).encode([chat], {}).ids[0]
-    assert tokenizer.decode(ids).startswith("26 Jul 2024: [user]")
-    assert "26 Jul 2024 stands there on every day" in caplog.text
+    encoder = PromptEncoder(tokenizer)
+    ids = [encoder.encode([chat], {}).ids[0] for _ in range(2)]
+    assert tokenizer.decode(ids[0]).startswith("26 Jul 2024: [user]")
+    assert caplog.text.count("26 Jul 2024 stands there on every day") == 1
     told = PromptEncoder(tokenizer, template_kwargs={"date_string": "1 May 2026"})
     assert tokenizer.decode(told.encode([chat], {}).ids[0]).startswith("1 May 2026: ")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,9 @@ def _shards(folder: Path) -> list[str]:
 
 def _read_prefixed(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".bin":
-        weights = torch.load(file, map_location="cpu", weights_only=True)
+        # Of files in torch's format of today only what is asked for is read.
+        lazily = zipfile.is_zipfile(file)
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=lazily)
         return {
             k.removeprefix(_PREFIX): v.float() for k, v in weights.items() if k.startswith(_PREFIX)
         }

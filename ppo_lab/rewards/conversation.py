@@ -50,7 +50,9 @@ def content_of(message: Any) -> str:
 
 def writes_the_day(tokenizer: Any) -> bool:
     """Whether the tokenizer's chat template writes the day that it is used on."""
-    return "strftime_now" in str(tokenizer.chat_template)
+    template = tokenizer.chat_template
+    texts = template.values() if isinstance(template, dict) else [template or ""]
+    return any(_TODAY.search(text) for text in texts)
 
 
 @contextmanager
