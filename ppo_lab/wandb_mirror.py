@@ -29,8 +29,8 @@ from ppo_lab.typed import shell_path
 from ppo_lab.types import Sample
 
 X_AXIS = "iteration"
-INIT_TIMEOUT = 10.0  # seconds, as all of these
-FINISH_TIMEOUT = 10.0
+INIT_TIMEOUT = 10.0  # seconds, as all of these; WANDB_INIT_TIMEOUT goes before it
+FINISH_TIMEOUT = 10.0  # WANDB_FINISH_TIMEOUT goes before it
 READ_TIMEOUT = 30.0
 TABLE_TIMEOUT = 5.0
 ARTIFACT_TIMEOUT = 120.0
@@ -135,7 +135,9 @@ class WandbTracker:
         self._resumed = resumed
         self._earlier = read_json_lines(folder / "metrics.jsonl") if resumed else []
         self._console = "auto" if capture_console else "off"
-        self._finish_timeout = ARTIFACT_TIMEOUT if section.log_model else FINISH_TIMEOUT
+        at_the_end = ARTIFACT_TIMEOUT if section.log_model else FINISH_TIMEOUT
+        self._init_timeout = _patience("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)
+        self._finish_timeout = _patience("WANDB_FINISH_TIMEOUT", at_the_end)
         self._aside_timeout = ARTIFACT_TIMEOUT if section.log_model else TABLE_TIMEOUT
         self._aside: threading.Thread | None = None
         self._sent_through = self._at = -1  # the last iteration that W&B had before, and has now
@@ -167,7 +169,7 @@ class WandbTracker:
             return
         self._do(lambda run: self._end(run, status, summary))
         self._jobs.put(None)
-        self._thread.join(INIT_TIMEOUT + 2 * self._aside_timeout + self._finish_timeout)
+        self._thread.join(self._init_timeout + 2 * self._aside_timeout + self._finish_timeout)
         if self._thread.is_alive():
             self._tell(
                 f"W&B: still not done, left behind; what it holds is in {self.folder / 'wandb'}"
@@ -266,7 +268,7 @@ class WandbTracker:
             "tags": list(section.tags) or None,
             "notes": section.notes or None,
             "settings": wandb.Settings(
-                init_timeout=INIT_TIMEOUT,
+                init_timeout=self._init_timeout,
                 finish_timeout=self._finish_timeout,
                 finish_timeout_raises=True,
                 quiet=True,
@@ -412,6 +414,15 @@ def _mode(wanted: str) -> tuple[Literal["online", "offline", "disabled"], str]:
     return ("offline", "as asked") if wanted == "offline" else ("online", "")
 
 
+def _patience(variable: str, seconds: float) -> float:
+    """How long to wait: as the client's own variable says, `seconds` where it says nothing. What is
+    no number the client refuses itself.
+    """
+    with suppress(ValueError):
+        return float(os.environ.get(variable) or seconds)
+    return seconds
+
+
 def _quieten(wandb: Any) -> None:
     """Turn the client's chatter off, and with it its prompts; its warnings stay."""
     wandb.setup(settings=wandb.Settings(show_info=False))
@@ -496,7 +507,10 @@ def _open_classic(wandb: Any, options: Mapping[str, Any]) -> Any:
     if mode == "online" and _no_credentials(wandb):
         mode = "offline"
     settings = wandb.Settings(
-        init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, quiet=True, show_info=False
+        init_timeout=_patience("WANDB_INIT_TIMEOUT", INIT_TIMEOUT),
+        finish_timeout=_patience("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT),
+        quiet=True,
+        show_info=False,
     )
     run = wandb.init(**{"mode": mode, "settings": settings} | dict(options))
     _opened.add(run.id)

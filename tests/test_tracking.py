@@ -275,6 +275,22 @@ def test_what_an_online_part_has_sent_of_an_offline_one_is_not_sent_again(server
     assert only_run(server)["state"] == "finished"
 
 
+@pytest.mark.parametrize(("patience", "said_first"), [("", "offline"), ("20", "online")])
+def test_a_slow_server_is_waited_for_as_long_as_the_environment_says(
+    server, logged_out, monkeypatch, patience, said_first
+):
+    from ppo_lab import wandb_mirror
+
+    monkeypatch.setattr(wandb_mirror, "INIT_TIMEOUT", 0.5)
+    if patience:
+        monkeypatch.setenv("WANDB_INIT_TIMEOUT", patience)
+    server.control(
+        {"fault": {"kind": "slow", "seconds": 60, "delay": 2.0, "match": "UpsertBucket"}}
+    )
+    said, _, _ = train(logged_out, range(1, 4))
+    assert said[0].startswith(f"W&B: {said_first}")
+
+
 def test_what_did_not_arrive_in_time_is_left_to_be_sent(server, logged_out, monkeypatch):
     from ppo_lab import wandb_mirror
 
