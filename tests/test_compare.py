@@ -804,6 +804,20 @@ def test_the_page_tells_settings_apart_that_differ_late(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_heat_map_says_what_the_runs_of_a_cell_differ_in(tmp_path: Path) -> None:
+    for beta, rate, seed in product((0.02, 0.1), (1e-5, 1e-4), (0, 1)):
+        make_run(tmp_path / f"{beta}-{rate}-{seed}", beta=beta, seed=seed, ppo__learning_rate=rate)
+    drawn = """(() => { const titles = [byId("heat").layout.title.text];
+      byId("heat-y").value = "seed"; drawHeat(); titles.push(byId("heat").layout.title.text);
+      byId("filter").value = "learning_rate=0.0001"; drawHeat();
+      return [...titles, byId("heat").layout.title.text]; })()"""
+    both, rates, one = asked_of_the_page(tmp_path, tmp_path, drawn)
+    assert both == "objective, mean over seed"
+    assert rates == "objective, mean over learning_rate"
+    assert one == "objective"
+
+
+@pytest.mark.slow
 def test_a_filter_that_nothing_passed_leaves_no_words_above_the_plots(
     sweep: Path, tmp_path: Path
 ) -> None:

@@ -255,9 +255,17 @@ function drawHeat() {
   const traces = !runs.length ? [] : cells ? [heatTrace(placed, x, y, xs, ys, name)] : [cloudTrace(runs, x, y, name)];
   const type = (values) => (cells ? "category" : values.every((v) => v > 0) ? "log" : undefined);
   draw("heat", traces, {
-    title: { text: escaped(name), font: { size: 13 } }, absent: `no run has a value of ${name}`,
+    title: { text: escaped(cells ? name + pooledOver(runs, x, y) : name), font: { size: 13 } }, absent: `no run has a value of ${name}`,
     xaxis: axis(short(x), { type: type(xs), ...(cells && ticks(x, xs)) }), yaxis: axis(short(y), { type: type(ys), ...(cells && ticks(y, ys)) }),
   });
+}
+
+// What runs of one cell differ in.
+function pooledOver(runs, x, y) {
+  const cellOf = (run) => JSON.stringify([value(run, x), value(run, y)]);
+  const varies = (key) => unique(runs.map((run) => cellOf(run) + JSON.stringify(value(run, key)))).length > unique(runs.map(cellOf)).length;
+  const names = [...DATA.keys, "seed"].filter(varies).map(short);
+  return names.length ? `, mean over ${names.join(", ")}` : "";
 }
 
 const ticks = (key, values) => ({ tickvals: values.map(String), ticktext: values.map((v) => escaped(setting(key, v))) });
