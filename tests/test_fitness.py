@@ -191,6 +191,14 @@ def test_a_head_scales_its_logits_as_the_config_has_it(
     assert (trunk.head.scale, trunk.head.softcap) == (scale, softcap)
 
 
+def test_a_head_multiplies_its_logits_where_others_divide() -> None:
+    made = model("hyperclovax", logits_scaling=0.125)
+    tokens = Tokens.pack([[5, 6, 7]], [[9, 4, 8]], pad_id=0)
+    ours = AutoModelForCausalLMWithValueHead(made).score(tokens, temperature=1.0).logprobs
+    theirs = made(input_ids=torch.tensor([[5, 6, 7, 9, 4, 8]])).logits.log_softmax(-1)
+    assert_close(ours, theirs[:, [2, 3, 4], [9, 4, 8]])
+
+
 def test_a_model_that_trains_stays_in_training() -> None:
     made = model("mixtral").train()
     AutoModelForCausalLMWithValueHead(made)

@@ -30,6 +30,9 @@ from ppo_lab.models.logprobs import Head
 
 log = logging.getLogger(__name__)
 
+# Architectures whose logits are multiplied by `logits_scaling`, by which others divide.
+MULTIPLIES = ("hyperclovax",)
+
 
 class UnfitModel(ConfigError):
     """A model that cannot be trained here, for what it makes of a few tokens."""
@@ -92,9 +95,9 @@ class Trunk:
     def head(self) -> Head:
         """The head as it stands now."""
         output, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0 / (
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        scaling = getattr(config, "logits_scaling", None) or 1.0
+        scaling = scaling if config.model_type in MULTIPLIES else 1.0 / scaling
+        scale = getattr(config, "logit_scale", None) or scaling
         scale = scale * (getattr(config, "lm_head_multiplier", None) or 1.0)
         softcap = getattr(config, "final_logit_softcapping", None) or 0.0
         return Head(output.weight, getattr(output, "bias", None), float(scale), float(softcap))
