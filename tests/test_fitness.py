@@ -18,11 +18,12 @@ from torch.testing import assert_close
 
 from ppo_lab import AutoModelForCausalLMWithValueHead
 from ppo_lab.assembly import longest_prompt
-from ppo_lab.config import GenerationSection
+from ppo_lab.config import GenerationSection, LoraSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.critic import Critic
 from ppo_lab.models.fitness import steady_context, what_fails
 from ppo_lab.models.loading import max_context
+from ppo_lab.models.lora import wrap_lora
 from ppo_lab.models.trunk import Trunk, UnfitModel
 from ppo_lab.rollout import NoiseKey, Sampling, sample
 from ppo_lab.types import Tokens
@@ -189,6 +190,18 @@ def test_a_head_scales_its_logits_as_the_config_has_it(
     trunk = Trunk(causal_lm())
     trunk.model.config.update(settings)
     assert (trunk.head.scale, trunk.head.softcap) == (scale, softcap)
+
+
+def test_adapters_go_on_all_of_mamba_that_takes_them() -> None:
+    for targets in ([], ["all-linear"]):
+        wrapped = wrap_lora(model("mamba"), LoraSection(r=2, target_modules=targets))
+        made = AutoModelForCausalLMWithValueHead(wrapped)
+        tokens = Tokens.pack([[5, 6, 7]], [[9, 4, 8]], pad_id=0)
+        made.score(tokens, temperature=1.0).logprobs.sum().backward()
+        named = wrapped.named_parameters()
+        learns = {name: weight.grad for name, weight in named if "lora_B" in name}
+        assert len(learns) == 4  # in_proj and x_proj of two layers
+        assert all(grad is not None and grad.any() for grad in learns.values())
 
 
 def test_a_head_multiplies_its_logits_where_others_divide() -> None:

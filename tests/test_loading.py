@@ -625,9 +625,10 @@ def test_lora_targets_that_the_model_lacks_are_refused_all_at_once():
 def test_layers_that_peft_does_not_adapt_are_refused_with_the_ways_out():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 32}
     model = AutoModelForCausalLM.from_config(transformers.MambaConfig(**sizes))
-    ways_out = r"choose among in_proj, x_proj, dt_proj, or train all weights with lora=none"
-    with pytest.raises(ConfigError, match=rf"lora\.target_modules: .*'out_proj'.*; {ways_out}"):
-        wrap_lora(model, LoraSection(r=4))
+    ways_out = "choose among in_proj, x_proj, or train all weights with lora=none"
+    for target in ("out_proj", "dt_proj"):
+        with pytest.raises(ConfigError, match=rf"lora\.target_modules: {target} .*; {ways_out}"):
+            wrap_lora(model, LoraSection(r=4, target_modules=[target]))
     wrapped = wrap_lora(type(model)(model.config), LoraSection(r=4, target_modules=["in_proj"]))
     assert len(trained_names(wrapped)) == 2
 

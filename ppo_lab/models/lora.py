@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer but the output head."""
+
+# Architectures whose dt_proj is never called: their mixers multiply by its weight themselves.
+READS_DT_PROJ = ("mamba", "falcon_mamba", "jamba")
 
 
 def lora_config(section: LoraSection, model: PreTrainedModel) -> LoraConfig:
@@ -46,7 +49,7 @@ def lora_config(section: LoraSection, model: PreTrainedModel) -> LoraConfig:
         lora_alpha=section.alpha,  # type: ignore[arg-type]
         lora_dropout=section.dropout,
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
-        exclude_modules=_routers(model) or None,
+        exclude_modules=_unfit(model) or None,
         use_rslora=section.use_rslora,
         use_dora=section.use_dora,
         layers_to_transform=_top_layers(section, model),
@@ -73,7 +76,7 @@ def wrap_lora(model: PreTrainedModel | PeftModel, section: LoraSection) -> PeftM
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:
         return get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[return-value]
-    except ValueError as error:  # a layer that it does not adapt, such as Mamba's out_proj
+    except ValueError as error:  # a layer that it does not adapt
         said = " ".join(str(error).split())
         left = [leaf for leaf in leaves if f"'{leaf}'" not in said]
         raise ConfigError(
@@ -128,12 +131,35 @@ def _top_layers(section: LoraSection, model: PreTrainedModel) -> list[int] | Non
 
 def linear_names(model: PreTrainedModel) -> list[str]:
     """The full names of the linear layers that an adapter can go on, the output head left out."""
-    head, routers = model.get_output_embeddings(), _routers(model)
+    head, unfit = model.get_output_embeddings(), set(_unfit(model))
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and name not in routers
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and name not in unfit
     ]
+
+
+def _unfit(model: PreTrainedModel) -> list[str]:
+    """The full names of linear layers that an adapter cannot go on, or would do nothing on."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    left = {leaf for leaf in _leaves(names) if _is_refused(leaf, model)}
+    if model.config.model_type in READS_DT_PROJ:
+        left.add("dt_proj")
+    return [*_routers(model), *(name for name in names if name.rpartition(".")[2] in left)]
+
+
+def _is_refused(leaf: str, model: PreTrainedModel) -> bool:
+    """Whether PEFT takes no adapter on layers of this name in this architecture, such as Mamba's
+    out_proj.
+    """
+    stand_in = nn.Module()
+    stand_in.add_module(leaf, nn.Linear(1, 1))
+    stand_in.config = model.config  # type: ignore[assignment]
+    try:
+        LoraModel(stand_in, LoraConfig(target_modules=[leaf]), "default")
+    except ValueError:
+        return True
+    return False
 
 
 def _routers(model: PreTrainedModel) -> list[str]:
@@ -171,11 +197,15 @@ def _default_targets(model: PreTrainedModel) -> list[str]:
 
 
 def _check_targets(targets: list[str], names: list[str], model: PreTrainedModel) -> None:
-    head = _head_name(model)
+    head, unfit = _head_name(model), set(_unfit(model)) - set(_routers(model))
     leaves = _leaves(names)
     problems = [
         f"lora.target_modules: {target} is the output head, which is never adapted"
         if head and _names(target, head)
+        else f"lora.target_modules: {target} takes no adapter in this model, which reads its "
+        f"weight and may not call it; choose among {', '.join(leaves)}, or train all weights with "
+        "lora=none"
+        if any(_names(target, name) for name in unfit)
         else _unknown_target(target, leaves)
         for target in targets
         if not any(_names(target, name) for name in names)
