@@ -16,6 +16,7 @@ from typing import Any
 
 from ppo_lab.errors import ConfigError
 
+TEMPLATE_VARIABLES = "variables of the chat template, such as {enable_thinking: false}; {} = none"
 _BY_TRAINING = re.compile(r"^\$\{by_training:([^,{}]+),([^,{}]+)\}$")
 
 __all__ = ["Config", "ConfigError", "conf_folder", "register_schema"]
@@ -478,10 +479,7 @@ class DataSection:
         False, "put plain prompts, as a user's message, through the tokenizer's chat template"
     )
     template_kwargs: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "help": "variables of the chat template, such as {enable_thinking: false}; {} = none"
-        },
+        default_factory=dict, metadata={"help": TEMPLATE_VARIABLES}
     )
 
 

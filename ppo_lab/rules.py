@@ -461,9 +461,14 @@ def data_rules(config: Config) -> Problems:
             f"data.cut_min_tokens={data.cut_min_tokens}: must be at most "
             f"data.cut_max_tokens={data.cut_max_tokens}"
         )
-    for name in sorted(TEMPLATE_ARGUMENTS.intersection(data.template_kwargs)):
-        yield f"data.template_kwargs.{name}: is no variable of a template; leave it out"
+    yield from template_problems(data.template_kwargs)
     yield from data_problems(data)
+
+
+def template_problems(variables: Collection[str]) -> Problems:
+    """Names that no chat template could be given as variables."""
+    for name in sorted(TEMPLATE_ARGUMENTS.intersection(variables)):
+        yield f"data.template_kwargs.{name}: is no variable of a template; leave it out"
 
 
 def tracking_rules(config: Config) -> Problems:

@@ -17,6 +17,7 @@ from tiny_models import tokenizer
 from ppo_lab.config import LoraSection, ModelSection
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.byte_tokenizer import BYTE_VOCABULARY
+from ppo_lab.rewards.classifier import Classifier
 from ppo_lab.rewards.conversation import joined
 from ppo_lab.stages.config import (
     FitSection,
@@ -32,6 +33,7 @@ from ppo_lab.stages.examples import (
     read_rows,
     split_rows,
 )
+from ppo_lab.stages.fitting import begun
 from ppo_lab.stages.jobs import problems, run_reward_model, run_sft
 
 CHAT = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
@@ -551,3 +553,59 @@ def test_a_template_that_writes_the_day_writes_the_day_that_runs_have(
         pairs = PairDataSection(path=write(tmp_path, [pair] * 4), held_out=0)
         run_reward_model(RewardModelConfig(**shared, data=pairs), tmp_path, [])
     assert (out / "chat_template.jinja").read_text() == template
+
+
+def a_thinking_model(folder: Path, assets: Path) -> str:
+    """The story model with a template that has a variable, and begins with a line break."""
+    shutil.copytree(assets / "stories260K", folder)
+    template = (
+        "\n{% for m in messages %}{{ m['content'] }}{% if thinks %} Hm.{% endif %} {% endfor %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    return str(folder)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_a_stage_renders_chats_by_the_template_variables_that_it_is_given(
+    assets: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Any] = []
+
+    def noticed(*args: Any, **settings: Any) -> Any:
+        trainer = begun(*args, **settings)
+        trained.append(trainer.train_dataset[0])
+        return trainer
+
+    monkeypatch.setattr(f"ppo_lab.stages.{stage}.begun", noticed)
+    shared: dict[str, Any] = {
+        "model": ModelSection(path=a_thinking_model(tmp_path / "model", assets)),
+        "lora": LoraSection(r=0),
+        "output": str(tmp_path / "out"),
+        "device": "cpu",
+    }
+    variables = {"thinks": True, "name": "it's"}
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    wanted = words(chat_template(words, variables)(CHAT), add_special_tokens=False)["input_ids"]
+    if stage == "sft":
+        rows, kind = [{"messages": CHAT}] * 4, SFTDataSection
+        data = kind(path=write(tmp_path, rows), template_kwargs=variables, held_out=0)
+        run_sft(SFTConfig(**shared, data=data), tmp_path, [])
+        assert trained[0]["input_ids"] == wanted
+        return
+    pairs = [{"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": "No."}] * 4
+    section = PairDataSection(path=write(tmp_path, pairs), template_kwargs=variables, held_out=0)
+    run_reward_model(RewardModelConfig(**shared, data=section), tmp_path, [])
+    assert trained[0]["chosen_ids"] == wanted
+    taught: Any = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    scorer = Classifier(taught, transformers.AutoTokenizer.from_pretrained(tmp_path / "out"))
+    assert scorer._encode(CHAT[:1], CHAT[1]["content"]) == wanted  # by PPO, which is told nothing
+
+
+def test_template_variables_that_no_row_reads_are_refused(assets: Path, tmp_path: Path) -> None:
+    rows = write(tmp_path, [{"text": "One day."}] * 4)
+    data = SFTDataSection(path=rows, template_kwargs={"thinks": True, "tokenize": True})
+    config = SFTConfig(model=ModelSection(path=str(assets / "stories260K")), data=data)
+    found = problems(config)
+    assert found == ["data.template_kwargs.tokenize: is no variable of a template; leave it out"]
+    with pytest.raises(ConfigError, match=r"data\.template_kwargs: has no effect"):
+        run_sft(config, tmp_path, [])

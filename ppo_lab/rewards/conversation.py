@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 DAY = datetime(2024, 7, 26)  # where a template writes the day; Llama 3's own, if it is told none
@@ -78,6 +79,21 @@ def templated(tokenizer: Any, messages: list[dict[str, Any]], **variables: Any) 
     """A chat as the tokenizer's template writes it on `DAY`, with these variables."""
     with one_day(tokenizer):
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **variables))
+
+
+def keep_variables(tokenizer: Any, variables: Mapping[str, Any], *, folder: Path) -> None:
+    """Save a tokenizer whose chat template has these variables, whoever uses it."""
+    if not variables:
+        return
+    # `+%}` keeps a line break that the template begins with
+    given = "".join(f"{{% set {name} = {value!r} +%}}" for name, value in variables.items())
+    template = tokenizer.chat_template
+    tokenizer.chat_template = (
+        {name: given + text for name, text in template.items()}
+        if isinstance(template, dict)
+        else given + template
+    )
+    tokenizer.save_pretrained(folder)
 
 
 def _dated(template: str) -> str:

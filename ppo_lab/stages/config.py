@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ppo_lab.config import (
+    TEMPLATE_VARIABLES,
     EvaluationSection,
     GenerationSection,
     LoraSection,
@@ -60,6 +62,9 @@ class SFTDataSection:
     prompt_column: str = knob("prompt", "column of prompts, texts or chat messages")
     completion_column: str = knob("completion", "column of completions, texts or chat messages")
     messages_column: str = knob("messages", "column of chats: lists of role and content")
+    template_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": TEMPLATE_VARIABLES}
+    )
     held_out: float = knob(
         0.1,
         "kept for the held-out loss: a share below 1, else a number of examples; 0 = none",
@@ -73,13 +78,17 @@ class PairDataSection:
     """`data` of `python -m ppo_lab.reward_model`: JSON lines, CSV or Parquet of compared answers.
 
     Texts are read as `prompt + chosen` with nothing between: an answer brings the space that it
-    begins with. Chat messages, a list or one as JSON, go through the tokenizer's chat template.
+    begins with. Chat messages, a list or one as JSON, go through the tokenizer's chat template,
+    whose variables the reward model keeps: PPO scores by them without being told.
     """
 
     path: str = knob("", "file (.jsonl, .json, .csv, .parquet) that holds the pairs")
     prompt_column: str = knob("prompt", "column of prompts, texts or chat messages")
     chosen_column: str = knob("chosen", "column of the better answers")
     rejected_column: str = knob("rejected", "column of the worse answers")
+    template_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": TEMPLATE_VARIABLES}
+    )
     held_out: float = knob(
         0.1,
         "kept for the held-out accuracy: a share below 1, else a number of pairs; 0 = none",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -96,11 +96,29 @@ def read_rows(
     return [rows[i] for i in order.tolist()]
 
 
-def chat_template(tokenizer: Any) -> Render | None:
-    """What makes a text of a chat; None where the tokenizer has no template."""
+def chat_template(tokenizer: Any, variables: Mapping[str, Any] | None = None) -> Render | None:
+    """What makes a text of a chat, by the template's variables; None where the tokenizer has no
+    template.
+    """
     if not tokenizer.chat_template:
         return None
-    return partial(templated, tokenizer)
+    return partial(templated, tokenizer, **(variables or {}))
+
+
+def with_variables(rows: list[Row], variables: Mapping[str, Any]) -> list[Row]:
+    """The rows, each with the variables of the chat template under TRL's name for them.
+
+    Raises:
+        ConfigError: there are variables, and no row goes through a template.
+    """
+    if not variables:
+        return rows
+    if not any(is_chat(value) for row in rows for value in row.values()):
+        raise ConfigError(
+            "data.template_kwargs: has no effect, since no row goes through a chat template; it "
+            "takes rows that are chats, and a tokenizer with a template"
+        )
+    return [{**row, "chat_template_kwargs": dict(variables)} for row in rows]
 
 
 def _check_template(row: Row, render: Render, where: str) -> None:

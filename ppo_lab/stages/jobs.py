@@ -18,7 +18,8 @@ from ppo_lab.errors import ConfigError
 from ppo_lab.on_disk import unwritable
 from ppo_lab.processes.launch import is_launched
 from ppo_lab.record import brief
-from ppo_lab.rules import illegal_values, model_folder
+from ppo_lab.rewards.conversation import keep_variables
+from ppo_lab.rules import illegal_values, model_folder, template_problems
 from ppo_lab.stages.config import RewardModelConfig, SFTConfig, StageSection
 from ppo_lab.stages.examples import (
     chat_template,
@@ -26,6 +27,7 @@ from ppo_lab.stages.examples import (
     merging_prompts,
     read_rows,
     split_rows,
+    with_variables,
 )
 from ppo_lab.typed import shell_override
 
@@ -46,6 +48,7 @@ def problems(config: Any, stated: Collection[str] = ()) -> list[str]:
             "several processes were launched: a stage before PPO trains in one; start it "
             "without torchrun or accelerate launch"
         )
+    found += template_problems(config.data.template_kwargs)
     found += data_problems(config.data)
     found += _output_problems(config.output)
     return list(dict.fromkeys([*found, *_dead(config, stated)]))
@@ -116,6 +119,7 @@ def run_reward_model(config: RewardModelConfig, folder: Path, overrides: list[st
     center = config.center_rewards_coefficient
     with _whole(out):
         report = fit_reward_model(model, folder=out, center_rewards_coefficient=center, **arguments)
+        keep_variables(parts.tokenizer, config.data.template_kwargs, folder=out)
     if report["pairs_too_long"]:
         print(f"left out           {report['pairs_too_long']} pairs longer than fit.max_length")
     if "held_out_accuracy" in report:
@@ -170,8 +174,12 @@ class _Parts:
         self.dtype = chosen if config.lora.r else torch.float32
         self.model_section = _resolved(config.model)
         self.tokenizer = load_tokenizer(self.model_section)
-        rows = read_rows(config.data, render=chat_template(self.tokenizer), seed=config.seed)
-        self.train, self.held_out = split_rows(rows, config.data.held_out)
+        variables = config.data.template_kwargs
+        render = chat_template(self.tokenizer, variables)
+        rows = read_rows(config.data, render=render, seed=config.seed)
+        self.train, self.held_out = split_rows(
+            with_variables(rows, variables), config.data.held_out
+        )
         if self.tokenizer.eos_token is None:
             raise ConfigError(
                 "model.eos_token: this tokenizer has none; name the token that ends a text"
