@@ -170,6 +170,20 @@ def test_prompts_that_end_within_a_token_are_counted(
     assert merging_prompts(chats, tokenizer()) == 0
 
 
+def test_pairs_of_the_same_answer_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    same = {"prompt": "One day", "chosen": " a cat", "rejected": " a cat"}
+    rows = [same, {**same, "rejected": " a dog"}, {**same, "rejected": " a cow"}]
+    section = PairDataSection(path=write(tmp_path, rows), limit=2)
+    read = read_rows(section, render=None, seed=0)
+    assert {row["rejected"] for row in read} == {" a dog", " a cow"}
+    assert caplog.messages == ["data: 1 pairs are left out, whose two answers are the same"]
+    write(tmp_path, [same])
+    with pytest.raises(ConfigError, match="of every pair is the rejected one"):
+        read_rows(section, render=None, seed=0)
+
+
 def test_half_a_surrogate_pair_is_replaced_as_in_a_run(tmp_path: Path) -> None:
     from datasets import Dataset
 

@@ -88,12 +88,28 @@ def read_rows(
             f"{'a text' if kinds[0] else 'a chat'}, and those before it are not; make all of them "
             "chats, or texts."
         )
-    order = np.random.default_rng((seed, 0)).permutation(len(rows))[: section.limit or None]
+    drawn = np.random.default_rng((seed, 0)).permutation(len(rows)).tolist()
+    order = _told_apart(drawn, rows, section.path)[: section.limit or None]
     if render is None:
-        return [_as_plain(rows[i]) for i in order.tolist()]
-    for i in sorted(order.tolist()):
+        return [_as_plain(rows[i]) for i in order]
+    for i in sorted(order):
         _check_template(rows[i], render, f"data.path={section.path}: row {i + 1}")
-    return [rows[i] for i in order.tolist()]
+    return [rows[i] for i in order]
+
+
+def _told_apart(order: list[int], rows: list[Row], path: str) -> list[int]:
+    """Of the rows in an order, all but pairs of the same answer twice: these teach nothing, and no
+    score could get them right.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    kept = [i for i in order if "chosen" not in rows[i] or rows[i]["chosen"] != rows[i]["rejected"]]
+    if not kept:
+        raise ConfigError(f"data.path={path}: the chosen answer of every pair is the rejected one.")
+    if left_out := len(order) - len(kept):
+        log.warning("data: %d pairs are left out, whose two answers are the same", left_out)
+    return kept
 
 
 def chat_template(tokenizer: Any, variables: Mapping[str, Any] | None = None) -> Render | None:
