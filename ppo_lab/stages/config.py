@@ -52,16 +52,18 @@ class SFTDataSection:
     """`data` of `python -m ppo_lab.sft`: JSON lines, CSV or Parquet.
 
     A file with `completion_column` holds prompts and completions, of which the completions are
-    learnt; else one with `messages_column` holds chats; else `text_column` holds whole texts. A
-    chat is a list of messages, or one as JSON, as CSV files keep it. What the last message of a
-    prompt begins of the answer is learnt with it.
+    learnt; else one with `messages_column` holds chats, of which every message is learnt, the
+    user's too; else `text_column` holds whole texts. A chat is a list of messages, or one as JSON,
+    as CSV files keep it. What the last message of a prompt begins of the answer is learnt with it.
     """
 
     path: str = knob("", "file (.jsonl, .json, .csv, .parquet) that holds the examples")
     text_column: str = knob("text", "column of whole texts")
     prompt_column: str = knob("prompt", "column of prompts, texts or chat messages")
     completion_column: str = knob("completion", "column of completions, texts or chat messages")
-    messages_column: str = knob("messages", "column of chats: lists of role and content")
+    messages_column: str = knob(
+        "messages", "column of chats, all learnt: lists of role and content"
+    )
     template_kwargs: dict[str, Any] = field(
         default_factory=dict, metadata={"help": TEMPLATE_VARIABLES}
     )
