@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hydra import compose, initialize_config_dir
 from tiny_models import tokenizer
 
-from ppo_lab.config import LoraSection, ModelSection
+from ppo_lab.config import LoraSection, ModelSection, conf_folder, register_schema
 from ppo_lab.errors import ConfigError
 from ppo_lab.models.byte_tokenizer import BYTE_VOCABULARY
 from ppo_lab.rewards.classifier import Classifier
@@ -25,6 +26,7 @@ from ppo_lab.stages.config import (
     RewardModelConfig,
     SFTConfig,
     SFTDataSection,
+    register_stages,
 )
 from ppo_lab.stages.examples import (
     chat_template,
@@ -623,3 +625,17 @@ def test_template_variables_that_no_row_reads_are_refused(assets: Path, tmp_path
     assert found == ["data.template_kwargs.tokenize: is no variable of a template; leave it out"]
     with pytest.raises(ConfigError, match=r"data\.template_kwargs: has no effect"):
         run_sft(config, tmp_path, [])
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_an_adapter_is_taught_in_larger_steps_than_all_weights(stage: str) -> None:
+    register_schema()
+    register_stages()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+
+        def step_size(*overrides: str) -> float:
+            return float(compose(stage, [*overrides]).fit.learning_rate)
+
+        assert step_size() == step_size("lora=none") == FitSection().learning_rate == 1e-4
+        assert step_size("lora=r8") == step_size("lora.r=2") == 1e-3
+        assert step_size("lora=r8", "fit.learning_rate=0.5") == 0.5

@@ -25,7 +25,9 @@ class FitSection:
         16, "examples (SFT) or pairs (reward model) in one pass through the model", at_least=1
     )
     gradient_accumulation_steps: int = knob(1, "batches an optimizer step", at_least=1)
-    learning_rate: float = knob(1.0e-4, "largest step size of AdamW", above=0)
+    learning_rate: float = knob(
+        1.0e-4, "largest step size of AdamW; 1e-4 unless stated, 1e-3 for an adapter", above=0
+    )
     lr_schedule: str = knob(
         "linear", "learning rate over the stage", choices=("constant", "linear", "cosine")
     )
