@@ -172,6 +172,25 @@ def test_prompts_that_end_within_a_token_are_counted(
     assert merging_prompts(chats, tokenizer()) == 0
 
 
+def test_pairs_that_share_answers_are_on_one_side_of_the_split(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = [
+        {"prompt": f"{prompt}", "chosen": f"{better}", "rejected": f"{worse}"}
+        for better, worse in ((0, 1), (0, 2), (1, 2))
+        for prompt in range(10)
+    ]
+    train, held_out = split_rows(rows, 10)
+    assert (len(held_out), len(train)) == (9, 21)
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+    assert not caplog.messages
+    train, held_out = split_rows([{**row, "prompt": "", "id": i} for i, row in enumerate(rows)], 10)
+    assert (len(held_out), len(train)) == (10, 20)
+    assert caplog.messages == [
+        "data: prompts are few, and some answers held out are trained on too"
+    ]
+
+
 def test_pairs_of_the_same_answer_are_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

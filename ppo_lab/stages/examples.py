@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -157,7 +159,8 @@ def split_rows(rows: list[Row], held_out: float) -> tuple[list[Row], list[Row]]:
     """Rows to train on and rows held out: a share below 1, a number from 1 on, 0 = none.
 
     A share is rounded up. Rows held out are distinct, and what repeats one of them is not trained
-    on.
+    on. Pairs of a prompt that share answers are on one side, and a few fewer may be held out: an
+    answer would be judged after it was taught.
 
     Raises:
         ConfigError: nothing would be left to train on.
@@ -171,11 +174,34 @@ def split_rows(rows: list[Row], held_out: float) -> tuple[list[Row], list[Row]]:
             f"data.held_out={held_out:g}: of {len(rows)} rows, {len(distinct)} of them distinct, "
             "none would be left to train on; lower it (0 = none is held out)."
         )
-    judging = dict(list(distinct.items())[:count])
+    judging = {key: distinct[key] for key in _with_whole_prompts(distinct, count)}
     train = [row for row in rows if json.dumps(row, sort_keys=True) not in judging]
-    if repeated := len(rows) - len(train) - count:
+    if repeated := len(rows) - len(train) - len(judging):
         log.warning("data: %d rows that are held out too are not trained on", repeated)
     return train, list(judging.values())
+
+
+def _with_whole_prompts(distinct: dict[str, Row], count: int) -> list[str]:
+    """The first keys, `count` at most, whose rows have no answer in common with other rows of
+    their prompt; the first `count` of all where half of it would not be had so.
+    """
+    told = {
+        key: [json.dumps([row.get("prompt"), row[name]]) for name in ("chosen", "rejected")]
+        for key, row in distinct.items()
+        if "chosen" in row
+    }
+    times = Counter(chain.from_iterable(told.values()))
+    groups: dict[str, list[str]] = {}
+    for key, row in distinct.items():
+        shares = any(times[one] > 1 for one in told.get(key, ()))
+        groups.setdefault(json.dumps(row.get("prompt")) if shares else key, []).append(key)
+    kept: list[str] = []
+    for keys in groups.values():
+        kept += keys if len(kept) + len(keys) <= count else []
+    if 2 * len(kept) >= count:
+        return kept
+    log.warning("data: prompts are few, and some answers held out are trained on too")
+    return list(distinct)[:count]
 
 
 def merging_prompts(rows: Sequence[Row], tokenizer: Any) -> int:
