@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import threading
 import time
@@ -10,15 +11,25 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_runs
+import torch
 import yaml
 from tiny_runs import Killed, kill, metrics, outcome, tiny
 
 from ppo_lab import checkpoint, typed
 from ppo_lab.config import ConstantReward, FunctionReward, ModelReward, WeightedReward
+from ppo_lab.continuation import (
+    PIECES,
+    random_state,
+    restore,
+    seed_random_state,
+    set_random_state,
+    state_of,
+)
 from ppo_lab.errors import ConfigError
-from ppo_lab.experiment import make_trackers, run
+from ppo_lab.experiment import build, make_trackers, run
 from ppo_lab.models.byte_tokenizer import byte_tokenizer
 from ppo_lab.record import read_json_lines
 from ppo_lab.resume import (
@@ -125,6 +136,37 @@ def test_a_checkpoint_that_lacks_a_piece_is_refused(again: tuple[Any, Path], pie
     checkpoint.save(folder, state, step=6)
     with pytest.raises(ConfigError, match=piece):
         run(config, folder)
+
+
+def test_whatever_piece_a_checkpoint_lacks_it_is_refused_by_name(tmp_path: Path) -> None:
+    """C-10, C-01: also a single weight, and what only some settings ever change."""
+    lab = build(tiny(tmp_path), tmp_path / "run")
+    whole = state_of(lab)
+    own = set(whole["trainer"]) - {"critic"}  # of a critic apart, which there is not
+    assert len(own) >= 10
+    for piece in (*PIECES, *own):
+        state = {**whole, "trainer": dict(whole["trainer"])}
+        del (state if piece in PIECES else state["trainer"])[piece]
+        with pytest.raises(ConfigError, match=piece):
+            restore(lab, state)
+    for weight in whole["trainer"]["policy"]:
+        rest = {n: w for n, w in whole["trainer"]["policy"].items() if n != weight}
+        with pytest.raises(ConfigError, match=weight):
+            restore(lab, {**whole, "trainer": {**whole["trainer"], "policy": rest}})
+
+
+def test_every_global_generator_goes_on_between_two_numbers_of_a_pair() -> None:
+    """C-01: normal numbers are drawn two at a time, and the second is kept for later."""
+
+    def drawn() -> list[float]:
+        return [random.gauss(0, 1), np.random.standard_normal(), float(torch.randn(()))]
+
+    seed_random_state(3)
+    first, state = drawn(), random_state()
+    second = drawn()
+    drawn()
+    set_random_state(state)
+    assert drawn() == second != first
 
 
 def test_a_named_checkpoint_is_gone_on_from_and_later_ones_are_set_aside(

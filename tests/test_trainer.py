@@ -367,6 +367,14 @@ def test_moments_travel_with_the_state() -> None:
         other.load_state_dict(incomplete)
 
 
+def test_updates_skipped_in_a_row_are_counted_on_where_the_state_was_left() -> None:
+    """C-01: a run that is killed again and again would never say that it diverged."""
+    made, other = trainer(), trainer()
+    made.updates.skipped_in_a_row, made.updates.most_tokens = 2, 77
+    other.load_state_dict(copy.deepcopy(made.state_dict()))
+    assert (other.updates.skipped_in_a_row, other.updates.most_tokens) == (2, 77)
+
+
 # --- statistics
 
 
