@@ -551,6 +551,7 @@ def test_a_failing_function_is_tried_again(functions: ModuleType) -> None:
 
 
 def test_no_gradient_is_recorded_in_a_function(functions: ModuleType) -> None:
+    """P-06."""
     weight = torch.ones((), requires_grad=True)
 
     def reward(completions: list[str], **kwargs: Any) -> torch.Tensor:
@@ -734,6 +735,35 @@ def test_the_score_is_read_at_the_last_token(kind: str) -> None:
     )
     expected = model.eval()(ids).logits[0, 0]
     torch.testing.assert_close(Classifier(model, tokenizer)(PROMPTS, COMPLETIONS)[1], expected)
+
+
+def test_a_tokenizer_of_its_own_reads_what_the_model_is_shown(tmp_path: Path) -> None:
+    """R-02: and not the one that lies beside the model."""
+    model = tiny_classifier("llama")
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    words = Tokenizer(token_models.WordLevel({"a": 0, "b": 1, "<s>": 2}, unk_token="b"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    own = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<s>", pad_token="<s>")
+    own.save_pretrained(tmp_path / "words")
+    path, tokenizer = str(tmp_path / "model"), str(tmp_path / "words")
+    reward = build_reward(ModelReward(path=path, tokenizer=tokenizer), device="cpu")
+    beside = build_reward(ModelReward(path=path), device="cpu")
+    texts = ["a b"], [" a"]
+    torch.testing.assert_close(reward(*texts).total, Classifier(model, own)(*texts))
+    assert reward(*texts).total != beside(*texts).total
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_reward_model_records_no_gradient(kind: str) -> None:
+    """P-06: not even through inputs or weights that ask for one."""
+    scorer, seen = Classifier(tiny_classifier(kind), byte_tokenizer()), []
+    block = next(m for m in scorer.model.modules() if isinstance(m, torch.nn.Embedding))
+    block.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    block.requires_grad_(True)
+    assert not scorer(PROMPTS, COMPLETIONS).requires_grad
+    assert seen
+    assert not any(seen)
 
 
 def test_the_last_tokens_are_the_ones_that_a_long_text_keeps() -> None:
