@@ -257,6 +257,7 @@ def test_texts_are_not_longer_than_what_a_rotary_embedding_turns_steadily() -> N
 
 
 def test_texts_longer_than_the_reference_or_the_critic_reads_are_refused() -> None:
+    """T-06."""
     short = {"n_positions": 12}
     arguments = {"queries": tensors([[5] * 9]), "responses": tensors([[6] * 4]), "scores": [1.0]}
     made = trainer(causal_lm("gpt2", n_positions=16), causal_lm("gpt2", seed=1, **short))
@@ -268,6 +269,7 @@ def test_texts_longer_than_the_reference_or_the_critic_reads_are_refused() -> No
 
 
 def test_texts_longer_than_the_model_reads_are_refused() -> None:
+    """T-06."""
     made = trainer(causal_lm("gpt2", n_positions=16))
     with pytest.raises(ValueError, match=r"queries\[1\] with its max_new_tokens=8 has 17 .* 16"):
         made.generate(tensors([[5], list(range(3, 12))]), max_new_tokens=8)
@@ -459,9 +461,12 @@ def test_step_names_the_argument_that_is_wrong(case: str) -> None:
         ([], "query_tensor is empty"),
         ([[5]], r"query_tensor\[0\] must be a 1-D tensor"),
         ([torch.tensor([]).long()], r"query_tensor\[0\] is empty"),
+        (tensors([[5], [64]]), r"query_tensor\[1\] holds the token id 64; .* has 64"),
+        (tensors([[-1]]), r"query_tensor\[0\] holds the token id -1"),
     ],
 )
 def test_generate_names_the_argument_that_is_wrong(query: Any, message: str) -> None:
+    """T-06: an id without a row would be an index error in the midst of sampling."""
     with pytest.raises(ValueError, match=message):
         trainer().generate(query)
 
@@ -476,6 +481,7 @@ def test_generate_names_the_argument_that_is_wrong(query: Any, message: str) -> 
         ({"model": None}, "model is missing"),
         ({"model": "gpt2"}, "model must be a causal language model .* not str"),
         ({"ref_model": "gpt2"}, "ref_model must be a causal language model"),
+        ({"critic": "gpt2"}, "critic must be a sequence classifier .* not str"),
         ({"tokenizer": None}, "tokenizer must be a transformers tokenizer, not NoneType"),
         ({"model": torch.nn.Linear(2, 2)}, "model must be a causal language model .* not Linear"),
     ],
@@ -496,9 +502,11 @@ def test_everything_optional_may_be_left_out() -> None:
 
 
 def test_the_model_itself_cannot_be_its_own_reference() -> None:
-    """A-03: it would be frozen, or move along."""
+    """A-03: it would be frozen, or move along; nor may they have a single layer in common."""
     model = policy()
-    for same in (model, model.pretrained_model):
+    half = policy()
+    half.pretrained_model.transformer.h[0] = model.pretrained_model.transformer.h[0]
+    for same in (model, model.pretrained_model, half):
         with pytest.raises(ValueError, match="ref_model shares weights with model"):
             trainer(model, same)
     assert step(trainer(model, policy()))["kl"] == 0.0

@@ -260,6 +260,14 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused():  # ledger T-06
         check_vocabulary(byte_tokenizer(), tiny_model(vocab_size=258))
 
 
+def test_ids_may_leave_gaps_and_the_largest_is_the_one_that_counts():  # ledger T-06
+    backend = Tokenizer(models.WordLevel({"yes": 0, "far": 300}, unk_token="yes"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert len(tokenizer) == 2
+    with pytest.raises(ConfigError, match=r"301 tokens.*300 rows"):
+        check_vocabulary(tokenizer, tiny_model(vocab_size=300))
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "bound"),
     [
