@@ -141,6 +141,15 @@ def test_in_a_terminal_the_display_is_redrawn_in_place_and_leaves_the_page(tmp_p
     assert "rose by 2" in text
 
 
+def test_the_bar_of_a_resumed_run_begins_where_the_run_goes_on(tmp_path, terminal):
+    """L-04: and not at 0 until the first iteration is done."""
+    shown = TerminalTracker(total_steps=10, folder=tmp_path, first_step=7, console=terminal)
+    shown.finish("preempted", run())
+    text = terminal.file.getvalue()
+    assert " 7/10" in text
+    assert " 0/10" not in text
+
+
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb"), ("CI", "true")])
 def test_what_cannot_or_will_not_redraw_gets_plain_lines(terminal, monkeypatch, name, value):
     assert has_terminal(terminal)

@@ -108,6 +108,15 @@ def test_rows_that_are_mostly_padding_give_finite_numbers(kind: str, dtype: torc
     assert model.dtype == dtype
 
 
+@torch.no_grad()
+def test_a_value_is_worked_out_in_float32_under_a_half_precision_trunk() -> None:
+    """Q-02: returned as float32 and worked out in bfloat16, one in 256 of it would be noise."""
+    torch.manual_seed(0)
+    head, hidden = ValueHead(64, std=1.0), torch.randn(8, 64).bfloat16()
+    exact = hidden.double() @ head.summary.weight[0].double()
+    assert_close(head(hidden), exact.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_train_mode_changes_nothing_whatever_dropout_the_config_asks_for() -> None:
     """N-09, P-10: the functional dropout of BLOOM, and that of an adapter added later."""
     model = policy(hidden_dropout=0.5, attention_dropout=0.5)
