@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import EOS, PAD, QUERIES, policy, step, timeless, train_adapter, trainer
+from tiny_runs import tiny
 
 from ppo_lab.evaluation import Evaluator, as_text, distinct
+from ppo_lab.experiment import build
 from ppo_lab.metric_names import METRICS, described
 from ppo_lab.rollout import Sampling
 from ppo_lab.rules import EVALUATED
@@ -98,6 +101,20 @@ def test_an_evaluation_repeats_itself_and_follows_its_seed() -> None:
     assert one().samples == evaluator()().samples
     other = evaluator(seed=2)
     assert [s.response for s in other().samples] != [s.response for s in one().samples]
+
+
+def test_at_a_temperature_the_reference_is_asked_at_the_same_one() -> None:
+    """E-01: a policy that is still its reference has no KL, however it is sampled."""
+    found = evaluator(policy(lora=True), sampling=replace(SAMPLING, temperature=0.5))()
+    assert found.metrics["kl"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_run_is_judged_by_prompts_that_it_is_not_trained_on(tmp_path: Path) -> None:
+    """E-01."""
+    lab = build(tiny(tmp_path), tmp_path / "run")
+    judged, trained = lab.evaluator.prompts.texts, lab.stream.prompts.texts
+    assert (len(judged), len(trained)) == (4, 18)
+    assert not set(judged) & set(trained)
 
 
 def test_training_goes_on_as_if_it_had_not_been_evaluated() -> None:
