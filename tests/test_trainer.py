@@ -520,6 +520,12 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
     assert runs[0] != runs[2]
 
 
+def test_another_seed_draws_other_responses() -> None:
+    """C-09: and not only another order of mini-batches."""
+    one, again, other = (running(seed=s).sample(PROMPTS)[0].response_lists() for s in (0, 0, 1))
+    assert one == again != other
+
+
 def test_memory_does_not_grow_with_the_mini_batch_of_collection() -> None:
     """M-04, N-25: the reference of an adapter shares the trunk, and mini-batches change nothing."""
     shared = trainer(policy(lora=True))
