@@ -469,6 +469,8 @@ def template_problems(variables: Collection[str]) -> Problems:
     """Names that no chat template could be given as variables."""
     for name in sorted(TEMPLATE_ARGUMENTS.intersection(variables)):
         yield f"data.template_kwargs.{name}: is no variable of a template; leave it out"
+    for name in sorted(name for name in variables if not str(name).isidentifier()):
+        yield f"data.template_kwargs.{name}: no template can name it; use letters, digits and _"
 
 
 def tracking_rules(config: Config) -> Problems:

@@ -638,10 +638,14 @@ def test_a_stage_renders_chats_by_the_template_variables_that_it_is_given(
 
 def test_template_variables_that_no_row_reads_are_refused(assets: Path, tmp_path: Path) -> None:
     rows = write(tmp_path, [{"text": "One day."}] * 4)
-    data = SFTDataSection(path=rows, template_kwargs={"thinks": True, "tokenize": True})
+    data = SFTDataSection(path=rows, template_kwargs={"thinks": True})
     config = SFTConfig(model=ModelSection(path=str(assets / "stories260K")), data=data)
-    found = problems(config)
-    assert found == ["data.template_kwargs.tokenize: is no variable of a template; leave it out"]
+    data.template_kwargs |= {"tokenize": True, "a-b": 1}
+    assert problems(config) == [
+        "data.template_kwargs.tokenize: is no variable of a template; leave it out",
+        "data.template_kwargs.a-b: no template can name it; use letters, digits and _",
+    ]
+    data.template_kwargs = {"thinks": True}
     with pytest.raises(ConfigError, match=r"data\.template_kwargs: has no effect"):
         run_sft(config, tmp_path, [])
 
