@@ -77,10 +77,11 @@ def test_compared_chats_become_text_as_rewards_read_them(tmp_path: Path) -> None
 def test_chats_as_json_in_a_csv_file_are_the_chats_that_they_hold(tmp_path: Path) -> None:
     """As `data=file` of a run reads them: policy and reward model would else see other texts."""
     file = tmp_path / "rows.csv"
+    worse = [{"role": "assistant", "content": "No."}]
     rows: list[tuple[Any, dict[str, Any]]] = [
         (SFTDataSection, {"messages": CHAT}),
         (SFTDataSection, {"prompt": CHAT[:1], "completion": CHAT[1:]}),
-        (PairDataSection, {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]}),
+        (PairDataSection, {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": worse}),
     ]
     for section, row in rows:
         with file.open("w", newline="") as out:
