@@ -64,6 +64,7 @@ def logged_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    wandb.teardown()  # a session that another test began would keep its own settings
     yield tmp_path / "run"
     wandb.teardown()
 
