@@ -182,8 +182,8 @@ def split_rows(rows: list[Row], held_out: float) -> tuple[list[Row], list[Row]]:
 
 
 def _with_whole_prompts(distinct: dict[str, Row], count: int) -> list[str]:
-    """The first keys, `count` at most, whose rows have no answer in common with other rows of
-    their prompt; the first `count` of all where half of it would not be had so.
+    """The first keys, `count` at most, that leave no row behind which shares an answer to the same
+    prompt with one of theirs; the first `count` of all where that gives less than half of them.
     """
     told = {
         key: [json.dumps([row.get("prompt"), row[name]]) for name in ("chosen", "rejected")]
